@@ -1,0 +1,104 @@
+"""Every option and its default, once, as one frozen tree; and what a worker is told of it.
+
+`ServeConfig` is what the user asked for (command line over TOML file over these defaults). The router
+resolves it, with the model's config and the machine, into one `WorkerConfig` per instance. Nothing else
+holds a default.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Literal
+
+import msgspec
+
+from memserve.model_config import ModelConfig
+
+
+class Role(StrEnum):
+    """What an instance is used for. Every worker can do everything: the role is policy, not code."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    COLOCATED = "colocated"
+
+
+DeviceKind = Literal["auto", "cpu", "cuda"]
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+LoadFormat = Literal["auto", "dummy"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+class WorkerOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Options that may differ between roles (`--prefill-OPTION`, `--decode-OPTION`). None = chosen for the
+    machine.
+
+    `devices`: GPU indices; several may share one. `device_memory`: KV pool of one worker, as bytes ("2GiB")
+    or as a fraction of what is free ("0.5"). `threads`: CPU threads of one worker.
+    """
+
+    devices: tuple[int, ...] | None = None
+    device_memory: str | None = None
+    max_batch_tokens: int | None = None
+    max_running: int = 64
+    threads: int | None = None
+
+
+class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`memserve serve`, as asked for. Field names are the option names with underscores."""
+
+    model: str | None = None
+    revision: str | None = None
+    tokenizer: str | None = None
+    chat_template: str | None = None
+    load_format: LoadFormat = "auto"
+    served_model_name: str | None = None
+
+    prefill: int | None = None
+    decode: int | None = None
+    colocated: int | None = None
+    device: DeviceKind = "auto"
+    dtype: DtypeName = "auto"
+    block_size: int = 16
+    max_model_len: int | None = None
+    seed: int = 0
+    worker: WorkerOptions = WorkerOptions()
+    prefill_worker: WorkerOptions | None = None
+    decode_worker: WorkerOptions | None = None
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    max_waiting: int = 512
+    drain_timeout_s: float = 30.0
+    request_timeout_s: float = 3600.0
+    ping_deadline_s: float = 10.0
+    log_level: LogLevel = "info"
+
+
+class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What one worker process is told in `Init`: everything resolved, nothing left to choose but CUDA's
+    pool size.
+
+    `num_blocks` is None on CUDA only (the worker profiles its GPU's memory and reports in `Ready`);
+    `device` is "cpu" or "cuda:N". `max_batch_tokens` bounds one step; on a CPU `max_step_ms` does too, so that a
+    cancel never waits long. `cpus`: the cores this worker is pinned to (empty = not pinned).
+    """
+
+    instance: str
+    role: Role
+    model_path: str
+    model: ModelConfig
+    device: str
+    dtype: str
+    load_format: LoadFormat
+    seed: int
+    block_size: int
+    num_blocks: int | None
+    device_memory_fraction: float | None
+    max_model_len: int
+    max_batch_tokens: int
+    max_running: int
+    max_step_ms: float | None
+    threads: int
+    cpus: tuple[int, ...] = ()
+    log_level: LogLevel = "info"

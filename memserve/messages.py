@@ -1,0 +1,368 @@
+"""Every struct that crosses a socket between the router and a worker, and the frame around it.
+
+A frame is `u32 body length | u32 incarnation | body`, little-endian; the body is msgpack of one tagged,
+array-like struct. The length is capped before anything is allocated for it. The incarnation is that of the
+worker, in both directions: a frame of a worker's earlier life is dropped by whoever reads it.
+Requests carry an `attempt` for the same reason: an answer to an attempt that was given up is dropped.
+
+Token ids travel as little-endian int32 bytes (`pack_tokens`, `unpack_tokens`): ten times quicker than a list.
+"""
+
+from __future__ import annotations
+
+import struct
+from enum import IntEnum, StrEnum
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from memserve.config import WorkerConfig
+
+MAX_FRAME_BYTES = 64 << 20
+FRAME_HEADER = struct.Struct("<II")
+
+
+class Tier(IntEnum):
+    """Where a block lives: `DEVICE` is HBM, or a CPU worker's main arena; `HOST` is DRAM beside it."""
+
+    DEVICE = 0
+    HOST = 1
+
+
+class FinishReason(StrEnum):
+    """Why a request ended, in OpenAI's words where they have one."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Base of the wire structs: positional msgpack, tagged with the class name."""
+
+
+# --- parts ---
+
+
+class SamplingParams(msgspec.Struct, frozen=True, array_like=True):
+    """How tokens are drawn; validated and completed by the router, so a worker trusts it.
+
+    `seed` is always set (the router draws one for requests without): token at absolute position p of the
+    sequence is drawn with the number (seed, p), so a replay or another batch mix draws the same.
+    `stop_token_ids` already holds the model's eos ids unless the client said ignore_eos. `top_k` 0 means off.
+    `temperature` 0 means greedy. `logprobs`/`prompt_logprobs`: None = off, k = the token's and the top k's,
+    of the raw model distribution (before penalties and temperature).
+    """
+
+    max_tokens: int
+    seed: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probability of one token, and of the most likely ones at its position (best first)."""
+
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class BlockRefs(msgspec.Struct, frozen=True, array_like=True):
+    """Addresses of blocks in one arena: (instance, incarnation, tier, block, generation) with the common
+    part once.
+
+    `blocks` and `generations` run in parallel, in sequence order. An address is good as long as the owner's
+    generation table still shows the same generation for the block.
+    """
+
+    instance: str
+    incarnation: int
+    tier: Tier
+    blocks: tuple[int, ...]
+    generations: tuple[int, ...]
+
+
+class Offer(msgspec.Struct, frozen=True, array_like=True):
+    """KV of the first `num_tokens` tokens of a request, to be pulled from `refs`; locked there until
+    `Release`.
+    """
+
+    refs: BlockRefs
+    num_tokens: int
+
+
+class Load(msgspec.Struct, frozen=True, array_like=True):
+    """What a worker is doing now. Times in seconds."""
+
+    num_waiting: int = 0
+    num_running: int = 0
+    num_pulling: int = 0
+    num_offers: int = 0
+    oldest_offer_s: float = 0.0
+    num_free_blocks: int = 0
+    num_active_blocks: int = 0
+    num_historical_blocks: int = 0
+    num_preemptions: int = 0
+    num_steps: int = 0
+    num_prefill_tokens: int = 0
+    num_decode_tokens: int = 0
+
+
+# --- router → worker ---
+
+
+class Init(_Message, frozen=True, array_like=True, tag=True):
+    """First message on a connection: who the worker is and what it runs.
+
+    `weights_manifest` is None for the worker that loads the weights and lays them out for the others (it
+    answers
+    `Loaded`); the others get the manifest of what lies in the shared weights memfd.
+    """
+
+    config: WorkerConfig
+    incarnation: int
+    weights_manifest: bytes | None = None
+
+
+class Prefill(_Message, frozen=True, array_like=True, tag=True):
+    """Compute the KV of `token_ids`, draw one token, answer `Prefilled`, keep the blocks locked until
+    `Release`.
+
+    `token_ids` are the prompt and, on a replay, the tokens drawn so far; `num_prompt_tokens` says where the
+    prompt ends (penalties, max_tokens and logprobs count from there).
+    """
+
+    request_id: str
+    attempt: int
+    token_ids: bytes
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    cache_salt: str = ""
+
+
+class Decode(_Message, frozen=True, array_like=True, tag=True):
+    """Run a request to its end: pull what `offer` holds, compute what is lacking, stream the rest.
+
+    Without an offer it is a colocated run (prefill and decode in one place), or a replay.
+    """
+
+    request_id: str
+    attempt: int
+    token_ids: bytes
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    cache_salt: str = ""
+    offer: Offer | None = None
+
+
+class Cancel(_Message, frozen=True, array_like=True, tag=True):
+    """Forget this attempt in whatever phase it is and give its blocks back. Unknown ids are ignored."""
+
+    request_id: str
+    attempt: int
+
+
+class Release(_Message, frozen=True, array_like=True, tag=True):
+    """The offer of this attempt was pulled or is no longer wanted: unlock its blocks. Unknown ids are
+    ignored.
+    """
+
+    request_id: str
+    attempt: int
+
+
+class Shutdown(_Message, frozen=True, array_like=True, tag=True):
+    """Stop the loop and exit with status 0; what still runs is dropped (the router drains first)."""
+
+
+# --- worker → router ---
+
+
+class Loading(_Message, frozen=True, array_like=True, tag=True):
+    """Progress of the start-up, 0 ≤ fraction ≤ 1 within `stage`."""
+
+    stage: str
+    fraction: float
+
+
+class Loaded(_Message, frozen=True, array_like=True, tag=True):
+    """The loader laid the weights out in the shared memfd; `manifest` says what lies where."""
+
+    manifest: bytes
+
+
+class Ready(_Message, frozen=True, array_like=True, tag=True):
+    """The worker takes requests from now on."""
+
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+    fingerprint: str
+    device: str
+    dtype: str
+    load_s: float
+
+
+class Fatal(_Message, frozen=True, array_like=True, tag=True):
+    """The worker cannot start or go on; `kind` is the name of a class in memserve.errors. It exits after
+    this.
+    """
+
+    kind: str
+    message: str
+
+
+class Heartbeat(_Message, frozen=True, array_like=True, tag=True):
+    """Sent every second by a thread of its own: alive. `in_step_s` tells a long step from an idle loop."""
+
+    num_steps: int
+    in_step_s: float
+    load: Load
+
+
+class Prefilled(_Message, frozen=True, array_like=True, tag=True):
+    """A `Prefill` is done: its first token and, unless that token ended the request, the offer of its KV."""
+
+    request_id: str
+    attempt: int
+    token_id: int
+    logprobs: TokenLogprobs | None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None
+    num_cached_tokens: int
+    finish_reason: FinishReason | None
+    offer: Offer | None
+    load: Load
+
+
+class Pulled(_Message, frozen=True, array_like=True, tag=True):
+    """A `Decode`'s offer was dealt with: the router may release it at its source.
+
+    `num_tokens` arrived and were verified; the rest is recomputed here because of `failure` (None when all
+    came).
+    """
+
+    request_id: str
+    attempt: int
+    num_tokens: int
+    num_bytes: int
+    pull_ms: float
+    failure: str | None
+
+
+class Output(msgspec.Struct, frozen=True, array_like=True):
+    """New tokens of one request in one step (a step draws one token a request)."""
+
+    request_id: str
+    attempt: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    finish_reason: FinishReason | None = None
+    num_cached_tokens: int = 0
+
+
+class StepOutputs(_Message, frozen=True, array_like=True, tag=True):
+    """Everything one step of the loop produced for `Decode` requests, in one message."""
+
+    outputs: tuple[Output, ...]
+    load: Load
+
+
+class Failed(_Message, frozen=True, array_like=True, tag=True):
+    """This attempt cannot be run here (too long for the pool, say). Nothing of it is left on the worker."""
+
+    request_id: str
+    attempt: int
+    message: str
+
+
+ToWorker = Init | Prefill | Decode | Cancel | Release | Shutdown
+ToRouter = Loading | Loaded | Ready | Fatal | Heartbeat | Prefilled | Pulled | StepOutputs | Failed
+
+
+# --- descriptors, over the second socketpair ---
+
+
+class ArenaGrant(_Message, frozen=True, array_like=True, tag=True):
+    """Comes with two descriptors [arena, generations] by SCM_RIGHTS: the worker's own (read-write) or a
+    peer's (opened read-only). `arena` is a sparse memfd of `num_blocks * block_bytes`; `generations` of
+    `num_blocks` uint64.
+    """
+
+    instance: str
+    incarnation: int
+    tier: Tier
+    num_blocks: int
+    block_bytes: int
+
+
+class WeightsGrant(_Message, frozen=True, array_like=True, tag=True):
+    """Comes with one descriptor: the memfd of the shared weights, read-write for the loader, else
+    read-only.
+    """
+
+    num_bytes: int
+
+
+class RevokeGrant(_Message, frozen=True, array_like=True, tag=True):
+    """The peer's arena is gone for good (its instance was removed): unmap it. Comes without descriptors."""
+
+    instance: str
+
+
+Grant = ArenaGrant | WeightsGrant | RevokeGrant
+
+_encoder = msgspec.msgpack.Encoder()
+_to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
+_to_router: msgspec.msgpack.Decoder[ToRouter] = msgspec.msgpack.Decoder(ToRouter)
+_grant: msgspec.msgpack.Decoder[Grant] = msgspec.msgpack.Decoder(Grant)
+
+
+def encode_frame(message: ToWorker | ToRouter, incarnation: int) -> bytes:
+    """One frame, ready for the socket. Raises ValueError if the body exceeds MAX_FRAME_BYTES."""
+    body = _encoder.encode(message)
+    if len(body) > MAX_FRAME_BYTES:
+        raise ValueError(f"a message of {len(body)} bytes exceeds the frame limit of {MAX_FRAME_BYTES}")
+    return FRAME_HEADER.pack(len(body), incarnation) + body
+
+
+def decode_to_worker(body: bytes | memoryview) -> ToWorker:
+    """Body of a frame read by a worker. Raises msgspec.DecodeError on anything malformed."""
+    return _to_worker.decode(body)
+
+
+def decode_to_router(body: bytes | memoryview) -> ToRouter:
+    """Body of a frame read by the router. Raises msgspec.DecodeError on anything malformed."""
+    return _to_router.decode(body)
+
+
+def encode_grant(grant: Grant) -> bytes:
+    """Payload that accompanies the descriptors of a grant (one datagram, SOCK_SEQPACKET)."""
+    return _encoder.encode(grant)
+
+
+def decode_grant(body: bytes) -> Grant:
+    """Inverse of `encode_grant`. Raises msgspec.DecodeError on anything malformed."""
+    return _grant.decode(body)
+
+
+def pack_tokens(token_ids: NDArray[np.int32] | list[int] | tuple[int, ...]) -> bytes:
+    """Token ids as little-endian int32 bytes."""
+    return np.asarray(token_ids, dtype="<i4").tobytes()
+
+
+def unpack_tokens(data: bytes) -> NDArray[np.int32]:
+    """Inverse of `pack_tokens`; a read-only view of `data`."""
+    return np.frombuffer(data, dtype="<i4")
