@@ -1,0 +1,43 @@
+# memserve: `make serve` runs it, `make test` tests it. Everything lives in .venv; nothing is installed twice.
+PYTHON ?= python3
+# e.g. PIP_ARGS='--extra-index-url https://download.pytorch.org/whl/cpu' for the small CPU build of torch
+PIP_ARGS ?=
+# options for the server, e.g. ARGS='--port 9000 --prefill 2'
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
+
+.PHONY: install serve test check clean
+
+install: $(VENV)/.installed
+
+serve: install
+	@exec $(BIN)/memserve serve $(ARGS)
+
+test: $(VENV)/.installed-dev
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.installed-dev
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check --diff . 
+	@$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "memserve needs Python 3.11 or later; try PYTHON=python3.12")'
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.created pyproject.toml
+	@echo "installing memserve into $(VENV) (torch is large: this can take some minutes the first time)"
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "installing the test and development extras into $(VENV)"
+	@$(PIP) -e '.[dev]'
+	@touch $@

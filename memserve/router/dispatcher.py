@@ -1,0 +1,491 @@
+"""The life of a request, without I/O: `on_event(event, now) -> actions`.
+
+One object holds every request between admission and its last token. The asyncio shell (engine.py) feeds it
+events and carries out its actions; a simulator or a test does the same under its own clock.
+
+    Submit ──► QUEUED ──► PREFILLING ──► HANDOFF ──► DECODING ──► (gone)
+                 ▲  │        │ P computes   │ D pulls    │ D draws
+                 │  └─ colocated, or no worker of the other role: straight to DECODING
+                 └── a worker died: attempt + 1, prompt and tokens so far, at the head of the queue
+
+Invariants
+  * Every submitted request ends exactly once: with an `Emit` that has a finish reason, a `Refuse`, or the
+    client's `Abandon`; after it nothing of that request is emitted.
+  * Every offer is released exactly once, on whatever transition ends its use, unless its owner died first.
+  * An answer counts only if it comes from the instance, incarnation and attempt asked; others are dropped.
+  * What a worker was promised is given back on every transition (fleet.py).
+The decode worker's room is reserved at dispatch, so that the first token can be streamed the moment it is
+there.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+import msgspec
+
+from memserve.errors import EngineError, MemserveError, Overloaded
+from memserve.messages import (
+    Cancel,
+    Decode,
+    Failed,
+    Heartbeat,
+    Offer,
+    Output,
+    Prefill,
+    Prefilled,
+    Pulled,
+    Release,
+    SamplingParams,
+    StepOutputs,
+    ToWorker,
+    pack_tokens,
+)
+from memserve.router.events import (
+    Abandon,
+    Action,
+    Emit,
+    Event,
+    FromWorker,
+    Refuse,
+    Send,
+    Submit,
+    Tick,
+    WorkerDown,
+    WorkerUp,
+)
+from memserve.router.fleet import Fleet, Seat
+from memserve.router.policy import Placement, WorkerView, blocks_for, choose, choose_decode
+
+logger = logging.getLogger(__name__)
+
+# Tokens of growth reserved on a decode worker beside the prompt. More would leave the pool empty when clients
+# send large max_tokens and stop early; less would preempt often. Growth beyond it is the worker's own
+# business.
+DECODE_HEADROOM_TOKENS = 128
+
+
+class Phase(Enum):
+    """Where a request is; see the module's picture."""
+
+    QUEUED = auto()
+    PREFILLING = auto()
+    HANDOFF = auto()
+    DECODING = auto()
+
+
+@dataclass(slots=True)
+class RequestState:
+    """One request between admission and its end. `tokens` are the prompt and what was drawn so far.
+
+    While `offer` is set, `prefill` is the seat of the worker that holds it.
+    """
+
+    request_id: str
+    tokens: list[int]
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    cache_salt: str
+    submitted_at: float
+    attempt: int = 0
+    num_deaths: int = 0
+    phase: Phase = Phase.QUEUED
+    prefill: Seat | None = None
+    decode: Seat | None = None
+    offer: Offer | None = None
+    offer_attempt: int = 0
+
+    @property
+    def num_remaining(self) -> int:
+        """Tokens that may still be drawn."""
+        return self.sampling.max_tokens - (len(self.tokens) - self.num_prompt_tokens)
+
+    @property
+    def num_decode_tokens(self) -> int:
+        """Tokens to reserve room for where it decodes."""
+        return len(self.tokens) + min(self.num_remaining, DECODE_HEADROOM_TOKENS)
+
+
+@dataclass(frozen=True, slots=True)
+class DispatcherLimits:
+    """Bounds. `max_deaths`: how many workers may die under a request before it is given up as their
+    killer.
+    """
+
+    max_waiting: int = 512
+    max_deaths: int = 3
+    request_timeout_s: float = 3600.0
+
+
+@dataclass(slots=True)
+class DispatcherCounters:
+    """What happened so far, for metrics. Only ever grows."""
+
+    submitted: int = 0
+    finished: int = 0
+    refused: int = 0
+    abandoned: int = 0
+    replayed: int = 0
+    stale: int = 0
+    pulls: int = 0
+    failed_pulls: int = 0
+    pulled_tokens: int = 0
+    pulled_bytes: int = 0
+    pull_ms: float = 0.0
+
+
+@dataclass(slots=True)
+class FinishRate:
+    """How fast requests finish, to tell a refused client when to come back."""
+
+    per_s: float = 0.0
+    last_at: float | None = None
+
+    def note(self, now: float) -> None:
+        """A request finished."""
+        if self.last_at is not None and now > self.last_at:
+            self.per_s += 0.2 * (1.0 / (now - self.last_at) - self.per_s)
+        self.last_at = now
+
+    def retry_after_s(self, num_waiting: int) -> float:
+        """Seconds until about a tenth of the queue is gone, between 1 and 60."""
+        if self.per_s <= 0:
+            return 5.0
+        return min(60.0, max(1.0, 0.1 * num_waiting / self.per_s))
+
+
+Policy = Callable[[Sequence[WorkerView], int, int], Placement | None]
+
+
+@dataclass(slots=True)
+class Dispatcher:
+    """See the module. Not thread-safe; the router's loop owns it."""
+
+    limits: DispatcherLimits = field(default_factory=DispatcherLimits)
+    policy: Policy = choose
+    fleet: Fleet = field(default_factory=Fleet)
+    requests: dict[str, RequestState] = field(default_factory=dict)
+    counters: DispatcherCounters = field(default_factory=DispatcherCounters)
+    _queue: deque[str] = field(default_factory=deque)
+    _actions: list[Action] = field(default_factory=list)
+    _finish_rate: FinishRate = field(default_factory=FinishRate)
+
+    def on_event(self, event: Event, now: float) -> list[Action]:
+        """Take one event; the caller owns the returned actions and carries them out in order."""
+        match event:
+            case FromWorker():
+                self._on_message(event, now)
+            case Submit():
+                self._on_submit(event, now)
+            case Abandon():
+                self._on_abandon(event)
+            case WorkerUp():
+                self.fleet.add(event)
+            case WorkerDown():
+                self._on_worker_down(event)
+            case Tick():
+                self._on_tick(now)
+        self._place_queued()
+        actions, self._actions = self._actions, []
+        return actions
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests without a worker."""
+        return len(self._queue)
+
+    # --- admission and placement ---
+
+    def _on_submit(self, event: Submit, now: float) -> None:
+        assert event.request_id not in self.requests
+        self.counters.submitted += 1
+        if len(self._queue) >= self.limits.max_waiting:
+            self.counters.refused += 1
+            retry_after_s = self._finish_rate.retry_after_s(len(self._queue))
+            error = Overloaded(
+                f"{len(self._queue)} requests are waiting already", retry_after_s=retry_after_s
+            )
+            self._actions.append(Refuse(event.request_id, error))
+            return
+        self.requests[event.request_id] = RequestState(
+            request_id=event.request_id,
+            tokens=event.token_ids.tolist(),
+            num_prompt_tokens=len(event.token_ids),
+            sampling=event.sampling,
+            cache_salt=event.cache_salt,
+            submitted_at=now,
+        )
+        self._queue.append(event.request_id)
+
+    def _place_queued(self) -> None:
+        """Give workers to waiting requests in order, until one must wait."""
+        while self._queue and len(self.fleet):
+            request = self.requests[self._queue[0]]
+            views = list(self.fleet)
+            num_tokens = len(request.tokens)
+            placement = self.policy(views, num_tokens, request.num_decode_tokens - num_tokens)
+            if placement is not None:
+                self._queue.popleft()
+                self._start(request, placement)
+            elif all(blocks_for(num_tokens + 1, view.block_size) > view.num_blocks for view in views):
+                self._refuse(request, EngineError(f"no worker's pool holds {num_tokens + 1} tokens"))
+            else:
+                return
+
+    def _start(self, request: RequestState, placement: Placement) -> None:
+        num_tokens = len(request.tokens)
+        if placement.decode is not None:
+            request.decode = self.fleet.take_seat(
+                placement.decode,
+                num_tokens=request.num_decode_tokens,
+                outstanding_tokens=num_tokens if placement.prefill is None else 0,
+            )
+        if placement.prefill is None:
+            self._send_decode(request)
+            return
+        request.prefill = self.fleet.take_seat(
+            placement.prefill, num_tokens=num_tokens, outstanding_tokens=num_tokens
+        )
+        request.phase = Phase.PREFILLING
+        self._send(
+            request.prefill,
+            Prefill(
+                request_id=request.request_id,
+                attempt=request.attempt,
+                token_ids=pack_tokens(request.tokens),
+                num_prompt_tokens=request.num_prompt_tokens,
+                sampling=request.sampling,
+                cache_salt=request.cache_salt,
+            ),
+        )
+
+    def _send_decode(self, request: RequestState) -> None:
+        """Start the decode side: with the offer if there is one, else from nothing."""
+        assert request.decode is not None
+        request.phase = Phase.DECODING if request.offer is None else Phase.HANDOFF
+        self._send(
+            request.decode,
+            Decode(
+                request_id=request.request_id,
+                attempt=request.attempt,
+                token_ids=pack_tokens(request.tokens),
+                num_prompt_tokens=request.num_prompt_tokens,
+                sampling=request.sampling,
+                cache_salt=request.cache_salt,
+                offer=request.offer,
+            ),
+        )
+
+    # --- what workers say ---
+
+    def _on_message(self, event: FromWorker, now: float) -> None:
+        message = event.message
+        load = message.load if isinstance(message, StepOutputs | Prefilled | Heartbeat) else None
+        if not self.fleet.hears(event, load):
+            self.counters.stale += 1
+            return
+        match message:
+            case StepOutputs():
+                for output in message.outputs:
+                    self._on_output(event, output, now)
+            case Prefilled():
+                self._on_prefilled(event, message, now)
+            case Pulled():
+                self._on_pulled(event, message)
+            case Failed():
+                self._on_failed(event, message)
+            case Heartbeat():
+                pass
+            case _:
+                logger.warning("%s sent an unexpected %s", event.instance, type(message).__name__)
+
+    def _on_prefilled(self, event: FromWorker, done: Prefilled, now: float) -> None:
+        request = self._asked(done.request_id, done.attempt)
+        if request is None or request.phase is not Phase.PREFILLING or not _sits(request.prefill, event):
+            # given up: the Cancel that went out then also frees the offer that this message carries
+            self.counters.stale += 1
+            return
+        assert request.prefill is not None
+        self.fleet.settle_prompt(request.prefill)
+        output = Output(
+            request_id=done.request_id,
+            attempt=done.attempt,
+            token_ids=(done.token_id,),
+            logprobs=None if done.logprobs is None else (done.logprobs,),
+            prompt_logprobs=done.prompt_logprobs,
+            finish_reason=done.finish_reason,
+            num_cached_tokens=done.num_cached_tokens,
+        )
+        if self._deliver(request, output, now):
+            return
+        request.offer, request.offer_attempt = done.offer, request.attempt
+        self._decode_anywhere(request)
+
+    def _decode_anywhere(self, request: RequestState) -> None:
+        """Send a prefilled request to the worker reserved for it, or to another if that one died
+        meanwhile.
+        """
+        if request.decode is None:
+            instance = choose_decode(list(self.fleet))
+            assert instance is not None  # the prefill worker, at least, lives
+            request.decode = self.fleet.take_seat(
+                instance, num_tokens=request.num_decode_tokens, outstanding_tokens=0
+            )
+        self._send_decode(request)
+
+    def _on_pulled(self, event: FromWorker, pulled: Pulled) -> None:
+        request = self._asked(pulled.request_id, pulled.attempt)
+        if request is None or request.phase is not Phase.HANDOFF or not _sits(request.decode, event):
+            self.counters.stale += 1
+            return
+        self.counters.pulls += 1
+        self.counters.pulled_tokens += pulled.num_tokens
+        self.counters.pulled_bytes += pulled.num_bytes
+        self.counters.pull_ms += pulled.pull_ms
+        if pulled.failure is not None:
+            self.counters.failed_pulls += 1
+            logger.warning(
+                "%s: %s got %d tokens of KV and recomputes the rest: %s",
+                request.request_id,
+                event.instance,
+                pulled.num_tokens,
+                pulled.failure,
+            )
+        request.phase = Phase.DECODING
+        self._release_offer(request)
+
+    def _on_output(self, event: FromWorker, output: Output, now: float) -> None:
+        request = self._asked(output.request_id, output.attempt)
+        running = request is not None and request.phase in (Phase.HANDOFF, Phase.DECODING)
+        if request is None or not running or not _sits(request.decode, event):
+            self.counters.stale += 1
+            return
+        assert request.decode is not None
+        self.fleet.settle_prompt(request.decode)
+        self._deliver(request, output, now)
+
+    def _on_failed(self, event: FromWorker, failed: Failed) -> None:
+        request = self._asked(failed.request_id, failed.attempt)
+        if request is None or not (_sits(request.prefill, event) or _sits(request.decode, event)):
+            self.counters.stale += 1
+            return
+        logger.error("%s: failed on %s: %s", request.request_id, event.instance, failed.message)
+        self._refuse(request, EngineError(failed.message))
+
+    def _asked(self, request_id: str, attempt: int) -> RequestState | None:
+        request = self.requests.get(request_id)
+        return request if request is not None and request.attempt == attempt else None
+
+    def _deliver(self, request: RequestState, output: Output, now: float) -> bool:
+        """Pass tokens on to the client; True if they were the last."""
+        request.tokens.extend(output.token_ids)
+        if output.prompt_logprobs is not None:  # a replay must not ask for them again
+            request.sampling = msgspec.structs.replace(request.sampling, prompt_logprobs=None)
+        self._actions.append(Emit(request.request_id, output))
+        if output.finish_reason is None:
+            return False
+        self.counters.finished += 1
+        self._finish_rate.note(now)
+        self._forget(request)
+        return True
+
+    # --- ends ---
+
+    def _on_abandon(self, event: Abandon) -> None:
+        request = self.requests.get(event.request_id)
+        if request is None:
+            return
+        self.counters.abandoned += 1
+        self._cancel_on_worker(request)
+        self._forget(request)
+
+    def _on_tick(self, now: float) -> None:
+        limit_s = self.limits.request_timeout_s
+        for request in [r for r in self.requests.values() if now - r.submitted_at > limit_s]:
+            self._refuse(request, EngineError(f"the request took longer than {limit_s:g} s"))
+
+    def _refuse(self, request: RequestState, error: MemserveError) -> None:
+        self.counters.refused += 1
+        self._cancel_on_worker(request)
+        self._actions.append(Refuse(request.request_id, error))
+        self._forget(request)
+
+    def _cancel_on_worker(self, request: RequestState) -> None:
+        """Tell who works on this attempt to forget it. Harmless where it is already forgotten."""
+        seat = request.prefill if request.phase is Phase.PREFILLING else request.decode
+        if request.phase is not Phase.QUEUED and seat is not None:
+            self._send(seat, Cancel(request.request_id, request.attempt))
+
+    def _forget(self, request: RequestState) -> None:
+        self._leave_workers(request)
+        if request.phase is Phase.QUEUED:
+            self._queue.remove(request.request_id)
+        del self.requests[request.request_id]
+
+    # --- a worker dies ---
+
+    def _on_worker_down(self, event: WorkerDown) -> None:
+        dead = self.fleet.remove(event)
+        if dead is None:
+            return
+        hit = [r for r in self.requests.values() if _sits(r.prefill, dead) or _sits(r.decode, dead)]
+        # youngest first: each goes to the head of the queue, so that the oldest ends up first
+        for request in sorted(hit, key=lambda r: r.submitted_at, reverse=True):
+            self._survive(request, dead)
+
+    def _survive(self, request: RequestState, dead: WorkerView) -> None:
+        """Go on without a worker. What it computed and the router has not seen is computed again."""
+        if _sits(request.prefill, dead) and request.phase is not Phase.PREFILLING:
+            # its offer may still be readable; if not, the decode worker recomputes. Nobody is left to
+            # release it
+            request.prefill, request.offer = None, None
+            if not _sits(request.decode, dead):
+                return
+        elif _sits(request.decode, dead) and request.phase is Phase.PREFILLING:
+            request.decode = None  # only reserved: another is chosen when the first token is there
+            if not _sits(request.prefill, dead):
+                return
+        request.num_deaths += 1
+        if request.num_deaths > self.limits.max_deaths:
+            error = EngineError(f"{request.num_deaths} workers died while they ran this request")
+            logger.error("%s: given up: %s", request.request_id, error)
+            self._refuse(request, error)
+            return
+        self.counters.replayed += 1
+        logger.warning("%s: replayed from token %d", request.request_id, len(request.tokens))
+        request.attempt += 1
+        if request.phase is Phase.HANDOFF and request.offer is not None:
+            request.decode = None  # the offer still stands: only the decode side is lost
+            self._decode_anywhere(request)
+        else:
+            self._leave_workers(request)
+            request.phase = Phase.QUEUED
+            self._queue.appendleft(request.request_id)
+
+    # --- leaving ---
+
+    def _leave_workers(self, request: RequestState) -> None:
+        self._release_offer(request)
+        self.fleet.leave(request.prefill)
+        self.fleet.leave(request.decode)
+        request.prefill = request.decode = None
+
+    def _release_offer(self, request: RequestState) -> None:
+        """The offer is no longer needed: unlock it at its source, and leave that worker."""
+        if request.offer is None:
+            return
+        assert request.prefill is not None
+        self._send(request.prefill, Release(request.request_id, request.offer_attempt))
+        self.fleet.leave(request.prefill)
+        request.offer = request.prefill = None
+
+    def _send(self, seat: Seat, message: ToWorker) -> None:
+        self._actions.append(Send(seat.instance, seat.incarnation, message))
+
+
+def _sits(seat: Seat | None, place: FromWorker | WorkerView) -> bool:
+    return seat is not None and seat.is_at(place)

@@ -1,0 +1,108 @@
+"""What the HTTP layer asks of the engine, and nothing more: the seam between `server.py` and everything below it.
+
+The server validates and tokenises; the engine admits, places, runs and streams. One `generate` is one sequence:
+a request with n choices or several prompts is several of them. The life of one:
+
+    generate(request) ─► Delta ─► Delta ─► … ─► Delta(finish_reason) ─► end
+           │
+           └─ raises Overloaded (nothing was done), RequestError or EngineError, at any point
+
+Closing the generator, or cancelling the task that awaits it, cancels the request everywhere at once. Whoever
+iterates closes (`contextlib.aclosing`): an abandoned generator is only closed when it is collected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memserve.config import Role
+from memserve.messages import FinishReason, Load, SamplingParams, TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """One sequence to be continued, validated: it fits the context and every id is in the vocabulary.
+
+    `request_id` is unique within the router's life. Sequences with different `cache_salt` share no KV.
+    """
+
+    request_id: str
+    token_ids: NDArray[np.int32]
+    sampling: SamplingParams
+    cache_salt: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What is new of one sequence since the delta before: at least one token, or the end.
+
+    `token_ids` include the stop token that ended the sequence (`finish_reason` STOP); hiding its text is the
+    server's part. `logprobs` runs parallel to `token_ids` and is None unless asked for. `prompt_logprobs` comes
+    once, with the first delta, one entry a prompt token (the first is None). `num_cached_tokens` is the number of
+    prompt tokens that did not have to be computed, the same in every delta.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    finish_reason: FinishReason | None = None
+    num_cached_tokens: int = 0
+
+
+class InstanceState(StrEnum):
+    """What has become of an instance's process."""
+
+    STARTING = "starting"
+    READY = "ready"
+    DOWN = "down"
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceStatus:
+    """One instance as the router sees it; `load` is the last one reported."""
+
+    instance: str
+    role: Role
+    incarnation: int
+    state: InstanceState
+    load: Load
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """A snapshot for /health and /metrics; the `*_total` numbers only grow.
+
+    `num_waiting` counts requests that the router holds back, on top of those waiting at an instance;
+    `num_running` all that were dispatched and have not ended.
+    """
+
+    instances: tuple[InstanceStatus, ...] = ()
+    num_waiting: int = 0
+    num_running: int = 0
+    pulls_total: int = 0
+    pull_failures_total: int = 0
+    pulled_bytes_total: int = 0
+    replays_total: int = 0
+    restarts_total: int = 0
+
+
+class Engine(Protocol):
+    """The router below HTTP."""
+
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+        """Runs one sequence. The first `__anext__` does the admission and so raises `Overloaded`."""
+        ...
+
+    def ready(self) -> bool:
+        """Whether a request sent now would be served rather than wait for a worker to start."""
+        ...
+
+    def status(self) -> EngineStatus:
+        """Cheap: no worker is asked."""
+        ...

@@ -1,0 +1,103 @@
+"""What the dispatcher is told and what it asks for: the whole surface between it and the world.
+
+Events come from clients, workers, the supervisor and the clock; actions go to workers and clients. The
+engine, a simulator or a test carries them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memserve.config import Role
+from memserve.errors import MemserveError
+from memserve.messages import Output, SamplingParams, ToRouter, ToWorker
+
+# --- events ---
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """A validated request. `request_id` is unique among those alive."""
+
+    request_id: str
+    token_ids: NDArray[np.int32]
+    sampling: SamplingParams
+    cache_salt: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Abandon:
+    """The client left, or a stop string was found: nobody wants more of this request."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerUp:
+    """A worker takes requests."""
+
+    instance: str
+    role: Role
+    incarnation: int
+    num_blocks: int
+    block_size: int
+    max_running: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerDown:
+    """A worker is dead: killed and waited for, so that it does nothing any more."""
+
+    instance: str
+    incarnation: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class FromWorker:
+    """A message from a worker's incarnation."""
+
+    instance: str
+    incarnation: int
+    message: ToRouter
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time passes: about once a second."""
+
+
+Event = Submit | Abandon | WorkerUp | WorkerDown | FromWorker | Tick
+
+# --- actions ---
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send to that incarnation of the worker; if it is gone, drop it."""
+
+    instance: str
+    incarnation: int
+    message: ToWorker
+
+
+@dataclass(frozen=True, slots=True)
+class Emit:
+    """Tokens for the client; with a finish reason, the last."""
+
+    request_id: str
+    output: Output
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """The request ends with an error."""
+
+    request_id: str
+    error: MemserveError
+
+
+Action = Send | Emit | Refuse

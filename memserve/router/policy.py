@@ -1,0 +1,105 @@
+"""Where a request goes: a pure choice over snapshots of the workers.
+
+`choose` sees one `WorkerView` per live worker and answers with instances' names, or None when nothing has
+room and the request must wait its turn. It reserves nothing itself: the dispatcher does, with what was
+chosen.
+
+Least-load for now: the prefill worker with the fewest outstanding prompt tokens, the decode worker with the
+most room. Role is policy, not code: when no worker of a role is alive, the others do its work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from memserve.config import Role
+from memserve.messages import Load
+
+
+@dataclass(slots=True)
+class WorkerView:
+    """What the dispatcher knows of one live worker. Counts of blocks are the pool's; `reserved_*` are
+    promises made.
+
+    `outstanding_tokens`: prompt tokens dispatched there and not yet computed, as far as the router knows.
+    """
+
+    instance: str
+    role: Role
+    incarnation: int
+    num_blocks: int
+    block_size: int
+    max_running: int
+    reserved_blocks: int = 0
+    num_placed: int = 0
+    outstanding_tokens: int = 0
+    load: Load = field(default_factory=Load)
+
+    def has_room(self, num_tokens: int, num_new_tokens: int) -> bool:
+        """Whether a request of `num_tokens`, expected to draw `num_new_tokens`, may be placed here now.
+
+        An idle worker takes whatever its pool can hold with one token more; growth is then its problem.
+        """
+        if blocks_for(num_tokens + min(num_new_tokens, 1), self.block_size) > self.num_blocks:
+            return False
+        if self.num_placed == 0:
+            return True
+        wanted = blocks_for(num_tokens + num_new_tokens, self.block_size)
+        return self.num_placed < self.max_running and self.reserved_blocks + wanted <= self.num_blocks
+
+
+class Placement(NamedTuple):
+    """The instances chosen. `prefill` None: `decode` does both (colocated); `decode` None: the first token
+    ends it.
+    """
+
+    prefill: str | None
+    decode: str | None
+
+
+def choose(views: Sequence[WorkerView], num_tokens: int, num_new_tokens: int) -> Placement | None:
+    """Place a request of `num_tokens` to prefill, expected to draw `num_new_tokens`; None = no room now.
+
+    The prefill side's pool must hold what is prefilled, the decode side's also what will be drawn.
+    """
+    prefill = [view for view in views if view.role is Role.PREFILL]
+    decode = [view for view in views if view.role is Role.DECODE]
+    if prefill and decode:
+        p = _least_loaded(prefill, num_tokens, 0)
+        if p is None:
+            return None
+        if num_new_tokens <= 1:
+            return Placement(prefill=p.instance, decode=None)
+        d = _least_loaded(decode, num_tokens, num_new_tokens)
+        return None if d is None else Placement(prefill=p.instance, decode=d.instance)
+    # colocated workers, or the survivors of one role doing the work of both
+    alone = _least_loaded(views, num_tokens, num_new_tokens)
+    return None if alone is None else Placement(prefill=None, decode=alone.instance)
+
+
+def choose_decode(views: Sequence[WorkerView]) -> str | None:
+    """A worker to decode a request already prefilled: the least loaded, room or not (it waits there)."""
+    candidates = [view for view in views if view.role is not Role.PREFILL] or list(views)
+    best = min(candidates, key=_load_key, default=None)
+    return None if best is None else best.instance
+
+
+def blocks_for(num_tokens: int, block_size: int) -> int:
+    """Blocks that hold `num_tokens` tokens."""
+    return -(-num_tokens // block_size)
+
+
+def _least_loaded(views: Sequence[WorkerView], num_tokens: int, num_new_tokens: int) -> WorkerView | None:
+    fitting = [view for view in views if view.has_room(num_tokens, num_new_tokens)]
+    return min(fitting, key=_load_key, default=None)
+
+
+def _load_key(view: WorkerView) -> tuple[int, float, int, str]:
+    return (
+        view.outstanding_tokens,
+        view.reserved_blocks / view.num_blocks,
+        view.num_placed,
+        view.instance,
+    )

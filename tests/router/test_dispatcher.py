@@ -1,0 +1,486 @@
+"""The dispatcher against fake workers: numbered life cycles, then a state machine in which workers die,
+dawdle and answer late. A fake worker draws tokens by a hash of everything before them, so any lost, doubled
+or reordered token changes what the client sees.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
+
+from memserve.config import Role
+from memserve.errors import EngineError, Overloaded
+from memserve.messages import (
+    BlockRefs,
+    Cancel,
+    Decode,
+    Failed,
+    FinishReason,
+    Load,
+    Offer,
+    Output,
+    Prefill,
+    Prefilled,
+    Pulled,
+    Release,
+    SamplingParams,
+    StepOutputs,
+    Tier,
+    TokenLogprobs,
+    ToRouter,
+    ToWorker,
+    unpack_tokens,
+)
+from memserve.router.dispatcher import Dispatcher, DispatcherLimits, Phase
+from memserve.router.events import Abandon, Emit, FromWorker, Refuse, Send, Submit, Tick, WorkerDown, WorkerUp
+
+
+def next_token(tokens: list[int]) -> int:
+    return hash((len(tokens), *tokens[-5:])) % 1000
+
+
+def expected_stream(prompt: list[int], max_tokens: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(max_tokens):
+        tokens.append(next_token(tokens))
+    return tokens[len(prompt) :]
+
+
+class FakeWorker:
+    """Plays one incarnation of a worker: keeps what it was told, answers one step at a time when asked."""
+
+    def __init__(self, instance: str, incarnation: int) -> None:
+        self.instance = instance
+        self.incarnation = incarnation
+        self.prefills: dict[tuple[str, int], Prefill] = {}
+        self.offers: dict[tuple[str, int], list[int]] = {}
+        self.pulls: dict[tuple[str, int], Decode] = {}
+        self.running: dict[tuple[str, int], tuple[list[int], Decode]] = {}
+        self.cancelled: set[tuple[str, int]] = set()
+
+    def tell(self, message: ToWorker) -> None:
+        match message:
+            case Prefill(request_id=rid, attempt=attempt):
+                assert (rid, attempt) not in self.prefills
+                self.prefills[rid, attempt] = message
+            case Decode(request_id=rid, attempt=attempt, offer=offer):
+                if offer is None:
+                    self.running[rid, attempt] = (unpack_tokens(message.token_ids).tolist(), message)
+                else:
+                    self.pulls[rid, attempt] = message
+            case Cancel(request_id=rid, attempt=attempt):
+                for table in (self.prefills, self.offers, self.pulls, self.running):
+                    table.pop((rid, attempt), None)  # type: ignore[attr-defined]
+                self.cancelled.add((rid, attempt))
+            case Release(request_id=rid, attempt=attempt):
+                known = (rid, attempt) in self.offers or (rid, attempt) in self.cancelled
+                assert known, "an offer is released once"
+                self.offers.pop((rid, attempt), None)
+
+    @property
+    def idle(self) -> bool:
+        return not (self.prefills or self.offers or self.pulls or self.running)
+
+    def finish_prefill(self, key: tuple[str, int]) -> Prefilled:
+        message = self.prefills.pop(key)
+        tokens = unpack_tokens(message.token_ids).tolist()
+        token = next_token(tokens)
+        drawn = len(tokens) + 1 - message.num_prompt_tokens
+        ends = drawn >= message.sampling.max_tokens
+        offer = None
+        if not ends:
+            self.offers[key] = tokens
+            refs = BlockRefs(self.instance, self.incarnation, Tier.DEVICE, (0,), (1,))
+            offer = Offer(refs, len(tokens))
+        wanted = message.sampling.prompt_logprobs
+        return Prefilled(
+            request_id=key[0],
+            attempt=key[1],
+            token_id=token,
+            logprobs=None,
+            prompt_logprobs=None if wanted is None else (None, TokenLogprobs(-1.0, 1)),
+            num_cached_tokens=0,
+            finish_reason=FinishReason.LENGTH if ends else None,
+            offer=offer,
+            load=Load(),
+        )
+
+    def finish_pull(self, key: tuple[str, int], failure: str | None = None) -> Pulled:
+        message = self.pulls.pop(key)
+        self.running[key] = (unpack_tokens(message.token_ids).tolist(), message)
+        return Pulled(key[0], key[1], 0 if failure else 1, 8, 0.1, failure)
+
+    def step(self) -> StepOutputs:
+        outputs = []
+        for key, (tokens, message) in list(self.running.items()):
+            tokens.append(next_token(tokens))
+            ends = len(tokens) - message.num_prompt_tokens >= message.sampling.max_tokens
+            if ends:
+                del self.running[key]
+            outputs.append(
+                Output(key[0], key[1], (tokens[-1],), finish_reason=FinishReason.LENGTH if ends else None)
+            )
+        return StepOutputs(tuple(outputs), Load())
+
+
+class World:
+    """A dispatcher, its fake workers, and what the clients saw."""
+
+    def __init__(self, limits: DispatcherLimits | None = None, num_blocks: int = 64) -> None:
+        self.dispatcher = Dispatcher(limits=limits or DispatcherLimits())
+        self.workers: dict[str, FakeWorker] = {}
+        self.incarnations: dict[str, int] = {}
+        self.roles: dict[str, Role] = {}
+        self.num_blocks = num_blocks
+        self.streams: dict[str, list[int]] = {}
+        self.ended: dict[str, FinishReason | Exception] = {}
+        self.prompts: dict[str, tuple[list[int], int]] = {}
+        self.abandoned: set[str] = set()
+        self.now = 0.0
+
+    def feed(self, event: object) -> None:
+        self.now += 0.01
+        for action in self.dispatcher.on_event(event, self.now):  # type: ignore[arg-type]
+            match action:
+                case Send(instance=instance, incarnation=incarnation, message=message):
+                    worker = self.workers.get(instance)
+                    if worker is not None and worker.incarnation == incarnation:
+                        worker.tell(message)
+                case Emit(request_id=rid, output=output):
+                    assert rid not in self.ended and rid not in self.abandoned
+                    self.streams[rid].extend(output.token_ids)
+                    if output.finish_reason is not None:
+                        self.ended[rid] = output.finish_reason
+                case Refuse(request_id=rid, error=error):
+                    assert rid not in self.ended and rid not in self.abandoned
+                    self.ended[rid] = error
+
+    def up(self, instance: str, role: Role) -> FakeWorker:
+        incarnation = self.incarnations.get(instance, 0) + 1
+        self.incarnations[instance], self.roles[instance] = incarnation, role
+        self.workers[instance] = FakeWorker(instance, incarnation)
+        self.feed(WorkerUp(instance, role, incarnation, self.num_blocks, 4, 8))
+        return self.workers[instance]
+
+    def down(self, instance: str) -> FakeWorker:
+        worker = self.workers.pop(instance)
+        self.feed(WorkerDown(instance, worker.incarnation, "killed"))
+        return worker
+
+    def submit(self, rid: str, prompt: list[int], max_tokens: int, **sampling: int) -> None:
+        self.streams[rid], self.prompts[rid] = [], (prompt, max_tokens)
+        params = SamplingParams(max_tokens=max_tokens, seed=0, **sampling)
+        self.feed(Submit(rid, np.array(prompt, dtype=np.int32), params))
+
+    def abandon(self, rid: str) -> None:
+        self.abandoned.add(rid)
+        self.feed(Abandon(rid))
+
+    def hear(self, worker: FakeWorker, message: ToRouter) -> None:
+        self.feed(FromWorker(worker.instance, worker.incarnation, message))
+
+    def run_out(self) -> None:
+        """Let every worker work until nothing is left to do."""
+        for _ in range(2000):
+            busy = False
+            for worker in list(self.workers.values()):
+                for key in list(worker.prefills):
+                    self.hear(worker, worker.finish_prefill(key))
+                    busy = True
+                for key in list(worker.pulls):
+                    self.hear(worker, worker.finish_pull(key))
+                    busy = True
+                if worker.running:
+                    self.hear(worker, worker.step())
+                    busy = True
+            if not busy:
+                return
+        raise AssertionError("no end")
+
+    def assert_idle(self) -> None:
+        assert not self.dispatcher.requests
+        assert self.dispatcher.num_waiting == 0
+        for view in self.dispatcher.fleet:
+            assert (view.reserved_blocks, view.num_placed, view.outstanding_tokens) == (0, 0, 0)
+        for worker in self.workers.values():
+            assert worker.idle
+
+    def assert_complete(self) -> None:
+        for rid, (prompt, max_tokens) in self.prompts.items():
+            expected = expected_stream(prompt, max_tokens)
+            if rid in self.abandoned:
+                assert self.streams[rid] == expected[: len(self.streams[rid])]
+            else:
+                assert self.ended[rid] is FinishReason.LENGTH, self.ended[rid]
+                assert self.streams[rid] == expected
+
+
+@pytest.fixture
+def world() -> World:
+    world = World()
+    world.up("prefill-0", Role.PREFILL)
+    world.up("decode-0", Role.DECODE)
+    return world
+
+
+def test_one_request_through_both_workers(world: World) -> None:
+    p, d = world.workers["prefill-0"], world.workers["decode-0"]
+    # 1. dispatched: P computes, D's room is reserved but D knows nothing yet
+    world.submit("r", [1, 2, 3], 3)
+    assert ("r", 0) in p.prefills and d.idle
+    assert world.dispatcher.fleet.views["decode-0"].reserved_blocks == 2
+    # 2. the first token is streamed before the KV moves
+    world.hear(p, p.finish_prefill(("r", 0)))
+    assert len(world.streams["r"]) == 1 and ("r", 0) in p.offers
+    # 3. D has pulled: the offer is released, P's room is free
+    world.hear(d, d.finish_pull(("r", 0)))
+    assert p.idle and world.dispatcher.fleet.views["prefill-0"].num_placed == 0
+    # 4. the rest comes from D
+    world.run_out()
+    world.assert_complete()
+    world.assert_idle()
+
+
+def test_first_token_may_be_the_last(world: World) -> None:
+    world.submit("r", [1, 2, 3], 1)
+    p = world.workers["prefill-0"]
+    world.hear(p, p.finish_prefill(("r", 0)))
+    assert world.ended["r"] is FinishReason.LENGTH
+    world.assert_idle()
+
+
+def test_colocated_worker_does_both() -> None:
+    world = World()
+    world.up("colocated-0", Role.COLOCATED)
+    world.submit("r", [5, 6], 4)
+    assert world.workers["colocated-0"].running
+    world.run_out()
+    world.assert_complete()
+    world.assert_idle()
+
+
+@pytest.mark.parametrize("point", ["queued", "prefilling", "handoff", "decoding"])
+def test_abandoned_at_each_point(point: str) -> None:
+    world = World()
+    if point != "queued":
+        world.up("prefill-0", Role.PREFILL)
+        world.up("decode-0", Role.DECODE)
+    world.submit("r", [1, 2, 3], 5)
+    if point in ("handoff", "decoding"):
+        p = world.workers["prefill-0"]
+        world.hear(p, p.finish_prefill(("r", 0)))
+    if point == "decoding":
+        d = world.workers["decode-0"]
+        world.hear(d, d.finish_pull(("r", 0)))
+        world.hear(d, d.step())
+    world.abandon("r")
+    world.assert_idle()
+    world.abandon("r")  # a second time changes nothing
+    world.assert_idle()
+
+
+@pytest.mark.parametrize("dead", ["prefill-0", "decode-0"])
+@pytest.mark.parametrize("point", ["prefilling", "handoff", "decoding"])
+def test_worker_dies_at_each_point(world: World, point: str, dead: str) -> None:
+    # 1. bring the request to the point
+    world.submit("r", [1, 2, 3], 6, prompt_logprobs=0)
+    p, d = world.workers["prefill-0"], world.workers["decode-0"]
+    if point in ("handoff", "decoding"):
+        world.hear(p, p.finish_prefill(("r", 0)))
+    if point == "decoding":
+        world.hear(d, d.finish_pull(("r", 0)))
+        world.hear(d, d.step())
+    # 2. the worker dies; what it says late is dropped
+    corpse = world.down(dead)
+    for key in list(corpse.prefills):
+        world.hear(corpse, corpse.finish_prefill(key))
+    # 3. without it, the other does everything
+    world.run_out()
+    world.assert_complete()
+    world.assert_idle()
+    # 4. a replacement takes new requests
+    world.up(dead, Role.PREFILL if dead == "prefill-0" else Role.DECODE)
+    world.submit("s", [9, 8, 7], 4)
+    world.run_out()
+    world.assert_complete()
+    world.assert_idle()
+
+
+def test_failed_pull_goes_on(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    world.submit("r", [1, 2, 3], 3)
+    p, d = world.workers["prefill-0"], world.workers["decode-0"]
+    world.hear(p, p.finish_prefill(("r", 0)))
+    world.hear(d, d.finish_pull(("r", 0), failure="generation changed"))
+    assert world.dispatcher.counters.failed_pulls == 1
+    assert "generation changed" in caplog.text and p.idle
+    world.run_out()
+    world.assert_complete()
+    world.assert_idle()
+
+
+def test_worker_reports_failure(world: World) -> None:
+    world.submit("r", [1, 2, 3], 3)
+    p = world.workers["prefill-0"]
+    p.prefills.clear()
+    world.hear(p, Failed("r", 0, "NaN in the logits"))
+    assert isinstance(world.ended["r"], EngineError)
+    world.assert_idle()
+
+
+def test_a_killer_is_given_up() -> None:
+    world = World(DispatcherLimits(max_deaths=2))
+    world.up("colocated-0", Role.COLOCATED)
+    world.submit("r", [1], 5)
+    for _ in range(3):
+        world.down("colocated-0")
+        world.up("colocated-0", Role.COLOCATED)
+    assert isinstance(world.ended["r"], EngineError)
+    world.assert_idle()
+
+
+def test_queue_is_bounded_and_in_order() -> None:
+    world = World(DispatcherLimits(max_waiting=2))
+    for rid in "abc":
+        world.submit(rid, [1, 2], 2)
+    assert isinstance(world.ended["c"], Overloaded)
+    assert world.ended["c"].retry_after_s >= 1
+    worker = world.up("colocated-0", Role.COLOCATED)
+    assert [rid for rid, _ in worker.running] == ["a", "b"]
+
+
+def test_full_pool_makes_requests_wait(world: World) -> None:
+    # 64 blocks of 4 tokens: each of these wants 41 blocks on D
+    for rid in "abc":
+        world.submit(rid, list(range(36)), 128)
+    assert len(world.workers["prefill-0"].prefills) == 1
+    assert world.dispatcher.num_waiting == 2
+    world.run_out()
+    world.assert_complete()
+    world.assert_idle()
+
+
+def test_request_that_no_pool_holds_is_refused(world: World) -> None:
+    world.submit("r", list(range(400)), 10)
+    assert isinstance(world.ended["r"], EngineError)
+    world.assert_idle()
+
+
+def test_growth_beyond_the_pool_is_not_a_deadlock(world: World) -> None:
+    world.submit("r", list(range(200)), 100)  # 300 tokens of growth and prompt, a pool of 256
+    assert world.workers["prefill-0"].prefills
+
+
+def test_timeout(world: World) -> None:
+    world.submit("r", [1, 2, 3], 3)
+    world.now += 4000
+    world.feed(Tick())
+    assert isinstance(world.ended["r"], EngineError)
+    world.assert_idle()
+
+
+class DispatcherMachine(RuleBasedStateMachine):
+    """Any interleaving of clients, steps, deaths, late and repeated answers."""
+
+    requests = Bundle("requests")
+    late = Bundle("late")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids = itertools.count()
+        self.world = World(DispatcherLimits(max_deaths=10_000, max_waiting=10_000))
+
+    @initialize(num_prefill=st.integers(0, 2), num_decode=st.integers(1, 2))
+    def start(self, num_prefill: int, num_decode: int) -> None:
+        for i in range(num_prefill):
+            self.world.up(f"prefill-{i}", Role.PREFILL)
+        for i in range(num_decode):
+            role = Role.DECODE if num_prefill else Role.COLOCATED
+            self.world.up(f"{role.value}-{i}", role)
+
+    @rule(target=requests, length=st.integers(1, 40), max_tokens=st.integers(1, 12))
+    def submit(self, length: int, max_tokens: int) -> str:
+        rid = f"r{next(self.ids)}"
+        self.world.submit(rid, [(7 * i + length) % 91 for i in range(length)], max_tokens)
+        return rid
+
+    @rule(rid=consumes(requests))
+    def abandon(self, rid: str) -> None:
+        if rid not in self.world.ended:
+            self.world.abandon(rid)
+
+    @rule(pick=st.integers(0, 9), which=st.integers(0, 9))
+    def prefill(self, pick: int, which: int) -> None:
+        workers = [w for w in self.world.workers.values() if w.prefills]
+        if workers:
+            worker = workers[pick % len(workers)]
+            keys = list(worker.prefills)
+            self.world.hear(worker, worker.finish_prefill(keys[which % len(keys)]))
+
+    @rule(pick=st.integers(0, 9), fails=st.booleans())
+    def pull(self, pick: int, fails: bool) -> None:
+        workers = [w for w in self.world.workers.values() if w.pulls]
+        if workers:
+            worker = workers[pick % len(workers)]
+            key = next(iter(worker.pulls))
+            self.world.hear(worker, worker.finish_pull(key, "torn" if fails else None))
+
+    @rule(pick=st.integers(0, 9))
+    def step(self, pick: int) -> None:
+        workers = [w for w in self.world.workers.values() if w.running]
+        if workers:
+            worker = workers[pick % len(workers)]
+            self.world.hear(worker, worker.step())
+
+    @rule(target=late, pick=st.integers(0, 9))
+    def die(self, pick: int) -> object:
+        if not self.world.workers:
+            return multiple()
+        corpse = self.world.down(sorted(self.world.workers)[pick % len(self.world.workers)])
+        messages = [corpse.finish_prefill(key) for key in list(corpse.prefills)]
+        return multiple(*[(corpse, message) for message in [*messages, corpse.step()]])
+
+    @rule(said=consumes(late))
+    def answer_late(self, said: tuple[FakeWorker, ToRouter]) -> None:
+        self.world.hear(*said)
+
+    @rule()
+    def replace(self) -> None:
+        for instance, role in self.world.roles.items():
+            if instance not in self.world.workers:
+                self.world.up(instance, role)
+                return
+
+    @invariant()
+    def promises_add_up(self) -> None:
+        dispatcher = self.world.dispatcher
+        for view in dispatcher.fleet:
+            seats = [
+                seat
+                for request in dispatcher.requests.values()
+                for seat in (request.prefill, request.decode)
+                if seat is not None and seat.is_at(view)
+            ]
+            assert view.num_placed == len(seats)
+            assert view.reserved_blocks == sum(seat.num_blocks for seat in seats)
+        for request in dispatcher.requests.values():
+            if request.phase is Phase.QUEUED:
+                assert request.prefill is request.decode is None
+
+    def teardown(self) -> None:
+        for instance, role in self.world.roles.items():
+            if instance not in self.world.workers:
+                self.world.up(instance, role)
+        self.world.run_out()
+        self.world.assert_complete()
+        self.world.assert_idle()
+
+
+TestDispatcherMachine = DispatcherMachine.TestCase
+TestDispatcherMachine.settings = settings(
+    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
