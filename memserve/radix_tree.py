@@ -1,0 +1,129 @@
+"""A radix tree over token sequences at block granularity: match, add, split, remove; nothing about who owns
+what.
+
+A worker's index keeps block ids in its nodes, the router's prompt trees keep holders: both give a payload
+type and a function that cuts a payload in two, and own everything else (locks, time, eviction). The tree
+only knows tokens.
+
+    root ──[ 512 tokens shared ]──┬──[ 1,536 tokens ]
+                                  └──[ 1,024 tokens ]──…
+
+Keys are little-endian int32 token ids as `bytes`, whole blocks only: comparing an edge is one memcmp,
+finding a child one dictionary look-up by the edge's first block. Siblings differ in their first block; an
+edge is never empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Generic, NamedTuple, TypeVar
+
+import numpy as np
+
+P = TypeVar("P")
+
+TOKEN_BYTES = 4
+
+
+class RadixNode(Generic[P]):
+    """One edge and what hangs below it. `key` are the edge's tokens; the root's is empty.
+
+    A node keeps its identity as long as its *last* block stays in the tree: a split puts a new node above it.
+    """
+
+    __slots__ = ("children", "key", "parent", "payload")
+
+    def __init__(self, key: bytes, parent: RadixNode[P] | None, payload: P) -> None:
+        self.key = key
+        self.parent = parent
+        self.children: dict[bytes, RadixNode[P]] = {}
+        self.payload = payload
+
+
+class Match(NamedTuple, Generic[P]):
+    """The longest cached prefix: `node` is the deepest node touched, `num_blocks_in_node` blocks of whose
+    edge match (all of them unless the sequences part inside it), `num_blocks` the length of the whole prefix.
+    """
+
+    node: RadixNode[P]
+    num_blocks_in_node: int
+    num_blocks: int
+
+
+class RadixTree(Generic[P]):
+    """Token sequences under one root.
+
+    Args:
+        block_size: tokens a block.
+        root_payload: what the root owns (it has no tokens).
+        split: cuts a payload after n blocks into (upper, lower).
+    """
+
+    def __init__(self, block_size: int, root_payload: P, split: Callable[[P, int], tuple[P, P]]) -> None:
+        assert block_size > 0
+        self.block_bytes = block_size * TOKEN_BYTES
+        self.root: RadixNode[P] = RadixNode(b"", None, root_payload)
+        self._split_payload = split
+
+    def match(self, tokens: bytes) -> Match[P]:
+        """The longest prefix of `tokens` (whole blocks) in the tree. Changes nothing."""
+        step = self.block_bytes
+        node, at, end = self.root, 0, len(tokens) - len(tokens) % step
+        while at < end:
+            child = node.children.get(tokens[at : at + step])
+            if child is None:
+                break
+            node = child
+            key = child.key
+            if tokens.startswith(key, at):
+                at += len(key)
+                continue
+            num_bytes = _common_bytes(key, tokens[at:end]) // step * step
+            return Match(child, num_bytes // step, (at + num_bytes) // step)
+        return Match(node, len(node.key) // step, at // step)
+
+    def add(self, parent: RadixNode[P], key: bytes, payload: P) -> RadixNode[P]:
+        """A new leaf under `parent`, whose children must not begin with the key's first block."""
+        first = key[: self.block_bytes]
+        assert key and len(key) % self.block_bytes == 0 and first not in parent.children
+        node = RadixNode(key, parent, payload)
+        parent.children[first] = node
+        return node
+
+    def split(self, node: RadixNode[P], num_blocks: int) -> RadixNode[P]:
+        """Cut an edge after `num_blocks`; returns the new upper node. `node` keeps the rest, and its
+        identity.
+        """
+        cut = num_blocks * self.block_bytes
+        parent = node.parent
+        assert parent is not None and 0 < cut < len(node.key)
+        above, below = self._split_payload(node.payload, num_blocks)
+        upper = RadixNode(node.key[:cut], parent, above)
+        parent.children[node.key[: self.block_bytes]] = upper
+        node.key, node.parent, node.payload = node.key[cut:], upper, below
+        upper.children[node.key[: self.block_bytes]] = node
+        return upper
+
+    def remove(self, leaf: RadixNode[P]) -> RadixNode[P]:
+        """Take a leaf out; returns its parent."""
+        parent = leaf.parent
+        assert parent is not None and not leaf.children
+        del parent.children[leaf.key[: self.block_bytes]]
+        leaf.parent = None
+        return parent
+
+    def __iter__(self) -> Iterator[RadixNode[P]]:
+        """Every node but the root, parents before children. For tests, snapshots and statistics."""
+        stack = list(self.root.children.values())
+        while stack:
+            node = stack.pop()
+            yield node
+            stack.extend(node.children.values())
+
+
+def _common_bytes(a: bytes, b: bytes) -> int:
+    """Length of the common prefix. Vectorised: a byte loop in Python costs 100 times more."""
+    size = min(len(a), len(b))
+    differ = np.frombuffer(a, np.uint8, size) != np.frombuffer(b, np.uint8, size)
+    at = int(differ.argmax())
+    return at if differ[at] else size
