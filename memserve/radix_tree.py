@@ -26,7 +26,7 @@ TOKEN_BYTES = 4
 
 
 class RadixNode(Generic[P]):
-    """One edge and what hangs below it. `key` are the edge's tokens; the root's is empty.
+    """One edge and what hangs below it. `key` are the edge's tokens; a root's is empty.
 
     A node keeps its identity as long as its *last* block stays in the tree: a split puts a new node above it.
     """
@@ -51,24 +51,42 @@ class Match(NamedTuple, Generic[P]):
 
 
 class RadixTree(Generic[P]):
-    """Token sequences under one root.
+    """Token sequences under one root a namespace; namespaces share nothing.
 
     Args:
         block_size: tokens a block.
-        root_payload: what the root owns (it has no tokens).
+        new_root: what the root of a new namespace owns (a root has no tokens).
         split: cuts a payload after n blocks into (upper, lower).
     """
 
-    def __init__(self, block_size: int, root_payload: P, split: Callable[[P, int], tuple[P, P]]) -> None:
+    def __init__(
+        self, block_size: int, new_root: Callable[[str], P], split: Callable[[P, int], tuple[P, P]]
+    ) -> None:
         assert block_size > 0
         self.block_bytes = block_size * TOKEN_BYTES
-        self.root: RadixNode[P] = RadixNode(b"", None, root_payload)
+        self._new_root = new_root
         self._split_payload = split
+        self._roots: dict[str, RadixNode[P]] = {}
 
-    def match(self, tokens: bytes) -> Match[P]:
-        """The longest prefix of `tokens` (whole blocks) in the tree. Changes nothing."""
+    def root(self, namespace: str) -> RadixNode[P]:
+        """The root of a namespace, made on first use; `drop_root` forgets it."""
+        root = self._roots.get(namespace)
+        if root is None:
+            root = self._roots[namespace] = RadixNode(b"", None, self._new_root(namespace))
+        return root
+
+    def drop_root(self, namespace: str) -> None:
+        """Forget a namespace in which nothing is left: salts come from clients, and must not pile up."""
+        assert not self._roots[namespace].children
+        del self._roots[namespace]
+
+    def match(self, node: RadixNode[P], tokens: bytes) -> Match[P]:
+        """The longest prefix of `tokens` (whole blocks) below `node`, mostly a root. Changes nothing.
+
+        With nothing found the match is `node` itself with 0 blocks.
+        """
         step = self.block_bytes
-        node, at, end = self.root, 0, len(tokens) - len(tokens) % step
+        start, at, end = node, 0, len(tokens) - len(tokens) % step
         while at < end:
             child = node.children.get(tokens[at : at + step])
             if child is None:
@@ -80,7 +98,7 @@ class RadixTree(Generic[P]):
                 continue
             num_bytes = _common_bytes(key, tokens[at:end]) // step * step
             return Match(child, num_bytes // step, (at + num_bytes) // step)
-        return Match(node, len(node.key) // step, at // step)
+        return Match(node, len(node.key) // step if node is not start else 0, at // step)
 
     def add(self, parent: RadixNode[P], key: bytes, payload: P) -> RadixNode[P]:
         """A new leaf under `parent`, whose children must not begin with the key's first block."""
@@ -113,8 +131,8 @@ class RadixTree(Generic[P]):
         return parent
 
     def __iter__(self) -> Iterator[RadixNode[P]]:
-        """Every node but the root, parents before children. For tests, snapshots and statistics."""
-        stack = list(self.root.children.values())
+        """Every node but the roots, parents before children. For tests, snapshots and statistics."""
+        stack = [child for root in self._roots.values() for child in root.children.values()]
         while stack:
             node = stack.pop()
             yield node

@@ -14,7 +14,7 @@ Payload = list[int]
 
 def make_tree(block_size: int) -> RadixTree[Payload]:
     """A tree whose payload is one number a block."""
-    return RadixTree(block_size, [], lambda payload, n: (payload[:n], payload[n:]))
+    return RadixTree(block_size, lambda namespace: [], lambda payload, n: (payload[:n], payload[n:]))
 
 
 def key_of(tokens: list[int]) -> bytes:
@@ -25,7 +25,7 @@ def insert(tree: RadixTree[Payload], tokens: list[int], numbers: list[int]) -> N
     """What an index does: match, split where the sequences part, add the rest."""
     key = key_of(tokens)
     key = key[: len(key) // tree.block_bytes * tree.block_bytes]
-    found = tree.match(key)
+    found = tree.match(tree.root(""), key)
     rest = key[found.num_blocks * tree.block_bytes :]
     if not rest:
         return
@@ -64,7 +64,7 @@ def test_match_equals_the_longest_common_prefix(block_size: int, data: st.DataOb
         known.append(tokens)
         assert_sound(tree)
     query = data.draw(sequences)
-    found = tree.match(key_of(query))
+    found = tree.match(tree.root(""), key_of(query))
     best = max((_common_blocks(query, tokens, block_size) for tokens in known), default=0)
     assert found.num_blocks == best
     expected = [hash(tuple(query[: (i + 1) * block_size])) for i in range(best)]
@@ -82,26 +82,38 @@ def _common_blocks(a: list[int], b: list[int], block_size: int) -> int:
 
 def test_a_split_keeps_the_lower_nodes_identity() -> None:
     tree = make_tree(1)
-    leaf = tree.add(tree.root, key_of([1, 2, 3, 4]), [10, 20, 30, 40])
+    leaf = tree.add(tree.root(""), key_of([1, 2, 3, 4]), [10, 20, 30, 40])
     upper = tree.split(leaf, 1)
     assert upper.payload == [10] and leaf.payload == [20, 30, 40]
-    assert leaf.parent is upper and upper.parent is tree.root
-    assert tree.match(key_of([1, 2, 3, 4])).node is leaf
+    assert leaf.parent is upper and upper.parent is tree.root("")
+    assert tree.match(tree.root(""), key_of([1, 2, 3, 4])).node is leaf
 
 
 def test_remove_gives_the_parent_and_forgets() -> None:
     tree = make_tree(2)
-    upper = tree.add(tree.root, key_of([1, 2]), [0])
+    upper = tree.add(tree.root(""), key_of([1, 2]), [0])
     leaf = tree.add(upper, key_of([3, 4]), [1])
     assert tree.remove(leaf) is upper
-    assert tree.match(key_of([1, 2, 3, 4])).num_blocks == 1
+    assert tree.match(tree.root(""), key_of([1, 2, 3, 4])).num_blocks == 1
     with pytest.raises(AssertionError):
-        tree.remove(tree.root)
+        tree.remove(tree.root(""))
 
 
 def test_a_partial_block_never_matches() -> None:
     tree = make_tree(4)
-    tree.add(tree.root, key_of([1, 2, 3, 4, 5, 6, 7, 8]), [0, 1])
-    assert tree.match(key_of([1, 2, 3])).num_blocks == 0
-    assert tree.match(key_of([1, 2, 3, 4, 5])).num_blocks == 1
-    assert tree.match(key_of([1, 2, 3, 4, 5, 6, 7, 9])).num_blocks == 1
+    tree.add(tree.root(""), key_of([1, 2, 3, 4, 5, 6, 7, 8]), [0, 1])
+    assert tree.match(tree.root(""), key_of([1, 2, 3])).num_blocks == 0
+    assert tree.match(tree.root(""), key_of([1, 2, 3, 4, 5])).num_blocks == 1
+    assert tree.match(tree.root(""), key_of([1, 2, 3, 4, 5, 6, 7, 9])).num_blocks == 1
+
+
+def test_namespaces_share_nothing_and_can_be_forgotten() -> None:
+    tree = make_tree(1)
+    leaf = tree.add(tree.root("a"), key_of([1, 2]), [0, 1])
+    assert tree.match(tree.root("b"), key_of([1, 2])).num_blocks == 0
+    tree.drop_root("b")
+    with pytest.raises(AssertionError):
+        tree.drop_root("a")
+    tree.remove(leaf)
+    tree.drop_root("a")
+    assert list(tree) == []
