@@ -1,7 +1,8 @@
-"""What the HTTP layer asks of the engine, and nothing more: the seam between `server.py` and everything below it.
+"""What the HTTP layer asks of the engine, and nothing more: the seam between `server.py` and everything below
+it.
 
-The server validates and tokenises; the engine admits, places, runs and streams. One `generate` is one sequence:
-a request with n choices or several prompts is several of them. The life of one:
+The server validates and tokenises; the engine admits, places, runs and streams. One `generate` is one
+sequence: a request with n choices or several prompts is several of them. The life of one:
 
     generate(request) ─► Delta ─► Delta ─► … ─► Delta(finish_reason) ─► end
            │
@@ -43,9 +44,9 @@ class Delta:
     """What is new of one sequence since the delta before: at least one token, or the end.
 
     `token_ids` include the stop token that ended the sequence (`finish_reason` STOP); hiding its text is the
-    server's part. `logprobs` runs parallel to `token_ids` and is None unless asked for. `prompt_logprobs` comes
-    once, with the first delta, one entry a prompt token (the first is None). `num_cached_tokens` is the number of
-    prompt tokens that did not have to be computed, the same in every delta.
+    server's part. `logprobs` runs parallel to `token_ids` and is None unless asked for. `prompt_logprobs`
+    comes once, with the first delta, one entry a prompt token (the first is None). `num_cached_tokens` is the
+    number of prompt tokens that did not have to be computed, the same in every delta.
     """
 
     token_ids: tuple[int, ...]

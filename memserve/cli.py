@@ -1,0 +1,203 @@
+"""The command line: parse → frozen config → call. Nothing else happens here.
+
+An option comes from the command line, else from the `--config` file (TOML, with the options' names as
+keys), else from the defaults in config.py. Bad values are usage errors (status 2); a server that cannot
+start says why in one line (status 1). Everything heavy is imported late, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import math
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+import msgspec
+
+from memserve import __version__
+from memserve.config import DeviceKind, DtypeName, LoadFormat, LogLevel, ServeConfig, WorkerOptions
+from memserve.errors import StartupError
+from memserve.sizes import parse_memory
+
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def main() -> None:
+    """Entry point of the command `memserve`. Does not return."""
+    cli(prog_name="memserve")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, message="memserve %(version)s")
+def cli() -> None:
+    """An OpenAI-compatible LLM server that joins context caching with disaggregated inference."""
+
+
+# --- values ------------------------------------------------------------------------------------------------
+
+
+def _memory(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    """A size or a fraction, which stays text."""
+    try:
+        if value is not None:
+            parse_memory(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+    return value
+
+
+def _devices(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    """GPU indices from "0,1"."""
+    if value is None:
+        return None
+    indices = [index.strip() for index in value.split(",")]
+    if not all(index.isdecimal() for index in indices):
+        raise click.BadParameter(f"{value!r} is not a list of GPU indices, such as 0,1")
+    return tuple(int(index) for index in indices)
+
+
+def _seconds(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
+    if value is not None and not (math.isfinite(value) and value > 0):
+        raise click.BadParameter("the number of seconds must be greater than 0")
+    return value
+
+
+def _read_config(context: click.Context, parameter: click.Parameter, path: Path | None) -> None:
+    """Make the file's values the defaults of the options, which click then checks like any other."""
+    if path is None:
+        return
+    try:
+        values = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise click.BadParameter(f"{path}: {error}") from error
+    known = {option.name for option in context.command.params if option.name and option is not parameter}
+    defaults = {}
+    for key, value in values.items():
+        name = key.replace("-", "_")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; is {near[0].replace('_', '-')} meant?" if near else ""
+            raise click.BadParameter(f"{path}: there is no option {key}{hint}")
+        defaults[name] = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    context.default_map = defaults
+
+
+# --- options: each names a field of ServeConfig or WorkerOptions, which holds its default -------------------
+
+
+def _option(name: str, help: str, **attributes: Any) -> Decorator:
+    """An option without a default of its own: None means that nobody gave it."""
+    for field in (*msgspec.structs.fields(ServeConfig), *msgspec.structs.fields(WorkerOptions)):
+        if field.name == name.removeprefix("--").replace("-", "_") and field.default is not None:
+            help += f" [default: {field.default}]"
+    attributes.setdefault("metavar", None if isinstance(attributes.get("type"), click.Choice) else "N")
+    return click.option(name, help=help, **attributes)
+
+
+def _at_least(least: int) -> click.IntRange:
+    return click.IntRange(min=least)
+
+
+def _worker_options(role: str | None) -> Decorator:
+    """The options of WorkerOptions: for all workers, or with a role's prefix for that role's."""
+    prefix, whose = ("--", "a worker") if role is None else (f"--{role}-", f"a {role} worker")
+    options = [
+        _option(
+            f"{prefix}devices",
+            f"GPUs of {whose}, in turn: 0,1 [default: all].",
+            metavar="LIST",
+            callback=_devices,
+        ),
+        _option(
+            f"{prefix}device-memory",
+            f"KV pool of {whose}: a size (2GiB) or a fraction of what is free (0.5).",
+            metavar="SIZE",
+            callback=_memory,
+        ),
+        _option(f"{prefix}max-batch-tokens", f"Most tokens in one step of {whose}.", type=_at_least(16)),
+        _option(f"{prefix}max-running", f"Most requests that {whose} runs at once.", type=_at_least(1)),
+        _option(f"{prefix}threads", f"CPU threads of {whose} [default: an even share].", type=_at_least(1)),
+    ]
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+COUNT = click.IntRange(1, 64)
+
+
+@cli.command()
+@_option("--model", "Folder, or name on the Hugging Face hub [default: a bundled model].", metavar="MODEL")
+@_option("--revision", "Branch, tag or commit on the hub.", metavar="NAME")
+@_option("--tokenizer", "Folder, file or hub name of another tokenizer.", metavar="MODEL")
+@_option("--chat-template", "Jinja file instead of the model's chat template.", metavar="FILE")
+@_option("--load-format", "dummy: random weights.", type=click.Choice(get_args(LoadFormat)))
+@_option("--served-model-name", "Name in the API [default: the model's].", metavar="NAME")
+@_option("--prefill", "Number of prefill workers [default: 1, or half the GPUs].", type=COUNT)
+@_option("--decode", "Number of decode workers [default: 1, or half the GPUs].", type=COUNT)
+@_option("--colocated", "Number of workers that do both, instead of those.", type=COUNT)
+@_option("--device", "Where the workers run.", type=click.Choice(get_args(DeviceKind)))
+@_option("--dtype", "auto: bfloat16 if the hardware has it.", type=click.Choice(get_args(DtypeName)))
+@_option("--block-size", "Tokens in a block of KV.", type=click.IntRange(1, 256))
+@_option("--max-model-len", "Most tokens of prompt and answer [default: what fits].", type=_at_least(2))
+@_option("--seed", "Of dummy weights.", type=click.IntRange(0, 2**63 - 1))
+@_worker_options(None)
+@_worker_options("prefill")
+@_worker_options("decode")
+@_option("--host", "Address to listen on.", metavar="ADDRESS")
+@_option("--port", "Port to listen on; 0 for any.", type=click.IntRange(0, 65535))
+@_option("--max-waiting", "Requests that may queue before 429 is answered.", type=_at_least(1))
+@_option("--drain-timeout-s", "How long running requests may finish.", type=float, callback=_seconds)
+@_option("--request-timeout-s", "Longest life of one request.", type=float, callback=_seconds)
+@_option("--ping-deadline-s", "Silence that costs a worker its life.", type=float, callback=_seconds)
+@_option("--log-level", "Least level that is logged.", type=click.Choice(get_args(LogLevel)))
+@click.option(
+    "--config",
+    help="TOML file with any of these options; the command line wins.",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    callback=_read_config,
+    is_eager=True,
+    expose_value=False,
+)
+def serve(**options: Any) -> None:
+    """Serve a model over an OpenAI-compatible HTTP API."""
+    config = serve_config({name: value for name, value in options.items() if value is not None})
+    logging.basicConfig(level=config.log_level.upper(), format=LOG_FORMAT)
+    try:
+        from memserve.router.placement import check_roles
+
+        check_roles(config)
+        from memserve.router.app import run
+
+        status = run(config)
+    except StartupError as error:
+        click.echo(f"memserve: {' '.join(str(error).split())}", err=True)
+        status = 1
+    sys.exit(status)
+
+
+# --- options → config --------------------------------------------------------------------------------------
+
+
+def serve_config(options: dict[str, Any]) -> ServeConfig:
+    """The config of the options that were given, by their names with underscores."""
+    names = WorkerOptions.__struct_fields__
+    worker = WorkerOptions(**{name: options.pop(name) for name in names if name in options})
+
+    def of_role(role: str) -> WorkerOptions | None:
+        own = {name: options.pop(f"{role}_{name}") for name in names if f"{role}_{name}" in options}
+        return msgspec.structs.replace(worker, **own) if own else None
+
+    prefill_worker, decode_worker = of_role("prefill"), of_role("decode")
+    return ServeConfig(**options, worker=worker, prefill_worker=prefill_worker, decode_worker=decode_worker)

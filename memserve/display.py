@@ -1,0 +1,196 @@
+"""What the terminal shows: how the start-up goes, how to use the server, what it does every few seconds.
+
+On a terminal the workers' start-up is drawn with progress bars (rich); elsewhere everything is plain log
+lines. The texts are made by pure functions of configs and snapshots; `Display` only writes them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from memserve.config import ServeConfig, WorkerConfig
+from memserve.model_config import KVGeometry
+from memserve.router.engine_api import EngineStatus
+from memserve.sizes import format_bytes
+
+logger = logging.getLogger(__name__)
+
+# Progress is logged each time it has got on by this much.
+LOGGED_FRACTION = 0.25
+
+
+class Display:
+    """The terminal's view of one run: `starting` → `ready` → `status` now and then → `close`."""
+
+    def __init__(
+        self,
+        serve: ServeConfig,
+        plan: Sequence[WorkerConfig],
+        model_name: str,
+        *,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._serve = serve
+        self._plan = plan
+        self._model_name = model_name
+        self._console = console if console is not None else Console(stderr=True)
+        self._clock = clock
+        self._progress: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._logged: dict[tuple[str, str], float] = {}
+        self._meter = TokenMeter()
+
+    @contextlib.contextmanager
+    def starting(self) -> Iterator[None]:
+        """Show the workers' start-up while the body runs."""
+        for line in describe_plan(self._plan, self._model_name):
+            logger.info("%s", line)
+        if not self._console.is_terminal:
+            yield
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+        )
+        with Progress(*columns, console=self._console, transient=True) as progress:
+            self._progress = progress
+            self._tasks = {
+                config.instance: progress.add_task(f"{config.instance} starting", total=None)
+                for config in self._plan
+            }
+            try:
+                yield
+            finally:
+                self._progress = None
+
+    def on_progress(self, instance: str, stage: str, fraction: float) -> None:
+        """An instance got on with its start-up (also of a replacement, later: that is logged)."""
+        if self._progress is not None:
+            description = f"{instance} {stage}"
+            self._progress.update(
+                self._tasks[instance], description=description, total=1.0, completed=fraction
+            )
+            return
+        last = self._logged.get((instance, stage), -1.0)
+        if fraction < last or fraction >= last + LOGGED_FRACTION or fraction >= 1.0 > last:
+            self._logged[instance, stage] = fraction
+            logger.info("%s: %s %.0f %%", instance, stage, 100 * fraction)
+
+    def ready(self, port: int) -> None:
+        """The server takes requests on `port`."""
+        url = base_url(self._serve.host, port)
+        if self._console.is_terminal:
+            self._console.print(f"\n[bold green]memserve is ready[/] on [link={url}]{url}[/link]\n")
+            self._console.print(
+                curl_example(url, self._model_name), markup=False, highlight=False, soft_wrap=True
+            )
+            self._console.print()
+        else:
+            logger.info("ready: %s on %s", self._model_name, url)
+
+    def status(self, status: EngineStatus) -> None:
+        """Log what the server does, if it does anything. Call it at even intervals."""
+        rates = self._meter.rates(status, self._clock())
+        if status.num_running or status.num_waiting:
+            logger.info("%s", describe_status(status, rates))
+
+    def close(self) -> None:
+        """The last call. The cursor is shown again, whatever happened."""
+        if self._console.is_terminal:
+            self._console.show_cursor()
+
+
+# --- texts -------------------------------------------------------------------------------------------------
+
+
+def describe_plan(plan: Sequence[WorkerConfig], model_name: str) -> list[str]:
+    """One line for the model, one for each worker."""
+    first = plan[0]
+    lines = [f"{model_name}: {first.dtype}, up to {first.max_model_len} tokens a request"]
+    for config in plan:
+        lines.append(f"{config.instance}: {config.device}, {_threads(config)}, {_capacity(config)}")
+    return lines
+
+
+def _threads(config: WorkerConfig) -> str:
+    threads = f"{config.threads} thread{'s' * (config.threads > 1)}"
+    return f"{threads} on core{'s' * (len(config.cpus) > 1)} {_ranges(config.cpus)}" if config.cpus else threads
+
+
+def _ranges(cpus: Sequence[int]) -> str:
+    """Sorted, with runs drawn together: (0, 1, 2, 5) is "0-2,5"."""
+    runs: list[list[int]] = []
+    for cpu in sorted(cpus):
+        if runs and cpu == runs[-1][-1] + 1:
+            runs[-1].append(cpu)
+        else:
+            runs.append([cpu])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _capacity(config: WorkerConfig) -> str:
+    if config.num_blocks is None:
+        return f"KV pool of {config.device_memory_fraction:.0%} of the memory that its weights leave"
+    geometry = KVGeometry.of(config.model, config.block_size, config.dtype)
+    size = format_bytes(config.num_blocks * geometry.block_bytes)
+    return f"KV of {config.num_blocks * config.block_size} tokens ({size})"
+
+
+def base_url(host: str, port: int) -> str:
+    """Where this machine reaches the server; an address that means "all" is reached by the local one."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def curl_example(url: str, model_name: str) -> str:
+    """A command to try the server with."""
+    body = {"model": model_name, "prompt": "Once upon a time", "max_tokens": 32, "stream": True}
+    quoted = json.dumps(body).replace("'", "'\\''")
+    return f"curl -N {url}/v1/completions -H 'content-type: application/json' \\\n  -d '{quoted}'"
+
+
+def describe_status(status: EngineStatus, rates: tuple[float, float]) -> str:
+    """One line; `rates` are prompt and drawn tokens a second."""
+    loads = [instance.load for instance in status.instances]
+    free = sum(load.num_free_blocks for load in loads)
+    all_blocks = free + sum(load.num_active_blocks + load.num_historical_blocks for load in loads)
+    prompt, drawn = rates
+    return (
+        f"{status.num_running} running, {status.num_waiting} waiting; {prompt:.0f} prompt tokens/s, "
+        f"{drawn:.0f} drawn tokens/s; {free} of {all_blocks} blocks free"
+    )
+
+
+class TokenMeter:
+    """Tokens a second, from counters that start again with every life of a worker."""
+
+    def __init__(self) -> None:
+        self._counts: dict[tuple[str, int], tuple[int, int]] = {}
+        self._at: float | None = None
+
+    def rates(self, status: EngineStatus, now: float) -> tuple[float, float]:
+        """Prompt and drawn tokens a second since the last call; zeros at the first."""
+        counts = {
+            (instance.instance, instance.incarnation): (
+                instance.load.num_prefill_tokens,
+                instance.load.num_decode_tokens,
+            )
+            for instance in status.instances
+        }
+        before, elapsed_s = self._counts, None if self._at is None else now - self._at
+        self._counts, self._at = counts, now
+        if not elapsed_s:
+            return 0.0, 0.0
+        prompt = sum(count[0] - before.get(life, (0, 0))[0] for life, count in counts.items())
+        drawn = sum(count[1] - before.get(life, (0, 0))[1] for life, count in counts.items())
+        return prompt / elapsed_s, drawn / elapsed_s

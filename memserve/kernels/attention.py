@@ -1,0 +1,93 @@
+"""Paged attention in plain torch: queries against keys and values in the arena, as an `AttentionPlan` says.
+
+On a CPU it is built on torch's flash kernel, which returns the logsumexp by which two parts of one softmax
+are joined. Any other device takes `scaled_dot_product_attention`. Query heads that share a key head are
+folded into the query length of a decode, which has no causal order to lose.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from memserve.kernels.attention_plan import AttentionPlan, Chunk, DecodeGroup
+from memserve.kernels.kv_cache import block_rows
+
+_flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def paged_attention(
+    q: Tensor, new: Tensor, kv: Tensor, layer: int, plan: AttentionPlan, scale: float
+) -> Tensor:
+    """Attention of one layer.
+
+    Args:
+        q: [R, num_heads, head_dim] rotated queries.
+        new: [T, 2, num_kv_heads, head_dim] the step's own keys and values; already stored in `kv`.
+        kv: the arena.
+        layer: which layer of it.
+        plan: covers each of the R rows once.
+        scale: factor of the scores.
+
+    Returns:
+        [R, num_heads * head_dim], owned by the caller.
+    """
+    num_rows, num_heads, head_dim = q.shape
+    if len(plan.decodes) == 1 and not plan.chunks and isinstance(plan.decodes[0].rows, slice):
+        return _decode(q, kv, layer, plan.decodes[0], scale).reshape(num_rows, num_heads * head_dim)
+    if len(plan.chunks) == 1 and not plan.decodes:
+        return _chunk(q, new, kv, layer, plan.chunks[0], scale).reshape(num_rows, num_heads * head_dim)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    for group in plan.decodes:
+        out[group.rows] = _decode(q[group.rows], kv, layer, group, scale).reshape(-1, num_heads, head_dim)
+    for chunk in plan.chunks:
+        out[chunk.queries] = _chunk(q[chunk.queries], new, kv, layer, chunk, scale)
+    return out.view(num_rows, num_heads * head_dim)
+
+
+def _decode(q: Tensor, kv: Tensor, layer: int, group: DecodeGroup, scale: float) -> Tensor:
+    """[B, num_heads, head_dim] → [B, num_kv_heads, group, head_dim]."""
+    _, _, _, kv_heads, block_size, head_dim = kv.shape
+    batch, num_heads = group.batch, q.shape[1]
+    gathered = block_rows(kv, layer).index_select(0, group.block_rows)
+    k, v = gathered.view(2, batch, kv_heads, group.num_blocks * block_size, head_dim)
+    folded = q.view(batch, kv_heads, num_heads // kv_heads, head_dim)
+    return _attend(folded, k, v, group.mask, scale)
+
+
+def _chunk(q: Tensor, new: Tensor, kv: Tensor, layer: int, chunk: Chunk, scale: float) -> Tensor:
+    """[N, num_heads, head_dim] → the same shape."""
+    _, _, _, kv_heads, block_size, head_dim = kv.shape
+    queries = q.transpose(0, 1)[None]
+    stored: tuple[Tensor, Tensor] | None = None
+    if chunk.block_rows is not None:
+        gathered = block_rows(kv, layer).index_select(0, chunk.block_rows)
+        k, v = gathered.view(2, 1, kv_heads, chunk.num_blocks * block_size, head_dim)[
+            ..., chunk.skip : chunk.skip + chunk.num_keys, :
+        ]
+        stored = (k, v)
+    if chunk.mask is not None:
+        assert stored is not None
+        groups = q.shape[1] // kv_heads
+        k, v = (part.repeat_interleave(groups, dim=1) if groups > 1 else part for part in stored)
+        return _attend(queries, k, v, chunk.mask, scale)[0].transpose(0, 1)
+
+    own = new[chunk.new].permute(1, 2, 0, 3)[:, None]
+    out, lse = _flash_cpu(queries, own[0], own[1], 0.0, True, scale=scale)
+    if stored is not None:
+        before, before_lse = _flash_cpu(queries, stored[0], stored[1], 0.0, False, scale=scale)
+        # softmax over both parts = each part's softmax weighted by its share of exp(scores).
+        share = torch.sigmoid(lse - before_lse).unsqueeze(-1)
+        out = torch.lerp(before.float(), out.float(), share).to(q.dtype)
+    return out[0].transpose(0, 1)  # type: ignore[no-any-return]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    if q.device.type == "cpu":
+        if mask is not None and mask.dtype == torch.bool:
+            mask = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
+        if mask is not None:
+            mask = mask.expand(q.shape[0], 1, q.shape[2], k.shape[2])
+        return _flash_cpu(q, k, v, 0.0, False, attn_mask=mask, scale=scale)[0]  # type: ignore[no-any-return]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)

@@ -1,0 +1,346 @@
+"""From logits to tokens: penalties, temperature, truncation, one draw a row, and log-probabilities.
+
+The order is that of vLLM: raw log-probabilities are what the model said; then logit_bias, min_tokens,
+repetition, presence and frequency penalty; then temperature, min_p, top_k, top_p; then the draw.
+
+The draw of a row depends on its logits, its parameters and (seed, position) alone: the uniform number comes
+from a counter-based hash, and the token is the inverse of the cumulative distribution in vocabulary order.
+So the same request draws the same tokens alone, in any batch, on any worker and in a replay (DESIGN
+"Failure"). There is no generator state to keep or move. Plain torch, on any device; nothing loops over the
+vocabulary in Python.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from memserve.messages import SamplingParams, TokenLogprobs
+
+# Below this, dividing by the temperature would only lose digits: greedy, as in vLLM.
+GREEDY_BELOW = 1e-5
+
+# Reductions over the vocabulary go by blocks of this many: a sum or maximum of blocks is vectorised on a
+# CPU, a cumulative sum or argmax is not, and is then needed only over the blocks and within one of them (5x
+# at V = 128k).
+_BLOCK = 64
+
+# Elements of logits whose log-softmax is held at once (64 MB).
+_LOGPROBS_ELEMENTS = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingRow:
+    """What is known of the sequence behind one row of logits.
+
+    `position` is the absolute position of the token to be drawn. `prompt_ids` and `output_ids` are its
+    past, which penalties look at; ids that the logits have no column for are ignored.
+    """
+
+    params: SamplingParams
+    position: int
+    prompt_ids: NDArray[np.int32]
+    output_ids: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """One token a row, and its log-probabilities where asked for.
+
+    `bad_rows`: rows without a distribution to draw from (a NaN or +inf among the logits, or nothing
+    finite); their token is -1, and the others are not affected.
+    """
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs | None]
+    bad_rows: list[int] = field(default_factory=list)
+
+
+def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> Sampled:
+    """Draw one token for each row of `logits`, float32 [R, V] on any device; `logits` is left as it is."""
+    num_rows, vocab_size = logits.shape
+    assert len(rows) == num_rows and logits.dtype == torch.float32
+    if num_rows == 0:
+        return Sampled([], [])
+    edited = _edit(logits, rows)
+    best, greedy_ids = _argmax(edited)
+    token_ids = greedy_ids
+    random = [i for i, row in enumerate(rows) if row.params.temperature >= GREEDY_BELOW]
+    if random:
+        drawn = _draw(edited if len(random) == num_rows else edited[random], [rows[i] for i in random])
+        token_ids = greedy_ids.index_copy(0, torch.tensor(random, device=logits.device), drawn)
+    ids, finite = torch.stack((token_ids, torch.isfinite(best).long())).tolist()
+    bad_rows = [i for i in range(num_rows) if not finite[i]]
+    for i in bad_rows:
+        ids[i] = -1
+
+    logprobs: list[TokenLogprobs | None] = [None] * num_rows
+    asked = [i for i, row in enumerate(rows) if row.params.logprobs is not None and finite[i]]
+    if asked:
+        raw = logits if len(asked) == num_rows else logits[asked]
+        sizes = [rows[i].params.logprobs or 0 for i in asked]
+        for i, found in zip(asked, _logprobs(raw, [ids[i] for i in asked], sizes), strict=True):
+            logprobs[i] = found
+    return Sampled(ids, logprobs, bad_rows)
+
+
+def token_logprobs(logits: Tensor, targets: Tensor, k: int) -> list[TokenLogprobs]:
+    """Log-probability and rank of `targets` [T] and the `k` best tokens, under each row of `logits` [T, V].
+
+    For prompt_logprobs: row t are the logits at the position before target t. Nothing is adjusted.
+    """
+    assert logits.shape[0] == len(targets)
+    return _logprobs(logits, targets.tolist(), [k] * len(targets))
+
+
+def uniform(seeds: Iterable[int], positions: Iterable[int]) -> NDArray[np.float64]:
+    """The number in [0, 1) of each (seed, position): two rounds of splitmix64, of which the top 53 bits."""
+    state = np.array([seed & 0xFFFFFFFFFFFFFFFF for seed in seeds], dtype=np.uint64)
+    counter = np.fromiter(positions, dtype=np.uint64, count=len(state)) + np.uint64(1)
+    bits = _mix(_mix(state + _GOLDEN) + counter * _GOLDEN)
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(bits: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finaliser of splitmix64 (Steele, Lea and Flood 2014); arithmetic modulo 2^64."""
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return bits ^ (bits >> np.uint64(31))
+
+
+# --- what the parameters do to the logits ------------------------------------------------------------------
+
+
+class _Entries:
+    """Entries (row, id, value) of a [R, V] tensor, collected row by row for one scatter."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._flat: list[NDArray[np.int64]] = []
+        self._values: list[NDArray[np.float32]] = []
+
+    def add(self, row: int, ids: NDArray[np.int64], values: NDArray[np.float32] | float) -> None:
+        known = (ids >= 0) & (ids < self._vocab_size)
+        self._flat.append(ids[known] + row * self._vocab_size)
+        self._values.append(np.broadcast_to(np.asarray(values, dtype=np.float32), ids.shape)[known])
+
+    def __bool__(self) -> bool:
+        return bool(self._flat)
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Indices into the flattened tensor, int64, and the values, float32."""
+        flat, values = np.concatenate(self._flat), np.concatenate(self._values)
+        return torch.from_numpy(flat).to(device), torch.from_numpy(values).to(device)
+
+
+def _edit(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """Logits after bias, min_tokens and penalties; `logits` itself if nothing of the kind is asked for."""
+    vocab_size = logits.shape[1]
+    bias, masked = _Entries(vocab_size), _Entries(vocab_size)
+    repetition, presence = _Entries(vocab_size), _Entries(vocab_size)
+    for i, row in enumerate(rows):
+        params = row.params
+        if params.logit_bias:
+            biased, amounts = zip(*params.logit_bias, strict=True)
+            bias.add(i, np.array(biased, dtype=np.int64), np.array(amounts, dtype=np.float32))
+        if len(row.output_ids) < params.min_tokens and params.stop_token_ids:
+            masked.add(i, np.array(params.stop_token_ids, dtype=np.int64), -np.inf)
+        if params.repetition_penalty != 1.0:
+            seen = np.concatenate((row.prompt_ids, row.output_ids)).astype(np.int64)
+            repetition.add(i, seen, params.repetition_penalty)
+        if (params.presence_penalty or params.frequency_penalty) and len(row.output_ids):
+            ids, counts = np.unique(np.asarray(row.output_ids, dtype=np.int64), return_counts=True)
+            presence.add(i, ids, -(params.presence_penalty + params.frequency_penalty * counts))
+    if not (bias or masked or repetition or presence):
+        return logits
+
+    edited = logits.clone(memory_format=torch.contiguous_format)
+    flat_logits = edited.view(-1)
+    if bias:
+        flat, values = bias.on(logits.device)
+        flat_logits.index_add_(0, flat, values)  # an id given twice counts twice
+    if masked:
+        flat, values = masked.on(logits.device)
+        flat_logits[flat] = values
+    if repetition:
+        flat, values = repetition.on(logits.device)
+        old = flat_logits[flat]  # a token seen twice is written twice, with the same value
+        flat_logits[flat] = torch.where(old > 0, old / values, old * values)
+    if presence:
+        flat, values = presence.on(logits.device)
+        flat_logits.index_add_(0, flat, values)
+    return edited
+
+
+# --- the draw ----------------------------------------------------------------------------------------------
+
+
+def _draw(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """int64 [R]: a token for each row, all of them random."""
+    device, params = logits.device, [row.params for row in rows]
+    temperatures = [p.temperature for p in params]
+    if any(temperature != 1.0 for temperature in temperatures):
+        logits = logits / torch.tensor(temperatures, device=device).unsqueeze(1)
+    probs = torch.softmax(logits, dim=-1)
+    uniforms = torch.from_numpy(uniform((p.seed for p in params), (row.position for row in rows))).to(device)
+
+    vocab_size = logits.shape[1]
+    truncated = [i for i, p in enumerate(params) if p.top_p < 1 or 0 < p.top_k < vocab_size or p.min_p > 0]
+    if not truncated:
+        return _invert(probs, uniforms)
+    if len(truncated) == len(rows):
+        return _draw_truncated(probs, uniforms, params)
+    chosen = torch.tensor(truncated, device=device)
+    drawn = _invert(probs, uniforms)
+    few = _draw_truncated(probs[chosen], uniforms[chosen], [params[i] for i in truncated])
+    return drawn.index_copy(0, chosen, few)
+
+
+def _draw_truncated(probs: Tensor, uniforms: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """`_invert` on what min_p, top_k and top_p leave of `probs` [R, V].
+
+    Each row gets a floor that cuts exactly what min_p and top_k do (all that equal the k-th largest stay).
+    Without them it is (1 - top_p) / V: tokens below it add up to less than 1 - top_p, so none is in the
+    nucleus. Only what is left, the candidates, is ever sorted.
+    """
+    device, vocab_size = probs.device, probs.shape[1]
+    top_k = [min(p.top_k, vocab_size) for p in params]
+    floor = probs.amax(dim=1) * torch.tensor([p.min_p for p in params], device=device)
+    if max(top_k) > 0:
+        floor = torch.maximum(floor, _kth_largest(probs, torch.tensor(top_k, device=device)))
+    is_cut = torch.tensor([k > 0 or p.min_p > 0 for k, p in zip(top_k, params, strict=True)], device=device)
+    top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device)
+    harmless = (1 - top_p) * (0.99 / vocab_size)  # 0.99: rounding may not cost the nucleus a member
+    weights, ids = _candidates(probs, torch.where(is_cut, floor, harmless.float()))
+    if any(p.top_p < 1 for p in params):
+        weights = _keep_nucleus(weights, top_p, is_cut)
+    return ids.gather(1, _invert(weights, uniforms).unsqueeze(1)).squeeze(1)
+
+
+def _kth_largest(probs: Tensor, k: Tensor) -> Tensor:
+    """The k-th largest [R] of each row of `probs` [R, V], 0 where k is not positive."""
+    largest_k = int(k.max())
+    blocks = _blocks(probs, 0.0)
+    if largest_k < blocks.shape[1]:  # the k largest are in the k blocks of largest maximum
+        best = blocks.amax(dim=2).topk(largest_k, dim=1, sorted=False).indices
+        probs = blocks.gather(1, best.unsqueeze(2).expand(-1, -1, _BLOCK)).flatten(1)
+    largest = probs.topk(largest_k, dim=1).values
+    kth = largest.gather(1, (k - 1).clamp(min=0).unsqueeze(1)).squeeze(1)
+    return torch.where(k > 0, kth, 0.0)
+
+
+def _candidates(probs: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
+    """What is positive and at least `floor` [R] in `probs` [R, V]: weights and ids, both [R, C].
+
+    Each row's are to the left, in vocabulary order; C is the most that any has, and the rest weighs 0.
+    """
+    device, num_rows = probs.device, len(probs)
+    blocks = _blocks(probs, 0.0)
+    row_of_block, block_of = (blocks.amax(dim=2) >= floor.unsqueeze(1)).nonzero(as_tuple=True)
+    inside = blocks[row_of_block, block_of]
+    found, offset = ((inside >= floor[row_of_block].unsqueeze(1)) & (inside > 0)).nonzero(as_tuple=True)
+    row = row_of_block[found]
+    counts = torch.bincount(row, minlength=num_rows)
+    column = torch.arange(len(row), device=device) - (counts.cumsum(0) - counts)[row]
+    width = max(1, int(counts.max()))
+    weights = probs.new_zeros(num_rows, width)
+    ids = torch.zeros(num_rows, width, dtype=torch.int64, device=device)
+    weights[row, column] = inside[found, offset]
+    ids[row, column] = block_of[found] * _BLOCK + offset
+    return weights, ids
+
+
+def _keep_nucleus(weights: Tensor, top_p: Tensor, is_cut: Tensor) -> Tensor:
+    """`weights` [R, C] without those outside each row's smallest set that adds up to `top_p` [R], at least
+    one.
+
+    Of the whole, that is: of what is left of rows that were cut, else of 1. Of equal weights at the edge,
+    those of the lowest ids stay.
+    """
+    # numpy's sort of values alone is vectorised; torch's, which makes indices too, takes many times as long.
+    if weights.device.type == "cpu":
+        descending = torch.from_numpy(-np.sort(-weights.numpy(), axis=1))
+    else:
+        descending = weights.sort(dim=1, descending=True).values
+    sums = descending.cumsum(dim=1, dtype=torch.float64)
+    mass = torch.where(top_p < 1, top_p * torch.where(is_cut, sums[:, -1], 1.0), torch.inf)
+    is_kept = (sums - descending < mass.unsqueeze(1)) & (descending > 0)
+    num_kept = is_kept.sum(dim=1, keepdim=True).clamp(min=1)
+    edge = descending.gather(1, num_kept - 1)
+    at_edge = weights == edge
+    num_at_edge = num_kept - (weights > edge).sum(dim=1, keepdim=True)
+    return weights * ((weights > edge) | (at_edge & (at_edge.cumsum(dim=1) <= num_at_edge)))
+
+
+def _invert(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """int64 [R]: the first column of `weights` [R, N] whose cumulative sum exceeds `uniforms` [R] of the
+    whole.
+
+    That column's weight is positive. A row of NaN or of nothing gives some column.
+    """
+    blocks = _blocks(weights, 0.0)
+    ends = blocks.sum(dim=2).cumsum(dim=1, dtype=torch.float64)
+    block = _first_above(ends, uniforms * ends[:, -1])
+    before = functional.pad(ends, (1, 0)).gather(1, block).squeeze(1)
+    inner = blocks.gather(1, block.unsqueeze(2).expand(-1, -1, _BLOCK)).squeeze(1)
+    column = _first_above(inner.cumsum(dim=1, dtype=torch.float64), uniforms * ends[:, -1] - before)
+    return (block * _BLOCK + column).squeeze(1).clamp(max=weights.shape[1] - 1)
+
+
+def _first_above(ends: Tensor, targets: Tensor) -> Tensor:
+    """int64 [R, 1]: the first column of the ascending `ends` [R, N] above `targets` [R].
+
+    There is one: a target that rounding has lifted to the last end is lowered below it.
+    """
+    below_end = torch.nextafter(ends[:, -1], ends.new_zeros(()))
+    targets = torch.minimum(targets, below_end).clamp(min=0).unsqueeze(1)
+    return torch.searchsorted(ends, targets, right=True).clamp(max=ends.shape[1] - 1)
+
+
+def _argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Maximum [R] of each row and the lowest id [R] that has it; NaN where there is one."""
+    blocks = _blocks(logits, -torch.inf)
+    maxima = blocks.amax(dim=2)
+    block = maxima.argmax(dim=1, keepdim=True)
+    inner = blocks.gather(1, block.unsqueeze(2).expand(-1, -1, _BLOCK)).squeeze(1)
+    column = inner.argmax(dim=1, keepdim=True)
+    return inner.gather(1, column).squeeze(1), (block * _BLOCK + column).squeeze(1)
+
+
+def _blocks(values: Tensor, fill: float) -> Tensor:
+    """[R, V] as [R, ceil(V / _BLOCK), _BLOCK], the last block filled up."""
+    missing = -values.shape[1] % _BLOCK
+    if missing:
+        values = functional.pad(values, (0, missing), value=fill)
+    return values.reshape(len(values), -1, _BLOCK)
+
+
+# --- log-probabilities
+# ---------------------------------------------------------------------------------------
+
+
+def _logprobs(logits: Tensor, targets: Sequence[int], sizes: Sequence[int]) -> list[TokenLogprobs]:
+    """For each row its target's log-probability and rank (1 = best), and its `size` best tokens."""
+    found: list[TokenLogprobs] = []
+    step = max(1, _LOGPROBS_ELEMENTS // logits.shape[1])
+    for start in range(0, len(targets), step):
+        part = torch.log_softmax(logits[start : start + step].float(), dim=-1)
+        ids = torch.tensor(targets[start : start + step], device=logits.device).unsqueeze(1)
+        own = part.gather(1, ids)
+        ranks = (part > own).sum(dim=1) + 1
+        part_sizes = sizes[start : start + step]
+        best, best_ids = part.topk(min(max(part_sizes), part.shape[1]), dim=1)
+        columns = (own.squeeze(1).tolist(), ranks.tolist(), best.tolist(), best_ids.tolist(), part_sizes)
+        for logprob, rank, values, tokens, size in zip(*columns, strict=True):
+            top = sorted(zip(tokens[:size], values[:size], strict=True), key=lambda pair: (-pair[1], pair[0]))
+            found.append(TokenLogprobs(logprob=logprob, rank=rank, top=tuple(top)))
+    return found

@@ -1,0 +1,204 @@
+"""Pulls between processes of one machine: a memory copy out of a peer's mapped arena, in a thread of its own.
+
+    begin ─► queued ─► copying ─► result            the thread takes pulls in the order in which they began
+                └─────────┴─ cancel ─► result       a queued one ends at once, the copying one after its piece
+
+The source takes no part and may stall, restart or die meanwhile: its memory stays mapped, and its
+generations tell whether what was copied is what was asked for. The queue is bounded; what does not fit
+fails at once and is recomputed.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from queue import SimpleQueue
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memserve.messages import BlockRefs
+from memserve.pool.allocator import BlockIds
+from memserve.pool.arena import PeerArena
+from memserve.pool.transports.base import FailedPull, Pull, PullResult
+
+logger = logging.getLogger(__name__)
+
+Bytes = NDArray[np.uint8]
+Copy = Callable[[Bytes, Bytes], int]
+
+MAX_QUEUED_PULLS = 1024
+_PIECE_BYTES = 4 << 20  # copied between two looks at `cancel`: under a millisecond
+
+
+def copy_bytes(destination: Bytes, source: Bytes) -> int:
+    """Copy `source` over `destination` (same shape, both contiguous), the GIL free; returns the bytes."""
+    np.copyto(destination, source)
+    return source.nbytes
+
+
+class ShmTransfer:
+    """A `Transfer` between mapped arenas.
+
+    Args:
+        blocks: our arena, uint8 [num_blocks, block_bytes]; only blocks named in `begin` are written.
+        wake: called after each pull's end, mostly from the transfer thread, until `close` returns; must not
+            block (write an eventfd there, on which the loop waits).
+        copy: copies bytes and says how many; tests inject faults here.
+        max_queued: pulls that may wait behind the one being copied.
+    """
+
+    def __init__(
+        self,
+        blocks: Bytes,
+        wake: Callable[[], None],
+        *,
+        copy: Copy = copy_bytes,
+        max_queued: int = MAX_QUEUED_PULLS,
+    ) -> None:
+        self._blocks = blocks
+        self._wake = wake
+        self._copy = copy
+        self._max_queued = max_queued
+        self._peers: dict[str, PeerArena] = {}
+        self._queue: SimpleQueue[_ShmPull | None] = SimpleQueue()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="memserve-pull", daemon=True)
+        self._thread.start()
+
+    def add_peer(self, peer: PeerArena) -> None:
+        """Pull from this arena from now on; pulls under way keep the one they began with."""
+        assert peer.blocks.shape[1] == self._blocks.shape[1], "block sizes differ"
+        self._peers[peer.instance] = peer
+
+    def remove_peer(self, instance: str) -> None:
+        """Forget an arena; it is unmapped when the last pull from it has ended. Unknown names are ignored."""
+        self._peers.pop(instance, None)
+
+    def begin(self, refs: BlockRefs, into: BlockIds) -> Pull:
+        """See `Transfer.begin`. `refs` came over a socket, so it is checked; `into` is ours and trusted.
+
+        The incarnation is not compared: a replacement inherits the table, whose generations never fall, so an
+        address of the life before is good as long as its block was not allocated anew.
+        """
+        assert len(into) == len(refs.blocks)
+        if self._closing.is_set():
+            return self._refuse("the pool is closed")
+        peer = self._peers.get(refs.instance)
+        if peer is None:
+            return self._refuse(f"unknown peer {refs.instance}")
+        if self._queue.qsize() >= self._max_queued:
+            return self._refuse(f"{self._max_queued} pulls are waiting already")
+        try:
+            pull = _ShmPull(peer, refs, into)
+        except (ValueError, OverflowError) as error:
+            return self._refuse(f"bad addresses at {refs.instance}: {error}")
+        self._queue.put(pull)
+        return pull
+
+    def close(self) -> None:
+        """See `Transfer.close`. The peers are forgotten."""
+        self._closing.set()
+        self._queue.put(None)
+        self._thread.join()
+        self._peers.clear()
+
+    def _refuse(self, failure: str) -> Pull:
+        self._wake()
+        return FailedPull(failure)
+
+    def _run(self) -> None:
+        while (pull := self._queue.get()) is not None:
+            if self._closing.is_set():
+                pull.cancel()
+            if pull.start():
+                try:
+                    pull.run(self._blocks, self._copy, self._closing)
+                except Exception as error:  # whatever a copy can raise, the request behind it must go on
+                    logger.exception("pull from %s failed", pull.source.instance)
+                    pull.end(0, 0, f"copy failed: {error}")
+            self._wake()
+            del pull  # holds the peer's mapping, which may have been removed meanwhile
+
+
+class _ShmPull:
+    """One pull: `start`, `run` and `end` are the transfer thread's, `poll` and `cancel` the loop's."""
+
+    def __init__(self, source: PeerArena, refs: BlockRefs, into: BlockIds) -> None:
+        self.source = source
+        self._from = np.array(refs.blocks, dtype=np.int64)
+        self._generations = np.array(refs.generations, dtype=np.uint64)
+        self._into = into
+        if self._from.shape != self._generations.shape:
+            raise ValueError(f"{len(self._from)} blocks with {len(self._generations)} generations")
+        if len(self._from) and not 0 <= self._from.min() <= self._from.max() < len(source.generations):
+            raise ValueError(f"no such block among {len(source.generations)}")
+        self._began_s = time.monotonic()
+        self._lock = threading.Lock()
+        self._started = False
+        self._cancelled = False
+        self._result: PullResult | None = None
+
+    def poll(self) -> PullResult | None:
+        return self._result
+
+    def cancel(self) -> None:
+        with self._lock:
+            self._cancelled = True
+            if not self._started and self._result is None:
+                self.end(0, 0, "cancelled")
+
+    def start(self) -> bool:
+        """Whether it was not cancelled before; if so, from now on only `run` and `end` end it."""
+        with self._lock:
+            self._started = self._result is None
+        return self._started
+
+    def run(self, blocks: Bytes, copy: Copy, closing: threading.Event) -> None:
+        """Check, copy, check again: the reader of a seqlock, whose writer bumps, then writes.
+
+        Between the owner's bump and its first write lies a step of its model, so that no processor's
+        reordering of loads (some microseconds at the worst) can make the second check miss the bump.
+        """
+        num_wanted = len(self._from)
+        failure: str | None = None
+        num_fresh = self._num_unchanged(num_wanted)
+        if num_fresh < num_wanted:
+            failure = f"{num_wanted - num_fresh} of {num_wanted} blocks were gone before the copy"
+        num_copied = num_bytes = 0
+        for start, end in self._runs(num_fresh, max(1, _PIECE_BYTES // blocks.shape[1])):
+            if self._cancelled or closing.is_set():
+                failure = "cancelled"
+                break
+            source = self.source.blocks[self._from[start] : self._from[start] + end - start]
+            destination = blocks[self._into[start] : self._into[start] + end - start]
+            num_piece_bytes = copy(destination, source)
+            num_bytes += num_piece_bytes
+            num_copied = start + num_piece_bytes // blocks.shape[1]
+            if num_copied < end:
+                failure = f"the copy stopped after {num_bytes} bytes"
+                break
+        num_verified = self._num_unchanged(num_copied)
+        if num_verified < num_copied and failure != "cancelled":
+            failure = f"{num_wanted - num_verified} of {num_wanted} blocks were gone after the copy"
+        self.end(num_verified, num_bytes, failure)
+
+    def end(self, num_blocks: int, num_bytes: int, failure: str | None) -> None:
+        elapsed_ms = (time.monotonic() - self._began_s) * 1e3
+        self._result = PullResult(num_blocks, num_bytes, elapsed_ms, failure)
+
+    def _num_unchanged(self, num_blocks: int) -> int:
+        """Of the first `num_blocks`, those before the first whose generation is not the one asked for."""
+        changed = self.source.generations[self._from[:num_blocks]] != self._generations[:num_blocks]
+        return int(changed.argmax()) if changed.any() else num_blocks
+
+    def _runs(self, num_blocks: int, max_blocks: int) -> Iterator[tuple[int, int]]:
+        """Ranges [start, end) of at most `max_blocks` positions, consecutive both at the source and here."""
+        jumps = (np.diff(self._from[:num_blocks]) != 1) | (np.diff(self._into[:num_blocks]) != 1)
+        start = 0
+        for stop in (*(np.flatnonzero(jumps) + 1).tolist(), num_blocks):
+            for piece in range(start, stop, max_blocks):
+                yield piece, min(piece + max_blocks, stop)
+            start = stop

@@ -1,0 +1,172 @@
+"""The two endpoints' formats: a job's choices as one JSON answer, or as the events of a stream.
+
+chat         role chunk a choice, then deltas, then a chunk with the finish_reason
+completions  deltas, then a chunk with the finish_reason
+both         on demand a chunk with the usage, at last `data: [DONE]`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import msgspec
+
+from memserve.router.choices import Choice, ChoiceUpdate, TokenEntry
+from memserve.router.openai import (
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatDelta,
+    ChatMessage,
+    ChatObject,
+    CompletionChoice,
+    CompletionObject,
+    PromptTokensDetails,
+    Usage,
+    chat_logprobs,
+    legacy_logprobs,
+    to_json,
+)
+from memserve.router.tokenizer import Tokenizer
+
+DONE = b"data: [DONE]\n\n"
+
+UsageField = Usage | None | msgspec.UnsetType
+
+
+def usage_of(choices: Sequence[Choice]) -> Usage:
+    """A prompt counts once however many choices it has; what was cached of it is what its first found."""
+    firsts = {choice.plan.prompt_index: choice for choice in reversed(choices)}.values()
+    prompt_tokens = sum(len(choice.plan.prompt.token_ids) for choice in firsts)
+    completion_tokens = sum(choice.num_completion_tokens for choice in choices)
+    return Usage(
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        total_tokens=prompt_tokens + completion_tokens,
+        prompt_tokens_details=PromptTokensDetails(sum(choice.num_cached_tokens for choice in firsts)),
+    )
+
+
+def event(chunk: msgspec.Struct) -> bytes:
+    """One server-sent event."""
+    return b"data: " + to_json(chunk) + b"\n\n"
+
+
+class Collected:
+    """A choice's updates joined, for an answer in one piece."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.entries: list[TokenEntry] | None = None
+        self.finish_reason: str | None = None
+
+    def add(self, update: ChoiceUpdate) -> None:
+        """Takes the next update of the choice."""
+        self.text += update.text
+        if update.entries is not None:
+            self.entries = [*(self.entries or ()), *update.entries]
+        self.finish_reason = update.finish_reason
+
+
+class Format(Protocol):
+    """How an endpoint writes its answers."""
+
+    def whole(self, collected: Sequence[Collected], usage: Usage) -> bytes:
+        """The answer in one piece; `collected` in the order of index."""
+        ...
+
+    def opening(self, num_choices: int, usage: UsageField) -> Iterator[msgspec.Struct]:
+        """Chunks before any token."""
+        ...
+
+    def chunks(self, update: ChoiceUpdate, usage: UsageField) -> Iterator[msgspec.Struct]:
+        """What an update becomes: its text if there is any, its end if it has come."""
+        ...
+
+    def usage_chunk(self, usage: Usage) -> msgspec.Struct:
+        """The chunk without choices that ends a stream with include_usage."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionFormat:
+    """/v1/completions."""
+
+    id: str
+    created: int
+    model: str
+    tokenizer: Tokenizer
+
+    def whole(self, collected: Sequence[Collected], usage: Usage) -> bytes:
+        """See Format."""
+        choices = []
+        for index, choice in enumerate(collected):
+            logprobs = (
+                None if choice.entries is None else legacy_logprobs(tuple(choice.entries), self.tokenizer)
+            )
+            choices.append(CompletionChoice(index, choice.text, logprobs, choice.finish_reason))
+        return to_json(self._object(choices, usage))
+
+    def opening(self, num_choices: int, usage: UsageField) -> Iterator[msgspec.Struct]:
+        """See Format."""
+        return iter(())
+
+    def chunks(self, update: ChoiceUpdate, usage: UsageField) -> Iterator[msgspec.Struct]:
+        """See Format."""
+        if update.text or update.entries:
+            logprobs = legacy_logprobs(update.entries, self.tokenizer) if update.entries else None
+            yield self._object([CompletionChoice(update.index, update.text, logprobs, None)], usage)
+        if update.finish_reason is not None:
+            yield self._object([CompletionChoice(update.index, "", None, update.finish_reason)], usage)
+
+    def usage_chunk(self, usage: Usage) -> msgspec.Struct:
+        """See Format."""
+        return self._object([], usage)
+
+    def _object(self, choices: list[CompletionChoice], usage: UsageField) -> CompletionObject:
+        return CompletionObject(self.id, "text_completion", self.created, self.model, choices, usage)
+
+
+@dataclass(frozen=True, slots=True)
+class ChatFormat:
+    """/v1/chat/completions."""
+
+    id: str
+    created: int
+    model: str
+    tokenizer: Tokenizer
+
+    def whole(self, collected: Sequence[Collected], usage: Usage) -> bytes:
+        """See Format."""
+        choices = []
+        for index, choice in enumerate(collected):
+            logprobs = (
+                None if choice.entries is None else chat_logprobs(tuple(choice.entries), self.tokenizer)
+            )
+            message = ChatMessage("assistant", choice.text)
+            choices.append(ChatChoice(index, message, logprobs, choice.finish_reason))
+        return to_json(ChatObject(self.id, "chat.completion", self.created, self.model, choices, usage))
+
+    def opening(self, num_choices: int, usage: UsageField) -> Iterator[msgspec.Struct]:
+        """See Format."""
+        for index in range(num_choices):
+            yield self._chunk([ChatChunkChoice(index, ChatDelta("assistant", ""), None, None)], usage)
+
+    def chunks(self, update: ChoiceUpdate, usage: UsageField) -> Iterator[msgspec.Struct]:
+        """See Format."""
+        if update.text or update.entries:
+            logprobs = chat_logprobs(update.entries, self.tokenizer) if update.entries else None
+            delta = ChatDelta(content=update.text)
+            yield self._chunk([ChatChunkChoice(update.index, delta, logprobs, None)], usage)
+        if update.finish_reason is not None:
+            finish = ChatChunkChoice(update.index, ChatDelta(), None, update.finish_reason)
+            yield self._chunk([finish], usage)
+
+    def usage_chunk(self, usage: Usage) -> msgspec.Struct:
+        """See Format."""
+        return self._chunk([], usage)
+
+    def _chunk(self, choices: list[ChatChunkChoice], usage: UsageField) -> ChatChunk:
+        return ChatChunk(self.id, "chat.completion.chunk", self.created, self.model, choices, usage)

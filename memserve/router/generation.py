@@ -1,0 +1,87 @@
+"""Runs a job's sequences and merges what they give into one stream of updates.
+
+A job of one choice is iterated directly: the engine already joins what a slow reader has not taken. Several
+run as one task each, which push into their `Choice`; whoever reads the merged stream takes all that has
+gathered. If one fails the others are cancelled; if the reader leaves (closes the generator, is cancelled),
+all are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+
+from memserve.errors import EngineError
+from memserve.router.choices import Choice, ChoiceUpdate
+from memserve.router.engine_api import Engine
+from memserve.router.metrics import RequestTimer
+
+Updates = list[ChoiceUpdate]
+
+
+async def run_choices(
+    engine: Engine, choices: Sequence[Choice], timer: RequestTimer
+) -> AsyncGenerator[Updates, None]:
+    """Non-empty lists of updates, each choice's in order, until every choice has told its finish_reason.
+
+    Raises what the engine raises. The caller closes it (`contextlib.aclosing`).
+    """
+    stream = _run_one(engine, choices[0], timer) if len(choices) == 1 else _run_many(engine, choices, timer)
+    async with aclosing(stream):
+        async for updates in stream:
+            yield updates
+
+
+async def _drive(engine: Engine, choice: Choice, timer: RequestTimer) -> AsyncGenerator[None, None]:
+    """Pushes a sequence's deltas into `choice`, yielding after each, until the choice is complete."""
+    async with aclosing(engine.generate(choice.plan.request)) as deltas:
+        async for delta in deltas:
+            timer.on_tokens(choice.plan.index, len(delta.token_ids))
+            choice.push(delta)
+            yield
+            if choice.finish_reason is not None:
+                return
+    raise EngineError(f"sequence {choice.plan.request.request_id} ended without a reason")
+
+
+async def _run_one(engine: Engine, choice: Choice, timer: RequestTimer) -> AsyncGenerator[Updates, None]:
+    async with aclosing(_drive(engine, choice, timer)) as pushes:
+        async for _ in pushes:
+            update = choice.take()
+            if update is not None:
+                yield [update]
+
+
+async def _run_many(
+    engine: Engine, choices: Sequence[Choice], timer: RequestTimer
+) -> AsyncGenerator[Updates, None]:
+    changed = asyncio.Event()
+    dirty: dict[int, Choice] = {}  # by index: pushed to since the last round
+
+    async def pump(choice: Choice) -> None:
+        async with aclosing(_drive(engine, choice, timer)) as pushes:
+            async for _ in pushes:
+                dirty[choice.plan.index] = choice
+                changed.set()
+
+    tasks = [asyncio.create_task(pump(choice)) for choice in choices]
+    for task in tasks:
+        task.add_done_callback(lambda _: changed.set())
+    try:
+        while True:
+            await changed.wait()
+            changed.clear()
+            done = [task for task in tasks if task.done()]
+            for task in done:
+                task.result()  # raises what ended it
+            updates = [update for choice in dirty.values() if (update := choice.take()) is not None]
+            dirty.clear()
+            if updates:
+                yield updates
+            if len(done) == len(tasks):
+                return
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

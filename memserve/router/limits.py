@@ -1,0 +1,20 @@
+"""Bounds on what one HTTP request may ask for, checked before any work is done for it (SECURITY: unbounded n,
+prompt lists, bodies). Those that are no matter of choice stand as constraints in `schemas.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class HttpLimits:
+    """Counts, bytes and seconds. `body_timeout_s` bounds the reading of a request's body, `write_timeout_s`
+    one write to a client that does not read; both end in a closed connection.
+    """
+
+    max_body_bytes: int = 16 << 20
+    max_prompts: int = 256
+    max_sequences: int = 512
+    body_timeout_s: float = 60.0
+    write_timeout_s: float = 120.0

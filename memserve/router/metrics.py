@@ -1,0 +1,183 @@
+"""Prometheus metrics: what HTTP requests went through here, and the engine's status, read when it is asked
+for.
+
+Label values come from a fixed set (routes, instance names, states), never from a request, so the number of
+series is bounded. One `Metrics` belongs to one application; there is no global registry.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from memserve.router.engine_api import Engine, InstanceState
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+_TTFT_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_ITL_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+_DURATION_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+
+
+class Metrics:
+    """The registry of one application."""
+
+    def __init__(self, engine: Engine, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._registry = CollectorRegistry()
+        self._registry.register(_EngineCollector(engine))
+        self._requests = Counter(
+            "memserve_http_requests",
+            "HTTP requests answered",
+            ["endpoint", "status"],
+            registry=self._registry,
+        )
+        self._prompt_tokens = Counter(
+            "memserve_prompt_tokens", "Prompt tokens of finished requests", registry=self._registry
+        )
+        self._cached_tokens = Counter(
+            "memserve_cached_prompt_tokens", "Prompt tokens that were not computed", registry=self._registry
+        )
+        self._completion_tokens = Counter(
+            "memserve_completion_tokens", "Tokens generated", registry=self._registry
+        )
+        self._ttft = Histogram(
+            "memserve_time_to_first_token_seconds",
+            "From the validated request to its first token",
+            buckets=_TTFT_S,
+            registry=self._registry,
+        )
+        self._itl = Histogram(
+            "memserve_inter_token_latency_seconds",
+            "Between two tokens of a sequence",
+            buckets=_ITL_S,
+            registry=self._registry,
+        )
+        self._duration = Histogram(
+            "memserve_request_duration_seconds",
+            "From the validated request to its last token",
+            buckets=_DURATION_S,
+            registry=self._registry,
+        )
+
+    def on_response(self, endpoint: str, status: int) -> None:
+        """An HTTP request was answered; `endpoint` is a route's path, not the client's."""
+        self._requests.labels(endpoint, str(status)).inc()
+
+    def start_request(self) -> RequestTimer:
+        """The clock of a job that starts now."""
+        return RequestTimer(self._clock, self._ttft, self._itl)
+
+    def on_finished(
+        self, timer: RequestTimer, *, prompt_tokens: int, cached_tokens: int, completion_tokens: int
+    ) -> None:
+        """A job ran to its end."""
+        self._prompt_tokens.inc(prompt_tokens)
+        self._cached_tokens.inc(cached_tokens)
+        self._completion_tokens.inc(completion_tokens)
+        self._duration.observe(timer.elapsed_s())
+
+    def render(self) -> bytes:
+        """Everything in Prometheus' text format (`CONTENT_TYPE`)."""
+        return generate_latest(self._registry)
+
+
+class RequestTimer:
+    """Times of one job's tokens, by choice."""
+
+    def __init__(self, clock: Callable[[], float], ttft: Histogram, itl: Histogram) -> None:
+        self._clock = clock
+        self._ttft = ttft
+        self._itl = itl
+        self._started = clock()
+        self._last: dict[int, float] = {}
+
+    def on_tokens(self, index: int, num_tokens: int) -> None:
+        """So many tokens of choice `index` arrived together."""
+        if not num_tokens:
+            return
+        now = self._clock()
+        last = self._last.get(index)
+        self._last[index] = now
+        if last is None:
+            self._ttft.observe(now - self._started)
+            last, num_tokens = now, num_tokens - 1
+        for _ in range(num_tokens):
+            self._itl.observe((now - last) / num_tokens)
+
+    def elapsed_s(self) -> float:
+        """Since the job started."""
+        return self._clock() - self._started
+
+
+class _EngineCollector(Collector):
+    """Turns `Engine.status()` into metrics at each scrape."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def describe(self) -> Iterator[Metric]:
+        """Nothing to be checked for duplicates: the names below are this file's own."""
+        return iter(())
+
+    def collect(self) -> Iterator[Metric]:
+        status = self._engine.status()
+        requests = GaugeMetricFamily("memserve_requests", "Requests in the router", labels=["state"])
+        requests.add_metric(["waiting"], status.num_waiting)
+        requests.add_metric(["running"], status.num_running)
+        yield requests
+        for name, text, value in (
+            ("memserve_pulls", "KV transfers from one instance to another", status.pulls_total),
+            (
+                "memserve_pull_failures",
+                "Transfers that failed and were recomputed",
+                status.pull_failures_total,
+            ),
+            ("memserve_pulled_bytes", "Bytes of KV transferred", status.pulled_bytes_total),
+            ("memserve_replays", "Requests dispatched again after a failure", status.replays_total),
+            ("memserve_restarts", "Instances started again", status.restarts_total),
+        ):
+            yield CounterMetricFamily(name, text, value=value)
+        yield from self._collect_instances()
+
+    def _collect_instances(self) -> Iterator[Metric]:
+        one = ["instance"]
+        up = GaugeMetricFamily("memserve_instance_up", "1 when ready", labels=["instance", "role"])
+        running = GaugeMetricFamily(
+            "memserve_instance_requests", "Requests at an instance", labels=["instance", "state"]
+        )
+        blocks = GaugeMetricFamily(
+            "memserve_blocks", "KV blocks of an instance's pool", labels=["instance", "state"]
+        )
+        offers = GaugeMetricFamily(
+            "memserve_offers", "Prefilled requests whose KV waits to be pulled", labels=one
+        )
+        oldest = GaugeMetricFamily("memserve_oldest_offer_seconds", "Age of the oldest of them", labels=one)
+        preemptions = CounterMetricFamily(
+            "memserve_preemptions", "Requests set back for want of blocks", labels=one
+        )
+        steps = CounterMetricFamily("memserve_steps", "Forward passes", labels=one)
+        tokens = CounterMetricFamily(
+            "memserve_computed_tokens", "Tokens computed", labels=["instance", "phase"]
+        )
+        for row in self._engine.status().instances:
+            name, load = row.instance, row.load
+            up.add_metric([name, row.role.value], float(row.state is InstanceState.READY))
+            running.add_metric([name, "waiting"], load.num_waiting)
+            running.add_metric([name, "running"], load.num_running)
+            running.add_metric([name, "pulling"], load.num_pulling)
+            blocks.add_metric([name, "free"], load.num_free_blocks)
+            blocks.add_metric([name, "active"], load.num_active_blocks)
+            blocks.add_metric([name, "historical"], load.num_historical_blocks)
+            offers.add_metric([name], load.num_offers)
+            oldest.add_metric([name], load.oldest_offer_s)
+            preemptions.add_metric([name], load.num_preemptions)
+            steps.add_metric([name], load.num_steps)
+            tokens.add_metric([name, "prefill"], load.num_prefill_tokens)
+            tokens.add_metric([name, "decode"], load.num_decode_tokens)
+        yield from (up, running, blocks, offers, oldest, preemptions, steps, tokens)

@@ -1,0 +1,144 @@
+"""The prompt of a request, as token ids: from text, from ids, or from messages through the chat template.
+
+The length of a text in characters is checked before anything is tokenised or rendered; long texts and all
+templates are then dealt with in a thread, so that no prompt holds up the streams of others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memserve.errors import RequestError
+from memserve.router.schemas import ChatBody, Message
+from memserve.router.served_model import ServedModel
+
+# Encoding so many characters takes about as long as going to a thread and back.
+_INLINE_CHARS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What a sequence starts from; `text` as the client sent it, None where ids were sent."""
+
+    token_ids: NDArray[np.int32]
+    text: str | None = None
+
+
+def completion_sources(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
+    """The prompts of a completion: a text, ids, or a list of either is one, one, or several."""
+    if isinstance(prompt, str):
+        return [prompt]
+    ids = [item for item in prompt if isinstance(item, int)]
+    if len(ids) < len(prompt) and ids:
+        raise RequestError("a list of prompts must not hold bare token ids", param="prompt")
+    if ids:
+        return [ids]
+    if not prompt:
+        raise RequestError("prompt is an empty list", param="prompt")
+    return [item for item in prompt if not isinstance(item, int)]
+
+
+async def read_prompt(source: str | list[int], add_special_tokens: bool, model: ServedModel) -> Prompt:
+    if isinstance(source, str):
+        _check_num_chars(source, model, "prompt")
+        if len(source) <= _INLINE_CHARS:
+            token_ids = model.tokenizer.encode(source, add_special_tokens=add_special_tokens)
+        else:
+            token_ids = await asyncio.to_thread(
+                model.tokenizer.encode, source, add_special_tokens=add_special_tokens
+            )
+        prompt = Prompt(token_ids, source)
+    else:
+        prompt = Prompt(np.asarray(source, dtype=np.int32))
+    return _checked(prompt, model, "prompt")
+
+
+async def render_chat(body: ChatBody, model: ServedModel) -> Prompt:
+    template = model.chat_template
+    if template is None:
+        raise RequestError("this model has no chat template, so it only serves /v1/completions")
+    messages = [_template_message(message) for message in body.messages]
+    for message in messages:
+        _check_num_chars(message["content"], model, "messages")
+    max_chars = model.tokenizer.max_chars(model.max_model_len)
+
+    def render() -> tuple[str, NDArray[np.int32]]:
+        text = template.render(
+            messages,
+            max_chars=max_chars,
+            add_generation_prompt=body.add_generation_prompt is not False,
+            variables=body.chat_template_kwargs,
+        )
+        _check_num_chars(text, model, "messages")
+        # The template writes bos itself where the model wants it.
+        return text, model.tokenizer.encode(text, add_special_tokens=bool(body.add_special_tokens))
+
+    text, token_ids = await asyncio.to_thread(render)
+    return _checked(Prompt(token_ids, text), model, "messages")
+
+
+def _template_message(message: Message) -> dict[str, str]:
+    """A message as templates know it: content as one text (parts joined by line breaks, as in vLLM)."""
+    if message.tool_calls or message.function_call:
+        raise RequestError("tool calls in messages are not supported", param="messages")
+    if isinstance(message.content, list):
+        texts = []
+        for part in message.content:
+            if part.type != "text" or part.text is None:
+                raise RequestError(
+                    f"content of type {part.type!r} is not supported, only 'text'", param="messages"
+                )
+            texts.append(part.text)
+        content = "\n".join(texts)
+    else:
+        content = message.content or ""
+    # OpenAI's newer word for system, which most templates do not know.
+    role = "system" if message.role == "developer" else message.role
+    fields = {"role": role, "content": content}
+    for name in ("name", "tool_call_id", "reasoning_content"):
+        value = getattr(message, name)
+        if value is not None:
+            fields[name] = value
+    return fields
+
+
+def _check_num_chars(text: str, model: ServedModel, param: str) -> None:
+    if len(text) > model.tokenizer.max_chars(model.max_model_len):
+        raise _too_long(f"the {param} alone have {len(text)} characters", model, param)
+
+
+def _checked(prompt: Prompt, model: ServedModel, param: str) -> Prompt:
+    if not len(prompt.token_ids):
+        raise RequestError(f"the {param} must have at least one token", param=param)
+    check_length(len(prompt.token_ids), 0, model, param)
+    check_token_id(int(prompt.token_ids.max()), model, param)
+    return prompt
+
+
+def check_length(num_tokens: int, max_tokens: int, model: ServedModel, param: str) -> None:
+    """`max_tokens` is what the client asked for by name, 0 if nothing."""
+    if num_tokens + max_tokens <= model.max_model_len:
+        return
+    asked = f"{num_tokens} tokens in the {param}"
+    if max_tokens:
+        asked = f"{num_tokens + max_tokens} tokens ({asked}, {max_tokens} for the answer)"
+    raise _too_long(f"{asked} were asked for", model, param)
+
+
+def _too_long(problem: str, model: ServedModel, param: str) -> RequestError:
+    return RequestError(
+        f"this model's maximum context length is {model.max_model_len} tokens, but {problem}",
+        code="context_length_exceeded",
+        param=param,
+    )
+
+
+def check_token_id(token_id: int, model: ServedModel, param: str) -> None:
+    if token_id >= model.vocab_size:
+        raise RequestError(
+            f"token id {token_id} is not in the vocabulary (0 to {model.vocab_size - 1})", param=param
+        )

@@ -1,0 +1,27 @@
+"""What the HTTP layer knows of the model that is served."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from memserve.model_config import DefaultSampling
+from memserve.router.chat_template import ChatTemplate
+from memserve.router.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """One model under one name. `chat_template` is None where the model has none: chat requests are refused.
+
+    `created` is a Unix time, for /v1/models. `eos_token_ids` end a sequence unless the client says
+    ignore_eos.
+    """
+
+    name: str
+    created: int
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
+    default_sampling: DefaultSampling

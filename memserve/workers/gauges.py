@@ -1,0 +1,79 @@
+"""What a worker is doing, in numbers: counted by the loop, read by the loop and by the heartbeat's thread.
+
+Every number is one attribute, written by the loop alone, so that a reader on another thread sees each of
+them whole, if not all of the same instant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from memserve.messages import Heartbeat, Load
+from memserve.pool.mempool import PoolStats
+from memserve.workers.budget import StepTally
+from memserve.workers.handoff import OfferBook
+from memserve.workers.scheduler import Scheduler
+
+
+class HasStats(Protocol):
+    """What the gauges need of a `MemPool`."""
+
+    def stats(self) -> PoolStats: ...
+
+
+class Gauges:
+    """Counters of the steps, beside the queues and the pool they report on."""
+
+    def __init__(
+        self, scheduler: Scheduler, offers: OfferBook, pool: HasStats, clock: Callable[[], float]
+    ) -> None:
+        self._scheduler = scheduler
+        self._offers = offers
+        self._pool = pool
+        self._clock = clock
+        self._step_began_at: float | None = None
+        self._num_steps = 0
+        self._num_prefill_tokens = 0
+        self._num_decode_tokens = 0
+
+    def begin_step(self) -> None:
+        """A step is about to be computed."""
+        self._step_began_at = self._clock()
+
+    def count_step(self, tally: StepTally) -> float:
+        """The step was computed: how long it took, in ms."""
+        assert self._step_began_at is not None
+        step_ms = (self._clock() - self._step_began_at) * 1e3
+        self._num_steps += 1
+        self._num_prefill_tokens += tally.num_chunk_tokens
+        self._num_decode_tokens += tally.num_tokens - tally.num_chunk_tokens
+        return step_ms
+
+    def end_step(self) -> None:
+        """Nothing is being computed."""
+        self._step_began_at = None
+
+    def heartbeat(self) -> Heartbeat:
+        """The state now; from any thread."""
+        began_at = self._step_began_at
+        in_step_s = 0.0 if began_at is None else self._clock() - began_at
+        return Heartbeat(num_steps=self._num_steps, in_step_s=in_step_s, load=self.load())
+
+    def load(self) -> Load:
+        """The load now; from any thread."""
+        scheduler, oldest_at, stats = self._scheduler, self._offers.oldest_at, self._pool.stats()
+        return Load(
+            num_waiting=len(scheduler.waiting),
+            num_running=len(scheduler.running),
+            num_pulling=len(scheduler.pulling),
+            num_offers=len(self._offers),
+            oldest_offer_s=0.0 if oldest_at is None else self._clock() - oldest_at,
+            num_free_blocks=stats.free,
+            num_active_blocks=stats.active,
+            num_historical_blocks=stats.historical,
+            num_preemptions=scheduler.num_preemptions,
+            num_steps=self._num_steps,
+            num_prefill_tokens=self._num_prefill_tokens,
+            num_decode_tokens=self._num_decode_tokens,
+        )

@@ -1,0 +1,203 @@
+"""Which requests take part in the next step, and with how many tokens. Pure: no clock, tensors or sockets.
+
+Every step takes all decodes, one token each, then fills what the budget leaves with chunks of prefills,
+in order of arrival. Blocks:
+
+- A waiting request is admitted when there are blocks for all the tokens it has, and one for each running
+  request to grow by; it gets them at once, so that only a decode that crosses a block boundary can find
+  the pool empty.
+- Then the youngest running request is preempted: its blocks are freed, it waits again at its place of
+  arrival and is recomputed. The oldest running request is never preempted for another, so there is always
+  progress.
+- Pulling and offered requests keep their blocks: a copy may be reading or writing them. If those alone
+  stand in the way, the request waits: pulls end by themselves, offers by the router's Release.
+- A request that does not fit the whole pool is refused.
+
+Owner of the blocks of WAITING (none), RUNNING and PULLING requests; a pull cancelled in flight and an
+offer take theirs over (`handoff`).
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memserve.workers.budget import StepTally
+from memserve.workers.request import Request, RequestState
+from memserve.workers.steps import Chunk, Refusal, StepPlan
+
+# Prompt logprobs need logits of every row: [chunk, vocab] float32 is 128 MiB at 256 rows of a 128k
+# vocabulary.
+MAX_LOGPROBS_CHUNK = 256
+
+
+class BlockSource(Protocol):
+    """What the scheduler needs of a `MemPool`."""
+
+    @property
+    def num_blocks(self) -> int: ...
+    @property
+    def num_free(self) -> int: ...
+    def alloc_mem(self, num_blocks: int, /) -> NDArray[np.int64] | None: ...
+    def free_mem(self, block_ids: NDArray[np.int64], /) -> None: ...
+
+
+def _arrival(request: Request) -> int:
+    return request.arrival
+
+
+class Scheduler:
+    """Queues of the requests that are not finished or offered; each list is in order of arrival."""
+
+    def __init__(self, pool: BlockSource, block_size: int, max_running: int) -> None:
+        self._pool = pool
+        self._block_size = block_size
+        self._max_running = max_running
+        self.waiting: list[Request] = []
+        self.running: list[Request] = []
+        self.pulling: list[Request] = []
+        self.num_preemptions = 0
+
+    # --- transitions ---
+
+    def add(self, request: Request) -> None:
+        """A new request waits for its turn."""
+        assert request.state is RequestState.WAITING and request.num_blocks == 0
+        insort(self.waiting, request, key=_arrival)
+
+    def pulled(self, request: Request, num_tokens: int) -> None:
+        """PULLING → RUNNING: the KV of the first `num_tokens` tokens is there, the rest is to be computed."""
+        self.pulling.remove(request)
+        request.offer = None
+        request.num_computed_tokens = min(num_tokens, request.num_tokens - 1)
+        request.state = RequestState.RUNNING
+        insort(self.running, request, key=_arrival)
+
+    def adopt(self, request: Request, block_ids: NDArray[np.int64]) -> None:
+        """WAITING → RUNNING of a new request, with blocks that hold the KV of all its tokens but the last."""
+        assert request.state is RequestState.WAITING and request.num_blocks == 0
+        request.add_blocks(block_ids)
+        request.num_computed_tokens = request.num_tokens - 1
+        request.state = RequestState.RUNNING
+        insort(self.running, request, key=_arrival)
+
+    def offer(self, request: Request) -> None:
+        """RUNNING → OFFERED: the request leaves, and whoever keeps the offer owns its blocks."""
+        self.running.remove(request)
+        request.state = RequestState.OFFERED
+
+    def finish(self, request: Request) -> None:
+        """WAITING or RUNNING → FINISHED: its blocks are free."""
+        if request.state is RequestState.RUNNING:
+            self.running.remove(request)
+            self._pool.free_mem(request.take_blocks())
+        else:
+            assert request.state is RequestState.WAITING
+            self.waiting.remove(request)
+        request.state = RequestState.FINISHED
+
+    def abandon_pull(self, request: Request) -> None:
+        """PULLING → FINISHED: the caller frees the blocks when the copy into them has stopped."""
+        self.pulling.remove(request)
+        request.state = RequestState.FINISHED
+
+    # --- planning ---
+
+    def schedule(self, tally: StepTally) -> StepPlan:
+        """Fill `tally` with the next step. Takes and frees blocks; the caller then runs the plan's chunks."""
+        plan = StepPlan()
+        prefilling = self._plan_decodes(plan, tally)
+        if prefilling:
+            self._plan_chunks(prefilling, plan, tally)
+        if self.waiting:
+            self._admit(plan, tally)
+        return plan
+
+    def _plan_decodes(self, plan: StepPlan, tally: StepTally) -> list[Request]:
+        """Plan every request with one token to compute; return the others, whose prefill goes on."""
+        prefilling: list[Request] = []
+        block_size = self._block_size
+        chunks = plan.chunks
+        for request in tuple(self.running):
+            if request.state is not RequestState.RUNNING:
+                continue  # preempted by an older one just now
+            num_computed = request.num_computed_tokens
+            if request.num_tokens - num_computed > 1:
+                prefilling.append(request)
+            elif request.num_tokens <= request.num_blocks * block_size or self._grow(request, plan):
+                chunks.append(Chunk(request, 1))
+                tally.add_decode(num_computed)
+        # The youngest may have been preempted after it was put in the list.
+        return [request for request in prefilling if request.state is RequestState.RUNNING]
+
+    def _grow(self, request: Request, plan: StepPlan) -> bool:
+        """Give a decode its next block, preempting from the youngest down. False = it sits this step out."""
+        if request.num_blocks == self._pool.num_blocks:
+            self.finish(request)
+            plan.refused.append(Refusal(request, self._too_long(request)))
+            return False
+        while (block_ids := self._pool.alloc_mem(1)) is None:
+            youngest = self.running[-1]
+            if youngest is request:
+                if len(self.running) > 1:
+                    self._preempt(request)
+                return False  # alone: pulls and offers hold the rest, and will end
+            self._preempt(youngest)
+        request.add_blocks(block_ids)
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        self.running.remove(request)
+        self._pool.free_mem(request.take_blocks())
+        request.restart()
+        request.state = RequestState.WAITING
+        insort(self.waiting, request, key=_arrival)
+        self.num_preemptions += 1
+
+    def _plan_chunks(self, requests: Sequence[Request], plan: StepPlan, tally: StepTally) -> bool:
+        """Plan a chunk of each request while the budget lasts. False = the step is full."""
+        for request in requests:
+            context_len = request.num_computed_tokens
+            room = tally.room(context_len)
+            if room == 0:
+                return False
+            num_new = min(request.num_tokens - context_len, room)
+            if request.prompt_logprobs is not None:
+                num_new = min(num_new, MAX_LOGPROBS_CHUNK)
+            plan.chunks.append(Chunk(request, num_new))
+            tally.add_chunk(num_new, context_len)
+        return True
+
+    def _admit(self, plan: StepPlan, tally: StepTally) -> None:
+        """Let waiting requests in, in order of arrival, until the step, the blocks or the seats are full."""
+        while self.waiting and len(self.running) + len(self.pulling) < self._max_running:
+            request = self.waiting[0]
+            if request.offer is None and tally.room(0) == 0:
+                return
+            num_blocks = -(-request.num_tokens // self._block_size)
+            if num_blocks > self._pool.num_blocks:
+                self.finish(request)
+                plan.refused.append(Refusal(request, self._too_long(request)))
+                continue
+            if self._pool.num_free < num_blocks + len(self.running):
+                return
+            block_ids = self._pool.alloc_mem(num_blocks)
+            assert block_ids is not None
+            request.add_blocks(block_ids)
+            del self.waiting[0]
+            if request.offer is None:
+                request.state = RequestState.RUNNING
+                insort(self.running, request, key=_arrival)
+                self._plan_chunks((request,), plan, tally)
+            else:
+                request.state = RequestState.PULLING
+                self.pulling.append(request)
+                plan.pulls.append(request)
+
+    def _too_long(self, request: Request) -> str:
+        capacity = self._pool.num_blocks * self._block_size
+        return f"the request needs KV for {request.num_tokens} tokens, but the pool holds {capacity}"

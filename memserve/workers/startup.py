@@ -1,0 +1,227 @@
+"""From `Init` to a worker that is ready: cores, descriptors, weights, pool, a first step.
+
+On a CPU the arena and the weights are memfds that come as grants; the one worker that is sent no manifest
+lays the weights out for all and says so (`Loaded`), and from then on everybody, it included, maps them
+read-only. On CUDA a worker loads its own and sizes its pool by what is then free.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from memserve.config import WorkerConfig
+from memserve.errors import EngineError, MemoryError_
+from memserve.messages import (
+    ArenaGrant,
+    Decode,
+    Init,
+    Loaded,
+    Loading,
+    Ready,
+    SamplingParams,
+    WeightsGrant,
+    pack_tokens,
+)
+from memserve.model_config import DTYPE_BYTES, KVGeometry, fingerprint
+from memserve.models.transformer import Transformer
+from memserve.models.weights import Weights, load_weights_to_device, map_weights, write_weights
+from memserve.pool.arena import Arena, ArenaFds
+from memserve.pool.memfd import map_bytes
+from memserve.pool.mempool import MemPool
+from memserve.workers.budget import MIN_CHUNK_TOKENS
+from memserve.workers.channel import Channel, Doorbell, GrantSocket, ReceivedGrant, SocketChannel
+from memserve.workers.request import Request
+from memserve.workers.runner import ModelRunner
+from memserve.workers.steps import Chunk
+from memserve.workers.worker import Worker
+
+logger = logging.getLogger(__name__)
+
+# Share of a GPU's free memory that the pool takes where the user named none.
+DEFAULT_DEVICE_MEMORY_FRACTION = 0.9
+_PROGRESS_STEP = 0.01
+
+
+def start(init: Init, channel: SocketChannel, grants: GrantSocket) -> tuple[Worker, Doorbell]:
+    """Make the worker that `init` describes and send `Ready`. Raises StartupError, or ChannelClosed."""
+    began_at = time.monotonic()
+    config = init.config
+    device, dtype = torch.device(config.device), getattr(torch, config.dtype)
+    geometry = KVGeometry.of(config.model, config.block_size, config.dtype)
+    _take_cores(config)
+    granted = Grants(config.instance, grants, needed=device.type == "cpu")
+    weights = _weights(init, channel, granted, device)
+    arena = _arena(config, geometry, granted, device)
+    granted.close()
+
+    doorbell = Doorbell()
+    doorbell.watch(channel.fileno())
+    doorbell.watch(grants.fileno())
+    pool = MemPool(arena, config.instance, init.incarnation, doorbell.ring)
+    pool.populate()
+    transformer = Transformer(config.model, weights, config.max_model_len, device, dtype)
+    runner = ModelRunner(transformer, pool.kv, config.block_size)
+    worker = Worker(config, channel, grants, pool, runner)
+    for peer in granted.peers:
+        worker.take_grant(peer)
+    _warm_up(config, pool, runner, worker)
+    channel.send(
+        Ready(
+            num_blocks=arena.num_blocks,
+            block_size=config.block_size,
+            max_model_len=config.max_model_len,
+            fingerprint=fingerprint(config.model, geometry, _digest(config)),
+            device=config.device,
+            dtype=config.dtype,
+            load_s=time.monotonic() - began_at,
+        )
+    )
+    return worker, doorbell
+
+
+class Grants:
+    """What a CPU worker needs to start: its arena and the weights. Peers that came early wait here."""
+
+    def __init__(self, instance: str, source: GrantSocket, *, needed: bool) -> None:
+        self.peers: list[ReceivedGrant] = []
+        self._arena: ReceivedGrant | None = None
+        self._weights: ReceivedGrant | None = None
+        while needed and (self._arena is None or self._weights is None):
+            for received in source.wait():
+                match received.grant:
+                    case ArenaGrant() if received.grant.instance == instance:
+                        self._arena = received
+                    case WeightsGrant():
+                        self._weights = received
+                    case _:
+                        self.peers.append(received)
+
+    def arena(self) -> tuple[ArenaGrant, ArenaFds]:
+        """The worker's own arena; the descriptors stay here."""
+        assert self._arena is not None
+        grant = self._arena.grant
+        assert isinstance(grant, ArenaGrant)
+        return grant, ArenaFds(*self._arena.fds)
+
+    def weights(self) -> tuple[int, int]:
+        """The descriptor of the weights, which stays here, and their size in bytes."""
+        assert self._weights is not None
+        grant = self._weights.grant
+        assert isinstance(grant, WeightsGrant)
+        return self._weights.fds[0], grant.num_bytes
+
+    def close(self) -> None:
+        """Close the descriptors of arena and weights: mappings do not need them."""
+        for received in (self._arena, self._weights):
+            for fd in received.fds if received is not None else ():
+                os.close(fd)
+
+
+def _take_cores(config: WorkerConfig) -> None:
+    """Pin the threads there are and size torch's pools; those made later inherit the cores."""
+    if config.cpus:
+        for thread_id in os.listdir("/proc/self/task"):
+            os.sched_setaffinity(int(thread_id), config.cpus)
+    torch.set_num_threads(config.threads)
+    torch.set_num_interop_threads(1)
+
+
+def _weights(init: Init, channel: Channel, granted: Grants, device: torch.device) -> Weights:
+    config = init.config
+    progress = _Progress(channel, "weights")
+    folder = Path(config.model_path)
+    if device.type != "cpu":
+        return load_weights_to_device(
+            config.model, folder, config.dtype, device, config.load_format, config.seed, progress
+        )
+    fd, num_bytes = granted.weights()
+    manifest = init.weights_manifest
+    if manifest is None:
+        buffer = map_bytes(fd, num_bytes, writable=True)
+        manifest = write_weights(
+            config.model, folder, config.dtype, config.load_format, config.seed, buffer.data, progress
+        )
+        channel.send(Loaded(manifest))
+    return map_weights(config.model, manifest, map_bytes(fd, num_bytes, writable=False).data)
+
+
+def _digest(config: WorkerConfig) -> str:
+    """Stands for the weights' content: names and sizes of the files, which are too large to be hashed."""
+    if config.load_format == "dummy":
+        return f"dummy {config.seed}"
+    files = sorted(Path(config.model_path).glob("*.safetensors"))
+    return " ".join(f"{file.name} {file.stat().st_size}" for file in files)
+
+
+class _Progress:
+    """Sends `Loading`, but not for every tensor."""
+
+    def __init__(self, channel: Channel, stage: str) -> None:
+        self._channel = channel
+        self._stage = stage
+        self._told = -1.0
+
+    def __call__(self, fraction: float) -> None:
+        if fraction >= self._told + _PROGRESS_STEP or fraction >= 1.0 > self._told:
+            self._channel.send(Loading(self._stage, fraction))
+            self._told = fraction
+
+
+def _arena(config: WorkerConfig, geometry: KVGeometry, granted: Grants, device: torch.device) -> Arena:
+    if device.type != "cpu":
+        num_blocks = config.num_blocks or _blocks_that_fit(config, geometry, device)
+        return Arena.on_device(geometry, num_blocks, device)
+    grant, fds = granted.arena()
+    if grant.num_blocks != config.num_blocks or grant.block_bytes != geometry.block_bytes:
+        raise EngineError(
+            f"granted {grant.num_blocks} blocks of {grant.block_bytes} bytes, "
+            f"but the config says {config.num_blocks} of {geometry.block_bytes}"
+        )
+    return Arena.map(geometry, grant.num_blocks, fds)
+
+
+def _blocks_that_fit(config: WorkerConfig, geometry: KVGeometry, device: torch.device) -> int:
+    """Blocks for the GPU's free memory, with room left for one full step's activations and logits."""
+    model = config.model
+    width = 8 * model.hidden_size + 4 * model.intermediate_size
+    activations = config.max_batch_tokens * width * DTYPE_BYTES[config.dtype]
+    logits = 4 * config.max_running * model.vocab_size * DTYPE_BYTES["float32"]
+    free, _ = torch.cuda.mem_get_info(device)
+    fraction = config.device_memory_fraction or DEFAULT_DEVICE_MEMORY_FRACTION
+    left = int((free - activations - logits) * fraction)
+    needed = -(-config.max_model_len // config.block_size)
+    if left < needed * geometry.block_bytes:
+        lacking_gib = (needed * geometry.block_bytes - left) / 2**30
+        raise MemoryError_(
+            f"the KV of one request of {config.max_model_len} tokens does not fit on {device}: "
+            f"{lacking_gib:.1f} GiB are missing"
+        )
+    return left // geometry.block_bytes
+
+
+def _warm_up(config: WorkerConfig, pool: MemPool, runner: ModelRunner, worker: Worker) -> None:
+    """Compute a small chunk twice: the first pays for what is made lazily, the second teaches the budget."""
+    num_tokens = min(MIN_CHUNK_TOKENS, config.max_model_len, pool.num_blocks * config.block_size)
+    token_ids = pack_tokens(np.arange(num_tokens, dtype=np.int32) % config.model.vocab_size)
+    message = Decode("warm-up", 0, token_ids, num_tokens, SamplingParams(max_tokens=1, seed=0))
+    for _ in range(2):
+        request = Request.of(message, arrival=0)
+        block_ids = pool.alloc_mem(-(-num_tokens // config.block_size))
+        assert block_ids is not None
+        request.add_blocks(block_ids)
+        began_at = time.monotonic()
+        (drawn,) = runner.execute([Chunk(request, num_tokens)])
+        step_ms = (time.monotonic() - began_at) * 1e3
+        pool.free_mem(request.take_blocks())
+        if drawn.error is not None:
+            raise EngineError(f"the first step failed: {drawn.error}")
+    tally = worker.budget.open()
+    tally.add_chunk(num_tokens, 0)
+    worker.budget.observe(tally, step_ms)
+    logger.info("the first step of %d tokens took %.1f ms", num_tokens, step_ms)

@@ -1,0 +1,318 @@
+"""The loop of a worker: drain messages → take arrived pulls → schedule → compute → tell.
+
+Colocated or disaggregated is a matter of which messages come: `Prefill` ends in an offer, `Decode` runs
+to the end, with an offer to pull from or without. Nothing here waits but the idle loop on its doorbell;
+every step is bounded (`budget`), so a message is never far from being read.
+
+A request is in one place at a time: the scheduler's queues, `Pulls`, or the `OfferBook`; `_requests`
+finds those of the first two by id. A request leaves through `_finish`, `_drop` or the book, and its
+blocks with it, so that with no request left the pool is idle.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+
+from memserve.config import WorkerConfig
+from memserve.errors import EngineError, MemserveError
+from memserve.messages import (
+    ArenaGrant,
+    Cancel,
+    Decode,
+    Failed,
+    FinishReason,
+    Offer,
+    Output,
+    Prefill,
+    Prefilled,
+    Pulled,
+    Release,
+    RevokeGrant,
+    Shutdown,
+    StepOutputs,
+    ToWorker,
+)
+from memserve.pool.mempool import MemPool
+from memserve.workers.budget import StepBudget
+from memserve.workers.channel import Channel, Doorbell, GrantSource, ReceivedGrant
+from memserve.workers.gauges import Gauges
+from memserve.workers.handoff import OfferBook, Pulls
+from memserve.workers.request import Request, RequestKind, RequestState
+from memserve.workers.scheduler import Scheduler
+from memserve.workers.steps import Chunk, Drawn, Runner
+
+logger = logging.getLogger(__name__)
+
+# After this many steps in a row that raised, the device or the process is taken to be broken, not the
+# requests.
+MAX_FAILED_STEPS = 3
+
+
+class Worker:
+    """One instance's requests from arrival to end."""
+
+    def __init__(
+        self,
+        config: WorkerConfig,
+        channel: Channel,
+        grants: GrantSource,
+        pool: MemPool,
+        runner: Runner,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._config = config
+        self._channel = channel
+        self._grants = grants
+        self._pool = pool
+        self._runner = runner
+        self._clock = clock
+        self._scheduler = Scheduler(pool, config.block_size, config.max_running)
+        self.budget = StepBudget(config.max_batch_tokens, config.max_step_ms)
+        self._pulls = Pulls(pool, config.block_size)
+        self._offers = OfferBook()
+        self.gauges = Gauges(self._scheduler, self._offers, pool, clock)
+        self._requests: dict[str, Request] = {}
+        self._arrivals = 0
+        self._stopping = False
+        self._failed_steps = 0
+
+    # --- the loop ---
+
+    def run(self, doorbell: Doorbell) -> None:
+        """Step until `Shutdown`. Raises ChannelClosed (no router) or EngineError (steps keep failing)."""
+        while not self._stopping:
+            if not self.step() and not self._stopping:
+                self._receive_grants()
+                doorbell.wait()
+
+    def step(self) -> bool:
+        """One turn of the loop. False = there is nothing to do until the doorbell rings."""
+        for message in self._channel.receive():
+            self._handle(message)
+        if self._pulls:
+            for request, num_tokens, pulled in self._pulls.poll():
+                self._scheduler.pulled(request, num_tokens)
+                self._channel.send(pulled)
+        if self._stopping:
+            return False
+        tally = self.budget.open()
+        plan = self._scheduler.schedule(tally)
+        for request, reason in plan.refused:
+            self._fail(request, reason)
+        if plan.pulls:
+            self._receive_grants()
+            for request in plan.pulls:
+                self._pulls.begin(request)
+        if not plan.chunks:
+            return bool(plan.pulls)  # a pull that could not begin has ended already, and rings no bell
+        self.gauges.begin_step()
+        drawn = self._execute(plan.chunks)
+        self.budget.observe(tally, self.gauges.count_step(tally))
+        self._tell(plan.chunks, drawn)
+        self.gauges.end_step()
+        return True
+
+    def take_grant(self, received: ReceivedGrant) -> None:
+        """Learn of a peer's arena or of its end; owns the descriptors. Not to be mapped = a miss later."""
+        grant, fds = received
+        match grant:
+            case ArenaGrant() if grant.instance != self._config.instance and len(fds) == 2:
+                try:
+                    self._pool.add_peer(grant, *fds)
+                except MemserveError as error:
+                    logger.error("cannot map the arena of %s: %s", grant.instance, error)
+            case RevokeGrant():
+                self._pool.remove_peer(grant.instance)
+            case _:
+                logger.error("an unexpected %s with %d descriptors", type(grant).__name__, len(fds))
+                for fd in fds:
+                    os.close(fd)
+
+    def close(self) -> None:
+        """Drop every request and give its blocks back; nothing is told. The pool may be closed after it."""
+        for request in tuple(self._requests.values()):
+            self._drop(request)
+        for block_ids in self._offers.take_all():
+            self._pool.free_mem(block_ids)
+
+    # --- messages ---
+
+    def _handle(self, message: ToWorker) -> None:
+        match message:
+            case Prefill() | Decode():
+                self._take(message)
+            case Cancel():
+                self._cancel(message.request_id, message.attempt)
+            case Release():
+                self._release(message.request_id, message.attempt)
+            case Shutdown():
+                self._stopping = True
+            case _:
+                raise EngineError(f"the router sent a second {type(message).__name__}")
+
+    def _take(self, message: Prefill | Decode) -> None:
+        """A new request, unless it is known already; a newer attempt replaces an older one."""
+        known = self._requests.get(message.request_id)
+        if known is not None:
+            if known.attempt >= message.attempt:
+                return
+            self._drop(known)
+        self._arrivals += 1
+        request = Request.of(message, self._arrivals)
+        if request.kind is RequestKind.PREFILL:
+            if self._offers.attempt_of(request.request_id) == request.attempt:
+                return
+            self._release(request.request_id, request.attempt)
+        fault = request.fault(self._config.max_model_len, self._config.model.vocab_size)
+        if fault is not None:
+            self._channel.send(Failed(request.request_id, request.attempt, fault))
+            return
+        self._requests[request.request_id] = request
+        if request.offer is not None and request.offer.refs.instance == self._config.instance:
+            self._take_own_offer(request, request.offer)
+        else:
+            self._scheduler.add(request)
+
+    def _take_own_offer(self, request: Request, offer: Offer) -> None:
+        """Decode where the prefill was: the offered blocks change hands, nothing moves.
+
+        To wait for room and copy would never end in a pool whose blocks the offer itself holds.
+        """
+        request.offer = None
+        block_ids = self._offers.take(request.request_id, request.attempt)
+        failure: str | None = None
+        num_tokens = offer.num_tokens
+        stands = block_ids is not None and tuple(block_ids.tolist()) == offer.refs.blocks
+        if stands and num_tokens == request.num_tokens - 1:
+            assert block_ids is not None
+            self._scheduler.adopt(request, block_ids)
+        else:
+            failure, num_tokens = "the offer does not stand any more", 0
+            if block_ids is not None:
+                self._pool.free_mem(block_ids)
+            self._scheduler.add(request)
+        self._channel.send(Pulled(request.request_id, request.attempt, num_tokens, 0, 0.0, failure))
+
+    def _cancel(self, request_id: str, attempt: int) -> None:
+        request = self._requests.get(request_id)
+        if request is not None and request.attempt <= attempt:
+            self._drop(request)
+        self._release(request_id, attempt)
+
+    def _release(self, request_id: str, attempt: int) -> None:
+        block_ids = self._offers.take(request_id, attempt)
+        if block_ids is not None:
+            self._pool.free_mem(block_ids)
+
+    def _receive_grants(self) -> None:
+        """Peers that came or went. Read before every pull and when idle: only pulls need them."""
+        for received in self._grants.receive():
+            self.take_grant(received)
+
+    # --- computing and telling ---
+
+    def _execute(self, chunks: Sequence[Chunk]) -> list[Drawn]:
+        """Compute a step. If it raises, each chunk is computed by itself, so that only those at fault fail.
+
+        That is safe, as a chunk writes the same KV to the same slots however often it is computed.
+        """
+        try:
+            drawn = self._runner.execute(chunks)
+        except Exception:
+            logger.exception("a step of %d requests failed; each is now tried by itself", len(chunks))
+            drawn = [self._execute_alone(chunk) for chunk in chunks]
+            if all(result.error is not None for result in drawn):
+                self._failed_steps += 1
+                if self._failed_steps == MAX_FAILED_STEPS:
+                    raise EngineError(f"{MAX_FAILED_STEPS} steps in a row failed") from None
+                return drawn
+        self._failed_steps = 0
+        return drawn
+
+    def _execute_alone(self, chunk: Chunk) -> Drawn:
+        try:
+            (drawn,) = self._runner.execute((chunk,))
+        except Exception:
+            logger.exception("%s: cannot be computed", chunk.request.request_id)
+            return Drawn(error="an internal error")
+        return drawn
+
+    def _tell(self, chunks: Sequence[Chunk], drawn: Sequence[Drawn]) -> None:
+        """Take the drawn tokens and tell the router: one message for all decodes, one for each prefill."""
+        outputs: list[Output] = []
+        prefilled: list[tuple[Request, Drawn, FinishReason | None]] = []
+        for (request, num_new), result in zip(chunks, drawn, strict=True):
+            request.num_computed_tokens += num_new
+            if result.prompt_logprobs:
+                request.add_prompt_logprobs(result.prompt_logprobs)
+            if result.error is not None:
+                self._fail(request, result.error)
+                continue
+            token_id = result.token_id
+            if token_id is None:
+                continue
+            request.append(token_id)
+            reason = request.finish_reason(self._config.max_model_len)
+            if request.kind is RequestKind.PREFILL:
+                prefilled.append((request, result, reason))
+                continue
+            if reason is not None:
+                self._finish(request)
+            logprobs = None if result.logprobs is None else (result.logprobs,)
+            prompt_logprobs = request.take_prompt_logprobs()
+            outputs.append(
+                Output(request.request_id, request.attempt, (token_id,), logprobs, prompt_logprobs, reason)
+            )
+        if outputs:
+            self._channel.send(StepOutputs(tuple(outputs), self.gauges.load()))
+        for request, result, reason in prefilled:
+            self._tell_prefilled(request, result, reason)
+
+    def _tell_prefilled(self, request: Request, drawn: Drawn, reason: FinishReason | None) -> None:
+        assert drawn.token_id is not None
+        offer = None
+        if reason is None:
+            num_tokens = request.num_computed_tokens
+            offer = Offer(self._pool.addresses(request.block_ids(request.num_blocks)), num_tokens)
+            self._scheduler.offer(request)
+            self._offers.add(request, self._clock())
+            del self._requests[request.request_id]
+        else:
+            self._finish(request)
+        self._channel.send(
+            Prefilled(
+                request_id=request.request_id,
+                attempt=request.attempt,
+                token_id=drawn.token_id,
+                logprobs=drawn.logprobs,
+                prompt_logprobs=request.take_prompt_logprobs(),
+                num_cached_tokens=0,
+                finish_reason=reason,
+                offer=offer,
+                load=self.gauges.load(),
+            )
+        )
+
+    # --- ends ---
+
+    def _finish(self, request: Request) -> None:
+        del self._requests[request.request_id]
+        if request.state is not RequestState.FINISHED:  # the scheduler has let go of a refused one
+            self._scheduler.finish(request)
+
+    def _fail(self, request: Request, message: str) -> None:
+        logger.error("%s: %s", request.request_id, message)
+        self._finish(request)
+        self._channel.send(Failed(request.request_id, request.attempt, message))
+
+    def _drop(self, request: Request) -> None:
+        """Forget a request in whatever phase it is."""
+        if request.state is RequestState.PULLING:
+            del self._requests[request.request_id]
+            self._scheduler.abandon_pull(request)
+            self._pulls.cancel(request)
+        else:
+            self._finish(request)

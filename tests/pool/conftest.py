@@ -1,0 +1,115 @@
+"""Pools over real memfds for the tests of memserve/pool."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from memserve.messages import ArenaGrant, Tier
+from memserve.model_config import KVGeometry
+from memserve.pool import memfd
+from memserve.pool.arena import Arena, ArenaFds
+from memserve.pool.mempool import MemPool
+from memserve.pool.transports.base import Pull, PullResult
+from memserve.pool.transports.shm import Copy, copy_bytes
+
+POISON = 0x5A
+
+
+@dataclass
+class PoolUnderTest:
+    """A pool, the descriptors a supervisor would hold for it, and the wake-ups it gave."""
+
+    pool: MemPool
+    arena: Arena
+    fds: ArenaFds
+    instance: str
+    woken: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+
+    def grant_to(self, other: PoolUnderTest) -> None:
+        """Let `other` pull from here, as the supervisor does: read-only descriptors, given away."""
+        geometry, num_blocks = self.arena.geometry, self.arena.num_blocks
+        grant = ArenaGrant(self.instance, 1, Tier.DEVICE, num_blocks, geometry.block_bytes)
+        readonly = [memfd.reopen_readonly(fd) for fd in self.fds]
+        other.pool.add_peer(grant, *readonly)
+
+    def fill(self, ids: np.ndarray, first: int = 1) -> None:
+        """Give each of `ids` a content of its own."""
+        assert self.arena.blocks is not None
+        for value, block in enumerate(ids, start=first):
+            self.arena.blocks[block] = value % 251
+
+    def content(self, ids: np.ndarray) -> list[int]:
+        """The value each of `ids` was filled with; fails on a block of mixed content."""
+        assert self.arena.blocks is not None
+        blocks = self.arena.blocks[ids]
+        assert (blocks == blocks[:, :1]).all()
+        return [int(value) for value in blocks[:, 0]]
+
+    def finish(self, pull: Pull) -> PullResult:
+        """Wait for the end of a pull as the loop does: by its wake-up."""
+        deadline_s = time.monotonic() + 30
+        while (result := pull.poll()) is None:
+            assert self.woken.acquire(timeout=max(0.0, deadline_s - time.monotonic())), "pull never ended"
+        return result
+
+
+def shared_memory() -> tuple[int, int]:
+    """How many memfds this process has open, and how many mappings of memfds."""
+    num_fds = 0
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the descriptor of the listing itself
+            num_fds += "/memfd:" in os.readlink(f"/proc/self/fd/{name}")
+    return num_fds, Path("/proc/self/maps").read_text().count("/memfd:")
+
+
+MakePool = Callable[..., PoolUnderTest]
+
+
+@pytest.fixture
+def make_pool() -> Iterator[MakePool]:
+    """Makes pools that poison what is freed; at the end all must be idle, and every descriptor back."""
+    before = shared_memory()
+    made: list[PoolUnderTest] = []
+
+    def make(
+        instance: str = "pool", *, num_blocks: int = 64, block_size: int = 4, copy: Copy = copy_bytes
+    ) -> PoolUnderTest:
+        geometry = KVGeometry(
+            num_layers=2, num_kv_heads=2, block_size=block_size, head_dim=8, dtype="float32"
+        )
+        fds = ArenaFds(
+            memfd.create_memfd(instance, num_blocks * geometry.block_bytes),
+            memfd.create_memfd(instance, num_blocks * 8),
+        )
+        arena = Arena.map(geometry, num_blocks, fds)
+        woken = threading.Semaphore(0)
+
+        def poison(ids: np.ndarray) -> None:
+            assert arena.blocks is not None
+            arena.blocks[ids] = POISON
+
+        pool = MemPool(arena, instance, 1, woken.release, on_free=poison, copy=copy)
+        made.append(PoolUnderTest(pool, arena, fds, instance, woken))
+        return made[-1]
+
+    yield make
+    while made:
+        under_test = made.pop()
+        under_test.pool.close()
+        under_test.pool.assert_idle()
+        for fd in under_test.fds:
+            os.close(fd)
+        del under_test
+    if shared_memory() != before:
+        gc.collect()  # a failed test's frames, say
+    assert shared_memory() == before

@@ -1,0 +1,166 @@
+"""BlockAllocator against a naive oracle, and the properties its callers rely on."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from memserve.pool.allocator import BlockAllocator
+
+
+def make_allocator(num_blocks: int) -> BlockAllocator:
+    return BlockAllocator(num_blocks, np.zeros(num_blocks, dtype=np.uint64))
+
+
+def longest_run(ids: list[int]) -> int:
+    best = run = 0
+    for i, block in enumerate(ids):
+        run = run + 1 if i and block == ids[i - 1] + 1 else 1
+        best = max(best, run)
+    return best
+
+
+class AllocatorMachine(RuleBasedStateMachine):
+    """Any order of operations; the oracle is a list of holders per block."""
+
+    @initialize(num_blocks=st.integers(1, 40))
+    def start(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self.generations = np.full(num_blocks, 7, dtype=np.uint64)  # inherited from an earlier life
+        self.freed: list[int] = []
+        self.allocator = BlockAllocator(num_blocks, self.generations, lambda ids: self.freed.extend(ids))
+        self.counts = [0] * num_blocks
+        self.expected_generations = [7] * num_blocks
+
+    def free_blocks(self) -> list[int]:
+        return [block for block, count in enumerate(self.counts) if count == 0]
+
+    def some(self, data: st.DataObject, blocks: list[int]) -> list[int]:
+        return data.draw(st.lists(st.sampled_from(blocks), unique=True, max_size=len(blocks)))
+
+    def release(self, ids: list[int]) -> list[int]:
+        for block in ids:
+            self.counts[block] -= 1
+        return sorted(block for block in ids if self.counts[block] == 0)
+
+    @rule(num_wanted=st.integers(0, 45))
+    def allocate(self, num_wanted: int) -> None:
+        free = self.free_blocks()
+        ids = self.allocator.allocate(num_wanted)
+        if num_wanted > len(free):
+            assert ids is None
+            return
+        assert ids is not None and ids.dtype == np.int64
+        got = ids.tolist()
+        assert got == sorted(set(got)) and len(got) == num_wanted
+        assert set(got) <= set(free)
+        if 0 < num_wanted <= longest_run(free):
+            assert longest_run(got) == num_wanted
+        for block in got:
+            self.counts[block] = 1
+            self.expected_generations[block] += 1
+
+    @precondition(lambda self: any(self.counts))
+    @rule(data=st.data(), by_unlock=st.booleans())
+    def free(self, data: st.DataObject, by_unlock: bool) -> None:
+        ids = self.some(data, [block for block, count in enumerate(self.counts) if count])
+        self.freed.clear()
+        (self.allocator.unlock if by_unlock else self.allocator.free)(ids)
+        assert self.freed == self.release(ids)
+
+    @precondition(lambda self: any(self.counts))
+    @rule(data=st.data())
+    def lock(self, data: st.DataObject) -> None:
+        ids = self.some(data, [block for block, count in enumerate(self.counts) if count])
+        self.allocator.lock(ids)
+        for block in ids:
+            self.counts[block] += 1
+
+    @precondition(lambda self: not all(self.counts))
+    @rule(data=st.data())
+    def misuse(self, data: st.DataObject) -> None:
+        stray = data.draw(st.sampled_from(self.free_blocks()))
+        held = self.some(data, [block for block, count in enumerate(self.counts) if count] or [stray])
+        for misuse in (self.allocator.free, self.allocator.lock, self.allocator.unlock):
+            with pytest.raises(AssertionError):
+                misuse([*held, stray])
+
+    @invariant()
+    def agrees(self) -> None:
+        if not hasattr(self, "counts"):
+            return
+        assert self.allocator.num_blocks == self.num_blocks
+        assert self.allocator.num_free == len(self.free_blocks())
+        held = [block for block, count in enumerate(self.counts) if count]
+        assert self.allocator.held_blocks().tolist() == held
+        assert self.generations.tolist() == self.expected_generations
+
+
+AllocatorMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+test_any_history = AllocatorMachine.TestCase
+
+
+def test_generation_is_new_before_the_caller_has_the_ids() -> None:
+    generations = np.zeros(4, dtype=np.uint64)
+    allocator = BlockAllocator(4, generations)
+    # 1. a first life of blocks 0 and 1
+    first = allocator.allocate(2)
+    assert first is not None and generations.tolist() == [1, 1, 0, 0]
+    # 2. freeing changes nothing: what is there can still be read by its address
+    allocator.free(first)
+    assert generations.tolist() == [1, 1, 0, 0]
+    # 3. a second life
+    assert allocator.allocate(2) is not None
+    assert generations.tolist() == [2, 2, 0, 0]
+
+
+def test_lock_outlives_its_first_holder() -> None:
+    allocator = make_allocator(2)
+    ids = allocator.allocate(1)
+    assert ids is not None
+    allocator.lock(ids)
+    allocator.free(ids)
+    assert allocator.num_free == 1
+    allocator.unlock(ids)
+    assert allocator.num_free == 2
+
+
+@pytest.mark.parametrize("ids", [[0, 0], [-1], [4], [3]])
+def test_misuse_is_caught_and_changes_nothing(ids: list[int]) -> None:
+    allocator = make_allocator(4)
+    assert allocator.allocate(2) is not None
+    for misuse in (allocator.free, allocator.lock, allocator.unlock):
+        with pytest.raises(AssertionError):
+            misuse(ids)
+    assert allocator.num_free == 2
+    assert allocator.held_blocks().tolist() == [0, 1]
+
+
+def test_a_run_is_preferred_to_lower_holes() -> None:
+    allocator = make_allocator(16)
+    assert allocator.allocate(16) is not None
+    allocator.free([1, 3, 5, 8, 9, 10, 15])
+    run = allocator.allocate(3)
+    assert run is not None and run.tolist() == [8, 9, 10]
+    rest = allocator.allocate(4)
+    assert rest is not None and rest.tolist() == [1, 3, 5, 15]
+
+
+@pytest.mark.parametrize("num_wanted", [1, 7, 5000])
+def test_free_blocks_are_found_anywhere_in_a_large_arena(num_wanted: int) -> None:
+    allocator = make_allocator(40_000)
+    assert allocator.allocate(40_000) is not None
+    holes = np.arange(3, 40_000, 7)
+    allocator.free(holes)
+    taken = []
+    while (ids := allocator.allocate(num_wanted)) is not None:
+        taken.append(ids)
+        if len(taken) * num_wanted > 1500 and num_wanted < 5000:
+            break
+    everything = np.concatenate(taken)
+    assert len(np.unique(everything)) == len(everything) and np.isin(everything, holes).all()
+    if num_wanted == 5000:
+        assert len(everything) == 5000 and allocator.num_free == len(holes) - 5000

@@ -1,0 +1,170 @@
+"""The façade: life of blocks, addresses, peers and their descriptors, start and end."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from memserve.errors import MemoryError_
+from memserve.messages import ArenaGrant, BlockRefs, Tier
+from memserve.model_config import KVGeometry
+from memserve.pool import memfd
+from memserve.pool.arena import Arena
+from memserve.pool.mempool import MemPool, PoolStats
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 16])
+def test_life_of_blocks(make_pool, block_size: int) -> None:
+    pool = make_pool(num_blocks=8, block_size=block_size).pool
+    assert (pool.num_blocks, pool.num_free, pool.block_size) == (8, 8, block_size)
+    # 1. allocate
+    first, second = pool.alloc_mem(3), pool.alloc_mem(4)
+    assert first.tolist() == [0, 1, 2] and second.tolist() == [3, 4, 5, 6]
+    assert pool.stats() == PoolStats(free=1, active=7, historical=0)
+    # 2. what is not there is not given, in part neither
+    assert pool.alloc_mem(2) is None and pool.num_free == 1
+    # 3. an offer locks, its request leaves, the release frees
+    pool.lock(first)
+    pool.free_mem(first)
+    assert pool.num_free == 1
+    pool.unlock(first)
+    assert pool.stats() == PoolStats(free=4, active=4, historical=0)
+    # 4. nothing may be given back twice
+    with pytest.raises(AssertionError):
+        pool.free_mem(first)
+    with pytest.raises(AssertionError, match=r"4 blocks are still held .*\[3 4 5 6\]"):
+        pool.assert_idle()
+    pool.free_mem(second)
+    pool.assert_idle()
+
+
+def test_addresses_name_the_content(make_pool) -> None:
+    pool = make_pool("decode-1").pool
+    ids = pool.alloc_mem(3)
+    expected = BlockRefs("decode-1", 1, Tier.DEVICE, (2, 0), (1, 1))
+    assert pool.addresses(ids[[2, 0]]) == expected
+    pool.free_mem(ids)
+    assert pool.addresses([2, 0]) == expected, "a free block keeps its content"
+    again = pool.alloc_mem(1)
+    assert pool.addresses([2, 0]).generations == (1, 2)
+    pool.free_mem(again)
+
+
+def test_a_hand_off_between_two_pools(make_pool) -> None:
+    prefill, decode = make_pool("prefill-0"), make_pool("decode-0")
+    prefill.grant_to(decode)
+    decode.grant_to(prefill)
+    # 1. P computes and offers
+    ids = prefill.pool.alloc_mem(5)
+    prefill.pool.kv[torch.from_numpy(ids)] = torch.randn(5, *prefill.pool.kv.shape[1:])
+    refs = prefill.pool.addresses(ids)
+    # 2. D pulls
+    into = decode.pool.alloc_mem(5)
+    assert decode.finish(decode.pool.fetch(refs, into)).failure is None
+    assert torch.equal(decode.pool.kv[torch.from_numpy(into)], prefill.pool.kv[torch.from_numpy(ids)])
+    # 3. P releases and uses the blocks again; D is not concerned
+    kept = decode.pool.kv[torch.from_numpy(into)].clone()
+    prefill.pool.free_mem(ids)
+    assert torch.equal(decode.pool.kv[torch.from_numpy(into)], kept)
+    # 4. the address is no good from the next allocation on
+    taken = prefill.pool.alloc_mem(1)
+    result = decode.finish(decode.pool.fetch(refs, into))
+    assert (result.num_blocks, result.failure) == (0, "5 of 5 blocks were gone before the copy")
+    prefill.pool.free_mem(taken)
+    decode.pool.free_mem(into)
+
+
+def test_an_unknown_peer_is_a_miss(make_pool) -> None:
+    under_test = make_pool()
+    pool = under_test.pool
+    into = pool.alloc_mem(1)
+    result = pool.fetch(BlockRefs("nobody", 1, Tier.DEVICE, (0,), (1,)), into).poll()
+    assert result is not None
+    assert (result.num_blocks, result.failure) == (0, "unknown peer nobody")
+    assert under_test.woken.acquire(blocking=False), "a failure at once wakes the loop like any other end"
+    pool.remove_peer("nobody")
+    pool.free_mem(into)
+
+
+def test_a_second_grant_of_a_peer_replaces_the_first(make_pool) -> None:
+    receiver, old, new = make_pool("receiver"), make_pool("peer"), make_pool("peer")
+    for source, value in ((old, 1), (new, 2)):
+        source.grant_to(receiver)
+        source.fill(source.pool.alloc_mem(1), first=value)
+    into = receiver.pool.alloc_mem(1)
+    receiver.finish(receiver.pool.fetch(new.pool.addresses([0]), into))
+    assert receiver.content(into) == [2]
+    for each in (receiver, old, new):
+        each.pool.free_mem([0])
+
+
+def test_a_grant_that_cannot_be_mapped_costs_no_descriptor(make_pool) -> None:
+    receiver = make_pool("receiver")
+    fds = memfd.create_memfd("small", 1024), memfd.create_memfd("small", 8)
+    with pytest.raises(MemoryError_):
+        receiver.pool.add_peer(ArenaGrant("peer", 1, Tier.DEVICE, 2, 1024), *fds)
+    for fd in fds:
+        with pytest.raises(OSError):
+            os.fstat(fd)
+
+
+def test_a_grant_of_other_blocks_is_a_bug(make_pool) -> None:
+    receiver = make_pool("receiver", block_size=4)
+    with pytest.raises(AssertionError, match="block sizes differ"):
+        make_pool("peer", block_size=16).grant_to(receiver)
+
+
+def test_populate_fills_the_arena_in_the_background(make_pool) -> None:
+    under_test = make_pool()
+    assert memfd.resident_bytes(under_test.fds.arena) == 0
+    under_test.pool.populate()
+    for thread in under_test.pool._populating:
+        thread.join()
+    assert memfd.resident_bytes(under_test.fds.arena) == under_test.arena.kv.nbytes
+    assert not under_test.pool.kv.any()
+
+
+def test_memory_that_cannot_be_populated_is_logged(make_pool, monkeypatch, caplog) -> None:
+    def fail(*args: object) -> None:
+        raise MemoryError_("no memory")
+
+    monkeypatch.setattr(memfd, "populate", fail)
+    pool = make_pool("decode-0").pool
+    pool.populate()
+    pool.close()
+    assert "decode-0: no memory" in caplog.text
+
+
+def test_close_twice_is_close(make_pool) -> None:
+    pool = make_pool().pool
+    pool.populate()
+    pool.close()
+    pool.close()
+
+
+def test_a_pool_of_private_memory_has_no_peers(make_pool) -> None:
+    geometry = KVGeometry(num_layers=2, num_kv_heads=2, block_size=4, head_dim=8, dtype="float32")
+    woken: list[bool] = []
+    arena = Arena.on_device(geometry, 8, torch.device("cpu"))
+    pool = MemPool(arena, "gpu-0", 1, lambda: woken.append(True))
+    # 1. grants are accepted, and their descriptors closed
+    fds = memfd.create_memfd("a", 8 * geometry.block_bytes), memfd.create_memfd("g", 64)
+    pool.add_peer(ArenaGrant("peer", 1, Tier.DEVICE, 8, geometry.block_bytes), *fds)
+    for fd in fds:
+        with pytest.raises(OSError):
+            os.fstat(fd)
+    # 2. every pull is a miss
+    ids = pool.alloc_mem(2)
+    result = pool.fetch(BlockRefs("peer", 1, Tier.DEVICE, (0, 1), (1, 1)), ids).poll()
+    assert result is not None and result.failure == "unknown peer peer"
+    assert woken
+    # 3. the rest works as ever
+    assert np.array_equal(pool.addresses(ids).generations, [1, 1])
+    pool.free_mem(ids)
+    pool.populate()
+    pool.remove_peer("peer")
+    pool.assert_idle()
+    pool.close()

@@ -1,0 +1,189 @@
+"""Fixtures of the HTTP layer's tests: an engine that plays a script, and the application on a loopback port."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+import memserve
+from memserve.config import Role
+from memserve.messages import FinishReason, Load, TokenLogprobs
+from memserve.model_config import DefaultSampling
+from memserve.router.chat_template import ChatTemplate
+from memserve.router.engine_api import Delta, EngineStatus, GenerateRequest, InstanceState, InstanceStatus
+from memserve.router.limits import HttpLimits
+from memserve.router.served_model import ServedModel
+from memserve.router.server import create_app
+from memserve.router.tokenizer import Tokenizer
+
+TINY_MODEL = Path(memserve.__file__).parent / "tiny_model"
+EOS = 2
+
+Reply = Callable[[GenerateRequest], Sequence[Delta]]
+
+
+@dataclass
+class FakeEngine:
+    """Plays `reply(request)`, a delta at a time; counts who is being served.
+
+    `error` is raised after `error_after` deltas. While `gate` is clear, nothing past the first `free_deltas` comes.
+    """
+
+    reply: Reply
+    is_ready: bool = True
+    error: Exception | None = None
+    error_after: int = 0
+    free_deltas: int = 0
+    gate: asyncio.Event = field(default_factory=asyncio.Event)
+    requests: list[GenerateRequest] = field(default_factory=list)
+    active: set[str] = field(default_factory=set)
+    num_closed_early: int = 0
+
+    def __post_init__(self) -> None:
+        self.gate.set()
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+        assert request.request_id not in self.active
+        self.requests.append(request)
+        self.active.add(request.request_id)
+        done = False
+        try:
+            deltas = self.reply(request)
+            for i, delta in enumerate(deltas):
+                if self.error is not None and i == self.error_after:
+                    done = True
+                    raise self.error
+                if i >= self.free_deltas:
+                    await self.gate.wait()
+                await asyncio.sleep(0)
+                done = i == len(deltas) - 1
+                yield delta
+        finally:
+            self.active.discard(request.request_id)
+            self.num_closed_early += not done
+
+    def ready(self) -> bool:
+        return self.is_ready
+
+    def status(self) -> EngineStatus:
+        load = Load(num_running=3, num_free_blocks=7, num_active_blocks=2, num_offers=1)
+        rows = (
+            InstanceStatus("prefill-0", Role.PREFILL, 1, InstanceState.READY, load),
+            InstanceStatus("decode-0", Role.DECODE, 2, InstanceState.STARTING, Load()),
+        )
+        return EngineStatus(instances=rows, num_waiting=4, num_running=5, pulls_total=6)
+
+
+def _logprobs(token_id: int, k: int) -> TokenLogprobs:
+    """The token and its successors, each half as likely as the one before."""
+    return TokenLogprobs(-0.5, 1, tuple((token_id + i, -0.5 - i) for i in range(k)))
+
+
+def make_deltas(request: GenerateRequest, token_ids: Sequence[int]) -> list[Delta]:
+    """One delta a token, cut as an engine would cut it: at a stop token, or at max_tokens."""
+    params = request.sampling
+    prompt_logprobs = None
+    if params.prompt_logprobs is not None:
+        ids = request.token_ids.tolist()
+        prompt_logprobs = (None, *(_logprobs(i, params.prompt_logprobs) for i in ids[1:]))
+    deltas: list[Delta] = []
+    for i, token_id in enumerate(token_ids):
+        reason = None
+        if token_id in params.stop_token_ids:
+            reason = FinishReason.STOP
+        elif i + 1 == params.max_tokens:
+            reason = FinishReason.LENGTH
+        logprobs = None if params.logprobs is None else (_logprobs(token_id, params.logprobs),)
+        deltas.append(
+            Delta((token_id,), logprobs, prompt_logprobs if i == 0 else None, reason, num_cached_tokens=1)
+        )
+        if reason is not None:
+            return deltas
+    raise AssertionError("the script of a fake reply must end in a stop token")
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Tokenizer:
+    return Tokenizer.load(TINY_MODEL)
+
+
+@pytest.fixture(scope="session")
+def served_model(tiny_tokenizer: Tokenizer) -> ServedModel:
+    return ServedModel(
+        name="tiny",
+        created=1,
+        max_model_len=256,
+        vocab_size=tiny_tokenizer.vocab_size,
+        eos_token_ids=(EOS,),
+        tokenizer=tiny_tokenizer,
+        chat_template=ChatTemplate.load(TINY_MODEL),
+        default_sampling=DefaultSampling(temperature=0.5, top_p=0.9),
+    )
+
+
+@pytest.fixture
+def say(tiny_tokenizer: Tokenizer) -> Callable[[str], Reply]:
+    """A reply of this text, followed by eos."""
+
+    def make(text: str) -> Reply:
+        token_ids = [*tiny_tokenizer.encode(text).tolist(), EOS]
+        return lambda request: make_deltas(request, token_ids)
+
+    return make
+
+
+@pytest.fixture
+def say_tokens() -> Callable[[Sequence[int]], Reply]:
+    """A reply of these tokens, which must include a stop token or be cut by max_tokens."""
+    return lambda token_ids: lambda request: make_deltas(request, token_ids)
+
+
+@dataclass
+class Running:
+    """The application on a port."""
+
+    url: str
+    engine: FakeEngine
+    session: aiohttp.ClientSession
+
+
+Serve = Callable[..., Awaitable[Running]]
+
+
+@pytest.fixture
+async def serve(served_model: ServedModel) -> AsyncIterator[Serve]:
+    """`await serve(reply, …)` starts the application; its engine must be idle at the end."""
+    closing = []
+
+    @asynccontextmanager
+    async def running(
+        reply: Reply, *, model: ServedModel | None = None, limits: HttpLimits | None = None, **engine_options: object
+    ) -> AsyncIterator[Running]:
+        engine = FakeEngine(reply, **engine_options)  # type: ignore[arg-type]
+        app = create_app(engine, model or served_model, limits)
+        runner = web.AppRunner(app, handler_cancellation=True)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        host, port = runner.addresses[0][:2]
+        async with aiohttp.ClientSession(f"http://{host}:{port}") as session:
+            yield Running(f"http://{host}:{port}/v1", engine, session)
+        engine.gate.set()
+        await runner.cleanup()
+        assert not engine.active
+
+    async def start(reply: Reply, **options: object) -> Running:
+        context = running(reply, **options)  # type: ignore[arg-type]
+        closing.append(context)
+        return await context.__aenter__()
+
+    yield start
+    for context in reversed(closing):
+        await context.__aexit__(None, None, None)

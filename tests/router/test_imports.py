@@ -1,0 +1,23 @@
+"""The router process stays light: torch is for workers."""
+
+from __future__ import annotations
+
+import pkgutil
+import subprocess
+import sys
+
+import memserve.router
+
+
+def test_the_router_never_imports_torch() -> None:
+    names = [f"memserve.router.{module.name}" for module in pkgutil.iter_modules(memserve.router.__path__)]
+    assert "memserve.router.server" in names
+    script = "\n".join(
+        [
+            "import importlib, sys",
+            f"for name in {names!r}:",
+            "    importlib.import_module(name)",
+            "    assert 'torch' not in sys.modules, name",
+        ]
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)

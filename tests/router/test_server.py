@@ -1,0 +1,410 @@
+"""The HTTP application on a loopback port: routes, errors, streams, clients that leave."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import aiohttp
+import pytest
+
+from memserve.errors import EngineError, Overloaded, RequestError
+from memserve.router.engine_api import Delta, GenerateRequest
+from memserve.router.limits import HttpLimits
+
+Reply = Callable[[GenerateRequest], Sequence[Delta]]
+Say = Callable[[str], Reply]
+Serve = Callable[..., Awaitable[Any]]
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+PROMPT = {"model": "tiny", "prompt": "Once", "max_tokens": 50}
+CHAT_BODY = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
+JSON = {"content-type": "application/json"}
+
+
+def events_of(text: str) -> list[Any]:
+    """The events of a stream; "[DONE]" as a string."""
+    assert text.endswith("\n\n")
+    events = []
+    for block in text[:-2].split("\n\n"):
+        assert block.startswith("data: ")
+        data = block.removeprefix("data: ")
+        events.append(data if data == "[DONE]" else json.loads(data))
+    return events
+
+
+async def post(server: Any, path: str, body: dict[str, object]) -> tuple[int, Any]:
+    async with server.session.post(path, json=body) as response:
+        assert response.headers["x-request-id"]
+        return response.status, await response.json()
+
+
+async def stream(server: Any, path: str, body: dict[str, object]) -> list[Any]:
+    async with server.session.post(path, json=body | {"stream": True}) as response:
+        assert response.status == 200
+        assert response.content_type == "text/event-stream"
+        return events_of(await response.text())
+
+
+# --- answers in one piece ------------------------------------------------------------------------------------
+
+
+async def test_completion(serve: Serve, say: Say) -> None:
+    server = await serve(say(" upon a time"))
+    status, answer = await post(server, COMPLETIONS, PROMPT)
+    assert status == 200
+    num_prompt = len(server.engine.requests[0].token_ids)
+    num_tokens = answer["usage"]["completion_tokens"]
+    assert answer["id"].startswith("cmpl-")
+    assert {key: answer[key] for key in ("object", "model", "choices", "usage")} == {
+        "object": "text_completion",
+        "model": "tiny",
+        "choices": [{"index": 0, "text": " upon a time", "logprobs": None, "finish_reason": "stop"}],
+        "usage": {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": num_tokens,
+            "total_tokens": num_prompt + num_tokens,
+            "prompt_tokens_details": {"cached_tokens": 1},
+        },
+    }
+
+
+async def test_chat(serve: Serve, say: Say) -> None:
+    server = await serve(say("Hello 👋"))
+    status, answer = await post(server, CHAT, CHAT_BODY)
+    assert status == 200
+    assert answer["object"] == "chat.completion"
+    assert answer["choices"] == [
+        {
+            "index": 0,
+            "message": {"role": "assistant", "content": "Hello 👋", "refusal": None},
+            "logprobs": None,
+            "finish_reason": "stop",
+        }
+    ]
+
+
+async def test_prompts_and_n_in_order(serve: Serve, say: Say) -> None:
+    server = await serve(say("x"))
+    _, answer = await post(server, COMPLETIONS, PROMPT | {"prompt": ["a", "bb cc"], "n": 3})
+    assert [choice["index"] for choice in answer["choices"]] == list(range(6))
+    num_prompts = [len(server.engine.requests[i].token_ids) for i in (0, 3)]
+    assert answer["usage"]["prompt_tokens"] == sum(num_prompts)
+    assert answer["usage"]["completion_tokens"] == 6 * 2
+    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 2
+
+
+async def test_length(serve: Serve, say: Say) -> None:
+    server = await serve(say("a much longer answer than that"))
+    _, answer = await post(server, COMPLETIONS, PROMPT | {"max_tokens": 2})
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert answer["usage"]["completion_tokens"] == 2
+
+
+async def test_stop_string_closes_the_sequence(serve: Serve, say: Say) -> None:
+    server = await serve(say("one two three four five six seven"))
+    _, answer = await post(server, COMPLETIONS, PROMPT | {"stop": ["three", "never"]})
+    assert answer["choices"][0]["text"] == "one two "
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert server.engine.num_closed_early == 1
+
+
+async def test_echo_and_logprobs_as_evaluations_send_them(serve: Serve, say_tokens: Callable[..., Reply]) -> None:
+    server = await serve(say_tokens([500, 2]))
+    prompts = [[300, 301, 302], [303, 304]]
+    body = {"prompt": prompts, "max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0, "seed": 1234}
+    _, answer = await post(server, COMPLETIONS, {"model": "tiny"} | body)
+    for prompt, choice in zip(prompts, answer["choices"], strict=True):
+        logprobs = choice["logprobs"]
+        lengths = {len(values) for values in logprobs.values()}
+        assert lengths == {len(prompt) + 1}
+        assert logprobs["token_logprobs"][0] is None
+        assert logprobs["top_logprobs"][0] is None
+        for logprob, top in zip(logprobs["token_logprobs"][1:], logprobs["top_logprobs"][1:], strict=True):
+            assert logprob == max(top.values())  # how lm-eval tells that a token was greedy
+        assert "".join(logprobs["tokens"]) == choice["text"]
+    # max_tokens 0 is the prompt alone
+    _, answer = await post(server, COMPLETIONS, {"model": "tiny"} | body | {"max_tokens": 0})
+    assert [len(choice["logprobs"]["tokens"]) for choice in answer["choices"]] == [3, 2]
+    assert answer["usage"]["completion_tokens"] == 0
+
+
+async def test_chat_logprobs_join_to_the_text(serve: Serve, say: Say) -> None:
+    server = await serve(say("Hi 👍!"))
+    _, answer = await post(server, CHAT, CHAT_BODY | {"logprobs": True, "top_logprobs": 2})
+    content = answer["choices"][0]["logprobs"]["content"]
+    assert b"".join(bytes(token["bytes"]) for token in content[:-1]).decode() == "Hi 👍!"
+    assert [len(token["top_logprobs"]) for token in content] == [2] * len(content)
+    assert content[0]["top_logprobs"][0] == {key: content[0][key] for key in ("token", "logprob", "bytes")}
+    assert answer["choices"][0]["logprobs"]["refusal"] is None
+
+
+# --- streams -----------------------------------------------------------------------------------------------
+
+
+async def test_chat_stream(serve: Serve, say: Say) -> None:
+    server = await serve(say("Hello 👩‍👩‍👧‍👦!"))
+    events = await stream(server, CHAT, CHAT_BODY)
+    assert events.pop() == "[DONE]"
+    assert len({event["id"] for event in events}) == 1
+    assert {event["object"] for event in events} == {"chat.completion.chunk"}
+    assert not any("usage" in event for event in events)
+    choices = [event["choices"][0] for event in events]
+    assert choices[0]["delta"] == {"role": "assistant", "content": ""}
+    assert choices[-1]["delta"] == {}
+    assert [choice["finish_reason"] for choice in choices] == [None] * (len(choices) - 1) + ["stop"]
+    pieces = [choice["delta"]["content"] for choice in choices[:-1]]
+    assert "".join(pieces) == "Hello 👩‍👩‍👧‍👦!"
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+async def test_completion_stream_with_usage(serve: Serve, say: Say) -> None:
+    server = await serve(say("one two"))
+    events = await stream(server, COMPLETIONS, PROMPT | {"stream_options": {"include_usage": True}})
+    assert events.pop() == "[DONE]"
+    last = events.pop()
+    assert last["choices"] == []
+    assert last["usage"]["completion_tokens"] == 3
+    assert [event["usage"] for event in events] == [None] * len(events)
+    assert "".join(event["choices"][0]["text"] for event in events) == "one two"
+
+
+async def test_usage_with_every_chunk(serve: Serve, say: Say) -> None:
+    server = await serve(say("one two"))
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    events = await stream(server, CHAT, CHAT_BODY | {"stream_options": options})
+    counts = [event["usage"]["completion_tokens"] for event in events[:-1]]
+    assert counts == sorted(counts)
+    assert counts[-1] == 3
+
+
+@pytest.mark.parametrize("fields", [{}, {"stop": "four"}, {"logprobs": 2}, {"echo": True, "logprobs": 1}, {"n": 3}])
+async def test_a_stream_says_the_same_as_the_whole(serve: Serve, say: Say, fields: dict[str, object]) -> None:
+    server = await serve(say("one two 👍🏽 three four five"))
+    _, whole = await post(server, COMPLETIONS, PROMPT | fields)
+    events = await stream(server, COMPLETIONS, PROMPT | fields)
+    for expected in whole["choices"]:
+        parts = [
+            choice
+            for event in events[:-1]
+            for choice in event["choices"]
+            if choice["index"] == expected["index"]
+        ]
+        assert "".join(part["text"] for part in parts) == expected["text"]
+        assert [part["finish_reason"] for part in parts if part["finish_reason"]] == [expected["finish_reason"]]
+        if expected["logprobs"] is not None:
+            for key, values in expected["logprobs"].items():
+                assert [v for part in parts if part["logprobs"] for v in part["logprobs"][key]] == values
+
+
+async def test_a_slow_reader_gets_larger_pieces(serve: Serve, say: Say) -> None:
+    # With two choices each is pumped by a task of its own: while one write waits, text gathers.
+    server = await serve(say("word " * 30), free_deltas=1)
+    server.engine.gate.clear()
+    body = PROMPT | {"n": 2, "max_tokens": 100, "stream": True}
+    async with server.session.post(COMPLETIONS, json=body) as response:
+        await response.content.readuntil(b"\n\n")
+        server.engine.gate.set()
+        rest = events_of((await response.content.read()).decode())
+    assert rest[-1] == "[DONE]"
+    assert len(rest) < 2 * 30
+
+
+# --- errors ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize(
+    ("error", "status", "kind", "code"),
+    [
+        (Overloaded("queues are full", retry_after_s=1.2), 429, "rate_limit_error", "rate_limit_exceeded"),
+        (RequestError("too big", code="x", param="prompt"), 400, "invalid_request_error", "x"),
+        (EngineError("/secret/path at 0x7f00"), 500, "server_error", "internal_error"),
+        (ValueError("/secret/path"), 500, "server_error", "internal_error"),
+    ],
+)
+async def test_errors_of_the_engine(
+    serve: Serve, say: Say, streamed: bool, n: int, error: Exception, status: int, kind: str, code: str
+) -> None:
+    server = await serve(say("x"), error=error)
+    body = PROMPT | {"stream": streamed, "n": n}
+    async with server.session.post(COMPLETIONS, json=body) as response:
+        answer = await response.json()
+        assert response.status == status
+        assert response.headers.get("Retry-After") == ("2" if status == 429 else None)
+        request_id = response.headers["x-request-id"]
+    assert set(answer) == {"error"}
+    assert set(answer["error"]) == {"message", "type", "param", "code"}
+    assert (answer["error"]["type"], answer["error"]["code"]) == (kind, code)
+    if status == 500:
+        assert "secret" not in answer["error"]["message"]
+        assert request_id in answer["error"]["message"]
+
+
+@pytest.mark.parametrize("n", [1, 3])
+async def test_an_error_in_a_stream_is_its_last_event(serve: Serve, say: Say, n: int) -> None:
+    server = await serve(say("one two three four"), error=EngineError("secret"), error_after=2)
+    events = await stream(server, CHAT, CHAT_BODY | {"n": n})
+    assert events[-1]["error"]["type"] == "server_error"
+    assert "secret" not in str(events)
+    assert "[DONE]" not in events
+    assert not server.engine.active
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/", 404),
+        ("GET", "/v1", 404),
+        ("POST", "/v1/embeddings", 404),
+        ("GET", "/v1/models/other", 404),
+        ("GET", "/v1/completions", 405),
+        ("DELETE", "/health", 405),
+        ("GET", "/../../etc/passwd", 404),
+    ],
+)
+async def test_unknown_routes_and_methods(serve: Serve, say: Say, method: str, path: str, status: int) -> None:
+    server = await serve(say("x"))
+    async with server.session.request(method, path) as response:
+        assert response.status == status
+        assert response.headers["x-request-id"]
+        assert (await response.json())["error"]["message"]
+        assert ("Allow" in response.headers) == (status == 405)
+
+
+async def test_bad_bodies(serve: Serve, say: Say) -> None:
+    server = await serve(say("x"), limits=HttpLimits(max_body_bytes=1 << 20))
+    for data, headers, status in [
+        (b"nonsense", JSON, 400),
+        (b"[]", JSON, 400),
+        (b"", JSON, 400),
+        (json.dumps(PROMPT).encode(), {"content-type": "text/plain"}, 415),
+        (json.dumps(PROMPT).encode(), {"content-type": "application/x-www-form-urlencoded"}, 415),
+        (b"garbage", JSON | {"content-encoding": "gzip"}, 400),
+        (gzip.compress(json.dumps(PROMPT).encode())[:-9], JSON | {"content-encoding": "gzip"}, 400),
+        (gzip.compress(b" " * (20 << 20)), JSON | {"content-encoding": "gzip"}, 413),
+        (b" " * (20 << 20), JSON, 413),
+    ]:
+        async with server.session.post(COMPLETIONS, data=data, headers=headers) as response:
+            assert (response.status, data[:20]) == (status, data[:20])
+            assert "error" in await response.json()
+    async with server.session.post(
+        COMPLETIONS, data=gzip.compress(json.dumps(PROMPT).encode()), headers=JSON | {"content-encoding": "gzip"}
+    ) as response:
+        assert response.status == 200
+
+
+async def test_a_body_that_never_comes(serve: Serve, say: Say) -> None:
+    server = await serve(say("x"), limits=HttpLimits(body_timeout_s=0.05))
+    port = int(server.url.split(":")[2].split("/")[0])
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+    writer.write(head.encode())
+    assert b" 408 " in await reader.readline()
+    writer.close()
+    await writer.wait_closed()
+
+
+async def test_request_ids(serve: Serve, say: Say) -> None:
+    server = await serve(say("x"))
+    for sent, kept in [("my-id_1", True), ("x" * 128, True), ("x" * 129, False), ("a b", False), ("é", False)]:
+        async with server.session.get("/v1/models", headers={"x-request-id": sent}) as response:
+            assert (response.headers["x-request-id"] == sent) == kept
+    # the engine's own ids never come from a client
+    async with asyncio.TaskGroup() as group:
+        for _ in range(3):
+            group.create_task(server.session.post(COMPLETIONS, json=PROMPT, headers={"x-request-id": "same"}))
+    assert len({request.request_id for request in server.engine.requests}) == 3
+
+
+# --- the other routes ----------------------------------------------------------------------------------------
+
+
+async def test_models(serve: Serve, say: Say) -> None:
+    server = await serve(say("x"))
+    row = {"id": "tiny", "object": "model", "created": 1, "owned_by": "memserve", "max_model_len": 256}
+    async with server.session.get("/v1/models") as response:
+        assert await response.json() == {"object": "list", "data": [row]}
+    async with server.session.get("/v1/models/tiny") as response:
+        assert await response.json() == row
+
+
+async def test_health(serve: Serve, say: Say) -> None:
+    server = await serve(say("x"))
+    async with server.session.get("/health") as response:
+        assert response.status == 200
+        body = await response.json()
+    assert body["status"] == "ok"
+    assert body["instances"][0]["instance"] == "prefill-0"
+    server.engine.is_ready = False
+    async with server.session.get("/health") as response:
+        assert response.status == 503
+
+
+async def test_metrics(serve: Serve, say: Say) -> None:
+    server = await serve(say("one two"))
+    await post(server, COMPLETIONS, PROMPT)
+    await post(server, "/v1/nothing", {})
+    async with server.session.get("/metrics") as response:
+        assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
+        lines = (await response.text()).splitlines()
+    assert 'memserve_http_requests_total{endpoint="/v1/completions",status="200"} 1.0' in lines
+    assert 'memserve_http_requests_total{endpoint="other",status="404"} 1.0' in lines
+    assert "memserve_completion_tokens_total 3.0" in lines
+
+
+# --- clients that leave --------------------------------------------------------------------------------------
+
+
+async def until_idle(server: Any) -> None:
+    while server.engine.active:
+        await asyncio.sleep(0.005)
+
+
+@pytest.mark.parametrize("n", [1, 4])
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("num_deltas", [0, 2])
+async def test_a_client_that_leaves_cancels_everything(
+    serve: Serve, say: Say, n: int, streamed: bool, num_deltas: int
+) -> None:
+    server = await serve(say("word " * 20), free_deltas=num_deltas)
+    server.engine.gate.clear()
+    # 1. the request is running and waits for its next token
+    async with aiohttp.ClientSession(server.url.removesuffix("/v1")) as session:
+        task = asyncio.create_task(session.post(COMPLETIONS, json=PROMPT | {"n": n, "stream": streamed}))
+        while len(server.engine.active) < n:
+            await asyncio.sleep(0.005)
+        if streamed and num_deltas:
+            await (await task).content.readuntil(b"\n\n")
+        # 2. the client goes
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    # 3. so does everything that was run for it
+    await until_idle(server)
+    assert server.engine.num_closed_early == n
+    # 4. and others are served
+    server.engine.gate.set()
+    status, _ = await post(server, COMPLETIONS, PROMPT)
+    assert status == 200
+
+
+async def test_a_client_that_never_reads_is_dropped(serve: Serve) -> None:
+    def endless(request: GenerateRequest) -> list[Delta]:
+        return [Delta(tuple(range(300, 1300)))] * 4000
+
+    server = await serve(endless, limits=HttpLimits(write_timeout_s=0.1))
+    port = int(server.url.split(":")[2].split("/")[0])
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
+    body = json.dumps(PROMPT | {"stream": True}).encode()
+    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    while not server.engine.requests:
+        await asyncio.sleep(0.005)
+    await until_idle(server)
+    assert server.engine.num_closed_early == 1
+    writer.close()
+    await asyncio.gather(writer.wait_closed(), return_exceptions=True)

@@ -1,0 +1,407 @@
+"""Fakes for the workers' tests: a channel without sockets, a model whose next token is a hash of the KV
+in the arena.
+
+The hash model makes every mistake with a block visible: a wrong, stale or freed block, or a wrong order,
+changes the tokens. `Rig` is one worker over a real pool; `link` grants rigs each other's arenas, as the
+supervisor would.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from memserve.config import Role, WorkerConfig
+from memserve.messages import (
+    ArenaGrant,
+    Decode,
+    Failed,
+    FinishReason,
+    Load,
+    Offer,
+    Output,
+    Prefill,
+    Prefilled,
+    Pulled,
+    SamplingParams,
+    StepOutputs,
+    Tier,
+    pack_tokens,
+)
+from memserve.model_config import KVGeometry, ModelConfig, RopeConfig, load_model_config
+from memserve.models.checkpoint import tensor_shapes
+from memserve.pool.arena import Arena, ArenaFds
+from memserve.pool.memfd import create_memfd, reopen_readonly
+from memserve.pool.mempool import MemPool
+from memserve.workers.channel import ReceivedGrant
+from memserve.workers.steps import Chunk, Drawn
+from memserve.workers.worker import Worker
+
+VOCAB_SIZE = 997
+
+
+def hash_tokens(token_ids: Sequence[int]) -> int:
+    """The token that the hash model draws after `token_ids`."""
+    state = 1
+    for position, token_id in enumerate(token_ids):
+        state = (state * 31 + (token_id + 1) * (position + 7)) % 1000003
+    return state % VOCAB_SIZE
+
+
+class HashRunner:
+    """Stores token ids as "KV" and hashes what it finds there; raises on a batch with a `poisonous` request."""
+
+    def __init__(self, kv: torch.Tensor, block_size: int) -> None:
+        self.kv = kv
+        self.block_size = block_size
+        self.poisonous: set[str] = set()
+        self.bad_requests: set[str] = set()
+        self.batches: list[list[tuple[str, int]]] = []
+
+    def execute(self, chunks: Sequence[Chunk]) -> list[Drawn]:
+        self.batches.append([(chunk.request.request_id, chunk.num_new) for chunk in chunks])
+        if any(chunk.request.request_id in self.poisonous for chunk in chunks):
+            raise RuntimeError("broken kernel")
+        return [self._run(chunk) for chunk in chunks]
+
+    def _run(self, chunk: Chunk) -> Drawn:
+        request, num_new = chunk
+        assert num_new > 0
+        start = request.num_computed_tokens
+        stop = start + num_new
+        table = request.block_ids(-(-stop // self.block_size))
+        slots = table[np.arange(stop) // self.block_size], np.arange(stop) % self.block_size
+        lane = self.kv[:, 0, 0, 0, :, 0]
+        lane[slots[0][start:], slots[1][start:]] = torch.from_numpy(
+            request.tokens(start, stop).astype(np.float32)
+        )
+        if stop < request.num_tokens:
+            return Drawn()
+        if request.request_id in self.bad_requests:
+            return Drawn(error="not a number")
+        stored = lane[slots[0], slots[1]]
+        assert torch.isfinite(stored).all(), "a freed block was read"
+        return Drawn(hash_tokens([int(value) for value in stored]))
+
+
+class FakeChannel:
+    """Messages to the worker are put in `inbox`; what it sends piles up in `sent`."""
+
+    def __init__(self) -> None:
+        self.inbox: list = []
+        self.sent: list = []
+
+    def receive(self) -> list:
+        received, self.inbox = self.inbox, []
+        return received
+
+    def send(self, message) -> None:
+        self.sent.append(message)
+
+
+class FakeGrants:
+    def __init__(self) -> None:
+        self.inbox: list[ReceivedGrant] = []
+
+    def receive(self) -> list[ReceivedGrant]:
+        received, self.inbox = self.inbox, []
+        return received
+
+
+class Clock:
+    """Time that moves only when told."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def make_model(**changes) -> ModelConfig:
+    """The smallest model whose KV the hash model can use."""
+    model = ModelConfig(
+        architecture="LlamaForCausalLM",
+        vocab_size=VOCAB_SIZE,
+        hidden_size=8,
+        intermediate_size=16,
+        num_layers=1,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=8,
+        rms_norm_eps=1e-5,
+        rope=RopeConfig(),
+        tie_word_embeddings=False,
+        qkv_bias=False,
+        o_bias=False,
+        mlp_bias=False,
+        qk_norm=False,
+        sliding_window=(None,),
+        max_position_embeddings=4096,
+        dtype="float32",
+        eos_token_ids=(),
+        bos_token_id=None,
+    )
+    return msgspec.structs.replace(model, **changes)
+
+
+def make_worker_config(**changes) -> WorkerConfig:
+    """A CPU worker of the hash model."""
+    fields = {
+        "instance": "worker-0",
+        "role": Role.COLOCATED,
+        "model_path": "/nowhere",
+        "model": make_model(),
+        "device": "cpu",
+        "dtype": "float32",
+        "load_format": "dummy",
+        "seed": 0,
+        "block_size": 4,
+        "num_blocks": 64,
+        "device_memory_fraction": None,
+        "max_model_len": 200,
+        "max_batch_tokens": 64,
+        "max_running": 8,
+        "max_step_ms": None,
+        "threads": 1,
+    }
+    return WorkerConfig(**{**fields, **changes})
+
+
+@dataclasses.dataclass
+class Rig:
+    """One worker over a real pool, driven by hand."""
+
+    config: WorkerConfig
+    worker: Worker
+    channel: FakeChannel
+    grants: FakeGrants
+    pool: MemPool
+    runner: HashRunner
+    clock: Clock
+    fds: ArenaFds
+
+    def send(self, *messages) -> None:
+        """To the worker."""
+        self.channel.inbox.extend(messages)
+
+    def take(self) -> list:
+        """Everything the worker has said since the last time."""
+        sent, self.channel.sent = self.channel.sent, []
+        return sent
+
+    def run(self, max_steps: int = 2000) -> None:
+        """Step until there is nothing to do, waiting for pulls that are under way."""
+        for _ in range(max_steps):
+            if not self.worker.step():
+                if not self.worker._scheduler.pulling and not self.worker._pulls:
+                    return
+                time.sleep(0.001)
+        raise AssertionError(f"still busy after {max_steps} steps")
+
+    def grant_to(self, other: Rig, incarnation: int = 0) -> None:
+        """Let another worker read this one's arena."""
+        block_bytes = KVGeometry.of(self.config.model, self.config.block_size, self.config.dtype).block_bytes
+        grant = ArenaGrant(self.config.instance, incarnation, Tier.DEVICE, self.pool.num_blocks, block_bytes)
+        fds = (reopen_readonly(self.fds.arena), reopen_readonly(self.fds.generations))
+        other.grants.inbox.append(ReceivedGrant(grant, fds))
+
+    def assert_idle(self) -> None:
+        """No request, no offer, no block in use."""
+        load = self.worker.gauges.load()
+        assert (load.num_waiting, load.num_running, load.num_pulling, load.num_offers) == (0, 0, 0, 0)
+        assert not self.worker._requests and not self.worker._pulls
+        self.pool.assert_idle()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def single_thread() -> None:
+    """Tiny tensors gain nothing from threads, and the threads of a busy machine wait for one another."""
+    torch.set_num_threads(1)
+
+
+class Rigs:
+    """Makes rigs and closes them, descriptors too."""
+
+    def __init__(self) -> None:
+        self._made: list[Rig] = []
+
+    def make(self, copy=None, runner_of=HashRunner, **changes) -> Rig:
+        config = make_worker_config(**changes)
+        geometry = KVGeometry.of(config.model, config.block_size, config.dtype)
+        assert config.num_blocks is not None
+        fds = ArenaFds(
+            create_memfd("arena", config.num_blocks * geometry.block_bytes),
+            create_memfd("generations", config.num_blocks * 8),
+        )
+        arena = Arena.map(geometry, config.num_blocks, fds)
+
+        def poison(block_ids) -> None:
+            arena.kv[torch.from_numpy(np.asarray(block_ids))] = torch.nan
+
+        options = {} if copy is None else {"copy": copy}
+        pool = MemPool(arena, config.instance, 0, lambda: None, on_free=poison, **options)
+        channel, grants, clock = FakeChannel(), FakeGrants(), Clock()
+        runner = runner_of(pool.kv, config.block_size)
+        worker = Worker(config, channel, grants, pool, runner, clock)
+        rig = Rig(config, worker, channel, grants, pool, runner, clock, fds)
+        self._made.append(rig)
+        return rig
+
+    def close(self) -> None:
+        for rig in self._made:
+            rig.worker.close()
+            rig.pool.close()
+            for fd in rig.fds:
+                os.close(fd)
+
+
+@pytest.fixture
+def make_rig() -> Iterator[Callable[..., Rig]]:
+    """Rigs whose freed blocks are poisoned; `copy` injects faults into pulls."""
+    rigs = Rigs()
+    yield rigs.make
+    rigs.close()
+
+
+@pytest.fixture(scope="module")
+def make_module_rig() -> Iterator[Callable[..., Rig]]:
+    """As `make_rig`, for what the tests of a module compare with."""
+    rigs = Rigs()
+    yield rigs.make
+    rigs.close()
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory) -> Path:
+    """A folder with a small float32 model of weights so large that every token of context matters."""
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": 199,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+    }
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "config.json").write_text(json.dumps(config))
+    generator = torch.Generator().manual_seed(0)
+    shapes = tensor_shapes(load_model_config(folder))
+    tensors = {
+        name: torch.randn(shape, generator=generator) * (0.3 if len(shape) > 1 else 1.0)
+        for name, shape in shapes.items()
+    }
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+@dataclasses.dataclass
+class Transcript:
+    """What was heard about one attempt of a request, in order."""
+
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    offer: Offer | None = None
+    pulled: list[Pulled] = dataclasses.field(default_factory=list)
+    failed: str | None = None
+    outputs: list[Output | Prefilled] = dataclasses.field(default_factory=list)
+
+    @classmethod
+    def of(cls, messages: Sequence, request_id: str) -> Transcript:
+        transcript = cls()
+        for message in messages:
+            if isinstance(message, StepOutputs):
+                for output in message.outputs:
+                    if output.request_id == request_id:
+                        transcript._take(output, output.token_ids)
+            elif getattr(message, "request_id", None) != request_id:
+                continue
+            elif isinstance(message, Prefilled):
+                transcript._take(message, (message.token_id,))
+                transcript.offer = message.offer
+            elif isinstance(message, Pulled):
+                transcript.pulled.append(message)
+            elif isinstance(message, Failed):
+                transcript.failed = message.message
+        return transcript
+
+    def _take(self, output: Output | Prefilled, token_ids: Sequence[int]) -> None:
+        assert self.finish_reason is None, "tokens after the end"
+        self.token_ids += token_ids
+        self.finish_reason = output.finish_reason
+        self.outputs.append(output)
+
+
+class Tools:
+    """The helpers above, for tests that cannot import a conftest."""
+
+    vocab_size = VOCAB_SIZE
+    Load = Load
+    Clock = Clock
+    Transcript = Transcript
+    HashRunner = HashRunner
+    make_config = staticmethod(make_worker_config)
+    make_model = staticmethod(make_model)
+
+    @staticmethod
+    def prompt(length: int, seed: int = 0) -> list[int]:
+        """Token ids of a prompt."""
+        return np.random.default_rng(seed).integers(0, VOCAB_SIZE, length).tolist()
+
+    @staticmethod
+    def expected(prompt: Sequence[int], max_tokens: int) -> list[int]:
+        """What the hash model says after `prompt`."""
+        tokens = list(prompt)
+        for _ in range(max_tokens):
+            tokens.append(hash_tokens(tokens))
+        return tokens[len(prompt) :]
+
+    @staticmethod
+    def sampling(max_tokens: int = 8, **changes) -> SamplingParams:
+        return SamplingParams(max_tokens=max_tokens, seed=changes.pop("seed", 1), **changes)
+
+    @classmethod
+    def prefill(cls, request_id: str, tokens: Sequence[int], *, attempt: int = 0, **sampling) -> Prefill:
+        return Prefill(request_id, attempt, pack_tokens(tokens), len(tokens), cls.sampling(**sampling))
+
+    @classmethod
+    def decode(
+        cls,
+        request_id: str,
+        tokens: Sequence[int],
+        *,
+        num_prompt: int | None = None,
+        attempt: int = 0,
+        offer: Offer | None = None,
+        **sampling,
+    ) -> Decode:
+        return Decode(
+            request_id,
+            attempt,
+            pack_tokens(tokens),
+            len(tokens) if num_prompt is None else num_prompt,
+            cls.sampling(**sampling),
+            offer=offer,
+        )
+
+
+@pytest.fixture(scope="session")
+def tools() -> type[Tools]:
+    return Tools

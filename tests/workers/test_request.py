@@ -1,0 +1,59 @@
+"""What a request remembers: tokens, blocks, and what is reported with the first token."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from memserve.messages import FinishReason, TokenLogprobs
+from memserve.workers.request import Request, RequestKind, RequestState
+
+
+def test_a_new_request(tools):
+    request = Request.of(tools.decode("a", [5, 6, 7, 8], num_prompt=3, stop_token_ids=(9,)), arrival=4)
+    assert (request.kind, request.state, request.arrival) == (RequestKind.DECODE, RequestState.WAITING, 4)
+    assert request.prompt_ids.tolist() == [5, 6, 7] and request.output_ids == [8]
+    assert Request.of(tools.prefill("a", [5]), 0).kind is RequestKind.PREFILL
+
+
+def test_tokens_grow(tools):
+    request = Request.of(tools.decode("a", [1, 2, 3]), 0)
+    for token_id in range(500):
+        request.append(token_id)
+    assert request.tokens(0, request.num_tokens).tolist() == [1, 2, 3, *range(500)]
+    assert request.output_ids == list(range(500)) and request.prompt_ids.tolist() == [1, 2, 3]
+
+
+def test_blocks_grow_and_are_taken(tools):
+    request = Request.of(tools.decode("a", [1]), 0)
+    for block in range(100):
+        request.add_blocks(np.array([block, block + 1000]))
+    assert request.num_blocks == 200 and request.block_ids(3).tolist() == [0, 1000, 1]
+    taken = request.take_blocks()
+    assert len(taken) == 200 and request.num_blocks == 0
+    request.add_blocks(np.array([7]))
+    assert taken[0] == 0, "what was taken is not written to any more"
+
+
+def test_finish_counts_from_the_prompt(tools):
+    message = tools.decode("a", [1, 2, 3, 4], num_prompt=2, max_tokens=4, stop_token_ids=(9,), min_tokens=3)
+    request = Request.of(message, 0)
+    request.append(9)  # the third output: not before min_tokens
+    assert request.finish_reason(100) is None
+    assert request.finish_reason(5) is FinishReason.LENGTH
+    request.append(9)
+    assert request.finish_reason(100) is FinishReason.STOP
+    request.append(8)
+    assert request.finish_reason(100) is FinishReason.LENGTH
+
+
+def test_prompt_logprobs_are_reported_once(tools):
+    request = Request.of(tools.decode("a", [1, 2, 3], prompt_logprobs=0), 0)
+    request.add_prompt_logprobs([TokenLogprobs(-1.0, 1)])
+    request.restart()
+    request.add_prompt_logprobs([TokenLogprobs(-1.0, 1), TokenLogprobs(-2.0, 1)])
+    reported = request.take_prompt_logprobs()
+    assert reported == (None, TokenLogprobs(-1.0, 1), TokenLogprobs(-2.0, 1))
+    assert request.take_prompt_logprobs() is None
+    # Not where the first token was drawn before, which reported them.
+    replay = Request.of(tools.decode("a", [1, 2, 3], num_prompt=2, prompt_logprobs=0), 0)
+    assert replay.take_prompt_logprobs() is None
