@@ -124,7 +124,9 @@ def describe_plan(plan: Sequence[WorkerConfig], model_name: str) -> list[str]:
 
 def _threads(config: WorkerConfig) -> str:
     threads = f"{config.threads} thread{'s' * (config.threads > 1)}"
-    return f"{threads} on core{'s' * (len(config.cpus) > 1)} {_ranges(config.cpus)}" if config.cpus else threads
+    if not config.cpus:
+        return threads
+    return f"{threads} on core{'s' * (len(config.cpus) > 1)} {_ranges(config.cpus)}"
 
 
 def _ranges(cpus: Sequence[int]) -> str:

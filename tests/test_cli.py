@@ -143,7 +143,8 @@ def test_bad_values_are_usage_errors(command: Command, line: str) -> None:
 def test_file_under_the_command_line(command: Command, tmp_path: Path) -> None:
     file = tmp_path / "memserve.toml"
     file.write_text(
-        'model = "m"\nport = 1234\nmax-running = 5\ndevice_memory = 0.5\ndevices = [0, 1]\nprefill-threads = 3\n'
+        'model = "m"\nport = 1234\nmax-running = 5\n'
+        "device_memory = 0.5\ndevices = [0, 1]\nprefill-threads = 3\n"
     )
     worker = WorkerOptions(devices=(0, 1), device_memory="0.5", max_running=5)
     expected = ServeConfig(

@@ -255,7 +255,6 @@ def save_configs(tokenizer: Tokenizer, folder: Path) -> None:
 def train(folder: Path, minutes: float, threads: int, seed: int) -> None:
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
-    chance = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
 
     training, validation = corpus_module.build(seed)
@@ -267,13 +266,12 @@ def train(folder: Path, minutes: float, threads: int, seed: int) -> None:
     documents, held_out = encode(tokenizer, training), encode(tokenizer, validation)
     unique = {kind: sum(map(len, texts)) for kind, texts in documents.items()}
     log.info("parameters %d, training tokens %s", sum(p.numel() for p in model.parameters()), unique)
-    supply = {kind: Rows(texts, kind == "chat", seed) for kind, texts in documents.items()}
     optimisers = optimizers(model)
     peaks = [[group["lr"] for group in optimiser.param_groups] for optimiser in optimisers]
 
     budget = minutes * 60
     seen, step, recent = 0, 0, []
-    drawn = dict.fromkeys(supply, 0)
+    drawn = dict.fromkeys(documents, 0)
     started = time.monotonic()
     state = folder / "state.pt"
     if state.exists():
@@ -286,6 +284,9 @@ def train(folder: Path, minutes: float, threads: int, seed: int) -> None:
         log.info("continuing at step %d", step)
     else:
         save_checkpoint(model, folder)
+    # Seeded by the step too, so that a continued training does not read its first minutes again.
+    chance = random.Random(seed + step)
+    supply = {kind: Rows(texts, kind == "chat", seed + step) for kind, texts in documents.items()}
     saved = logged = time.monotonic()
     while (elapsed := time.monotonic() - started) < budget:
         progress = elapsed / budget

@@ -53,7 +53,7 @@ class DecodeGroup:
     Attributes:
         rows: the query rows, as a slice where they are consecutive, else int64 [B].
         block_rows: int64 [2 * B * num_kv_heads * num_blocks], the arena's rows at layer 0.
-        mask: [B, 1, 1, num_blocks * block_size] of the model's dtype, 0 or -inf; None = every key counts.
+        mask: float32 [B, 1, num_blocks * block_size], 0 or -inf, to be added to scores; None = every key counts.
     """
 
     rows: slice | Tensor
@@ -104,7 +104,6 @@ class Paging:
     num_kv_heads: int
     block_size: int
     device: torch.device
-    dtype: torch.dtype
 
 
 def plan_attention(
@@ -146,7 +145,7 @@ def _plan_group(group: list[tuple[int, SequenceSlice]], window: int | None, pagi
         line[count:] = line[0]
     keys = np.arange(num_blocks * block_size, dtype=np.int64) + (first_blocks * block_size)[:, None]
     visible = (keys >= first_keys[:, None]) & (keys < lengths[:, None])
-    mask = None if visible.all() else _additive(visible, paging)[:, None, None, :]
+    mask = None if visible.all() else _additive(visible, paging.device)[:, None, :]
     return DecodeGroup(
         rows=_rows([row for row, _ in group], paging.device),
         batch=len(group),
@@ -189,10 +188,9 @@ def _arena_rows(table: NDArray[np.int64], paging: Paging) -> Tensor:
     return torch.from_numpy(rows.reshape(-1)).to(paging.device, non_blocking=True)
 
 
-def _additive(visible: NDArray[np.bool_], paging: Paging) -> Tensor:
-    mask = torch.zeros(visible.shape, dtype=paging.dtype)
-    mask.masked_fill_(torch.from_numpy(~visible), float("-inf"))
-    return mask.to(paging.device, non_blocking=True)
+def _additive(visible: NDArray[np.bool_], device: torch.device) -> Tensor:
+    mask = np.where(visible, np.float32(0), np.float32(-np.inf))
+    return torch.from_numpy(mask).to(device, non_blocking=True)
 
 
 def _rows(rows: list[int], device: torch.device) -> slice | Tensor:

@@ -1,7 +1,7 @@
 """The router process from its first line to its last: resolve, start, serve, drain, stop.
 
-    resolve   model folder, config, tokenizer, the port; everything that can be refused before a process exists
-    start     supervisor and workers, while the display shows how far they are
+    resolve   model folder, config, tokenizer, the port; everything that can be refused before a process
+    exists start     supervisor and workers, while the display shows how far they are
     serve     HTTP on one uvloop; SIGINT or SIGTERM ends it
     drain     /health says 503, running requests may finish; a second signal, or the time limit, ends that
     stop      HTTP, workers, descriptors; nothing stays
@@ -29,7 +29,7 @@ from memserve.config import ServeConfig, WorkerConfig
 from memserve.display import Display
 from memserve.errors import ConfigError
 from memserve.model_config import default_sampling, load_model_config
-from memserve.model_files import resolve_model, served_model_name
+from memserve.model_files import resolve_model, resolve_tokenizer, served_model_name
 from memserve.router.chat_template import ChatTemplate
 from memserve.router.dispatcher import Dispatcher, DispatcherLimits
 from memserve.router.engine import ServingEngine
@@ -67,7 +67,7 @@ def resolve(config: ServeConfig) -> Run:
     folder = resolve_model(config.model, config.revision, config.load_format)
     model = load_model_config(folder)
     plan = plan_workers(config, model, folder, read_machine())
-    tokenizer_source = folder if config.tokenizer is None else resolve_model(config.tokenizer)
+    tokenizer_source = folder if config.tokenizer is None else resolve_tokenizer(config.tokenizer)
     served = ServedModel(
         name=config.served_model_name or served_model_name(config.model),
         created=int(time.time()),
@@ -144,7 +144,9 @@ class StopSignals:
 
 
 async def _unless(event: asyncio.Event, work: Coroutine[object, object, object]) -> bool:
-    """Run `work` until it is done (True; raises what it raises) or `event` is set (False; it is cancelled)."""
+    """Run `work` until it is done (True; raises what it raises) or `event` is set (False; it is
+    cancelled).
+    """
     working, waiting = asyncio.ensure_future(work), asyncio.ensure_future(event.wait())
     try:
         await asyncio.wait({working, waiting}, return_when=asyncio.FIRST_COMPLETED)

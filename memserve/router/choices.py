@@ -41,7 +41,7 @@ class ChoiceUpdate:
 
 
 class Choice:
-    """State of one choice. Once `finish_reason` is set, its sequence is of no more use and is to be closed."""
+    """State of one choice. Once `finish_reason` is set its sequence is of no more use: it is to be closed."""
 
     def __init__(self, plan: ChoicePlan, tokenizer: Tokenizer) -> None:
         self.plan = plan
@@ -50,7 +50,7 @@ class Choice:
         self.num_cached_tokens = 0
         self._tokenizer = tokenizer
         self._decoder = tokenizer.decoder(
-            skip_special_tokens=plan.skip_special_tokens, context=plan.prompt.token_ids.tolist()
+            skip_special_tokens=plan.skip_special_tokens, context=plan.prompt.token_ids[-8:].tolist()
         )
         self._stops = StopMatcher(plan.stops)
         self._stop_ids = frozenset(plan.request.sampling.stop_token_ids)

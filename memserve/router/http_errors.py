@@ -68,6 +68,9 @@ async def errors_middleware(request: web.Request, handler: Handler) -> web.Strea
             response = await handler(request)
         except Exception as error:
             response = error_response(error, request_id)
+            if request.content.exception() is not None:  # no telling where the next request begins
+                request.content.feed_eof()
+                response.force_close()
         status = response.status
         return response
     finally:

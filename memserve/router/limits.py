@@ -9,10 +9,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class HttpLimits:
-    """Counts, bytes and seconds. `body_timeout_s` bounds the reading of a request's body, `write_timeout_s`
+    """Counts, bytes and seconds. `max_requests` are being served at a time, from the reading of the body on.
+
+    `body_timeout_s` bounds the reading of a request's body, `write_timeout_s`
     one write to a client that does not read; both end in a closed connection.
     """
 
+    max_requests: int = 1024
     max_body_bytes: int = 16 << 20
     max_prompts: int = 256
     max_sequences: int = 512

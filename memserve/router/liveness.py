@@ -36,12 +36,15 @@ class PingWatch:
         self._checked_at = now
         self._present_since = now
 
-    def is_silent(self, heard_at: float, deadline_s: float, now: float) -> bool:
-        """Whether nothing was heard for more than `deadline_s`, although we listened."""
+    def is_silent(self, heard_at: float | None, deadline_s: float, now: float) -> bool:
+        """Whether nothing was heard for more than `deadline_s`, although we listened.
+
+        `heard_at` None: nothing is to be expected yet.
+        """
         if now - self._checked_at > 2 * self.interval_s:
             self._present_since = now
         self._checked_at = now
-        return now - max(heard_at, self._present_since) > deadline_s
+        return heard_at is not None and now - max(heard_at, self._present_since) > deadline_s
 
 
 class Backoff:

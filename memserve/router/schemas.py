@@ -48,7 +48,6 @@ class Unsupported(msgspec.Struct, frozen=True, kw_only=True):
     suffix: object = None
     tools: object = None
     functions: object = None
-    function_call: object = None
     audio: object = None
     web_search_options: object = None
     structured_outputs: object = None
@@ -149,7 +148,7 @@ Body = TypeVar("Body", CompletionBody, ChatBody)
 
 _COMPLETION = msgspec.json.Decoder(CompletionBody)
 _CHAT = msgspec.json.Decoder(ChatBody)
-# How msgspec says where: "… - at `$.stop[2]`", "… - at `key` in `$.logit_bias`", "… missing required field `model`".
+# How msgspec says where: "… - at `$.stop[2]`", "… - at `key` in `$.logit_bias`", "… required field `model`".
 _FIELD = re.compile(r"`\$\.((\w+)[^`]*)`")
 _MISSING = re.compile(r"missing required field `((\w+))`")
 

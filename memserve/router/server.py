@@ -12,6 +12,7 @@ later ones the last event of the stream.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
@@ -22,7 +23,7 @@ import msgspec
 from aiohttp import ClientPayloadError, hdrs, web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from memserve.errors import RequestError
+from memserve.errors import Overloaded, RequestError
 from memserve.router.choices import Choice
 from memserve.router.engine_api import Engine
 from memserve.router.formats import (
@@ -49,6 +50,8 @@ from memserve.router.openai import ModelList, ModelObject, to_json
 from memserve.router.schemas import SamplingBody, decode_chat, decode_completion
 from memserve.router.served_model import ServedModel
 from memserve.router.validation import Job, plan_chat, plan_completion, unknown_model
+
+logger = logging.getLogger(__name__)
 
 Body = TypeVar("Body", bound=SamplingBody)
 Planner = Callable[[Body, str, ServedModel, HttpLimits], Awaitable[Job]]
@@ -80,6 +83,7 @@ class _Server:
         self._model = model
         self._limits = limits
         self._metrics = metrics
+        self._num_requests = 0
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         """POST /v1/completions."""
@@ -122,6 +126,23 @@ class _Server:
     # --- generation ----------------------------------------------------------------------------------------
 
     async def _answer(
+        self,
+        request: web.Request,
+        form: Format,
+        answer_id: str,
+        decode: Callable[[bytes], Body],
+        plan: Planner[Body],
+    ) -> web.StreamResponse:
+        if self._num_requests >= self._limits.max_requests:
+            raise Overloaded("too many requests are being served", retry_after_s=1.0)
+        self._num_requests += 1
+        try:
+            logger.debug("request %s is %s", request[REQUEST_ID], answer_id)
+            return await self._generate(request, form, answer_id, decode, plan)
+        finally:
+            self._num_requests -= 1
+
+    async def _generate(
         self,
         request: web.Request,
         form: Format,

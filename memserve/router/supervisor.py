@@ -153,7 +153,9 @@ class Supervisor:
             if pause_s is None:
                 logger.error("%s %s; it is not started any more", name, death.reason)
                 return
-            logger.warning("%s %s; it is started again in %.1f s", name, death.reason, pause_s)
+            if death.up_s is None:  # of other deaths the owner was told
+                logger.warning("%s %s while starting again", name, death.reason)
+            logger.info("%s is started again in %.1f s", name, pause_s)
             await asyncio.sleep(pause_s)
             instance.incarnation += 1
 
@@ -178,7 +180,6 @@ class Supervisor:
         loads = name == self._loader and self._weights_manifest is None
         if self._memory.has_weights and self._weights_manifest is None and not loads:
             return
-        life.introduced = True
         sock = life.process.grants
         with _refusal_closes(life):
             self._memory.grant_own(sock, name, life.incarnation)
@@ -186,7 +187,7 @@ class Supervisor:
             for peer in self._instances.values():
                 if peer.config.instance != name:
                     self._memory.grant_peer(sock, peer.config.instance, peer.incarnation)
-        life.send(Init(life.config, life.incarnation, self._weights_manifest))
+        life.introduce(Init(life.config, life.incarnation, self._weights_manifest))
 
     def _on_message(self, life: WorkerLife, message: ToRouter) -> None:
         if self._stopping is not None:
@@ -206,7 +207,7 @@ class Supervisor:
     def _on_loaded(self, message: Loaded) -> None:
         self._weights_manifest = message.manifest
         for life in self._lives():
-            if not life.introduced:
+            if life.introduced_at is None:
                 self._introduce(life)
 
     def _on_ready(self, life: WorkerLife, ready: Ready) -> None:
@@ -214,10 +215,9 @@ class Supervisor:
         life.ready = ready
         life.ready_at = asyncio.get_running_loop().time()
         if life.incarnation > 0:
-            # The peers hold this arena under the incarnation before; until now that was right, for what it
-            # still holds.
+            # The peers hold this arena under the incarnation before: right until now, for what it still held.
             for peer in self._lives():
-                if peer is not life and peer.introduced:
+                if peer is not life and peer.introduced_at is not None:
                     with _refusal_closes(peer):
                         self._memory.grant_peer(peer.process.grants, life.config.instance, life.incarnation)
         self._events.on_worker_up(life.config, life.incarnation, ready)

@@ -118,7 +118,7 @@ class Tokenizer:
     def decoder(
         self, *, skip_special_tokens: bool = True, context: Sequence[int] | None = None
     ) -> IncrementalDecoder:
-        """A decoder for the tokens that follow `context` (a prompt), or for a text from its start (None)."""
+        """A decoder for what follows `context` (the end of a prompt), or for a text from its start (None)."""
         if self._rule is None:
 
             def decode(token_ids: Sequence[int]) -> str:

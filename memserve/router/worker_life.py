@@ -15,21 +15,22 @@ from asyncio import FIRST_COMPLETED
 from collections.abc import Callable, Sequence
 
 from memserve.config import WorkerConfig
-from memserve.messages import Fatal, Ready, ToRouter, ToWorker
+from memserve.messages import Fatal, Init, Ready, ToRouter, ToWorker
 from memserve.router.liveness import PingWatch
 from memserve.router.worker_client import WorkerClient
 from memserve.router.worker_process import WorkerProcess
 
-# A dying process closes its socket a moment before it can be waited for: so long we wait to learn how it
-# died.
+# A dying process closes its socket a moment before it can be waited for: so long we wait to know its end.
 EXIT_GRACE_S = 0.5
-# What a dead worker had sent is in the socket already. Only a stray heir of the socket can keep it open
-# longer.
+# What a dead worker had sent is in the socket already. Only a stray heir of it can keep it open longer.
 DRAIN_GRACE_S = 1.0
 
 
 class WorkerLife:
-    """Handle of one incarnation. The supervisor sets `introduced`, `ready`, `fatal` as messages go."""
+    """Handle of one incarnation. `ready`, `ready_at` and `fatal` are set by the supervisor, as it hears them.
+
+    Times are the event loop's. `introduced_at` None: it waits for Init, and has nothing to say until then.
+    """
 
     def __init__(
         self, config: WorkerConfig, incarnation: int, process: WorkerProcess, client: WorkerClient
@@ -38,7 +39,7 @@ class WorkerLife:
         self.incarnation = incarnation
         self.process = process
         self.client = client
-        self.introduced = False
+        self.introduced_at: float | None = None
         self.ready: Ready | None = None
         self.ready_at = 0.0
         self.fatal: Fatal | None = None
@@ -64,6 +65,11 @@ class WorkerLife:
             raise
         return life
 
+    def introduce(self, init: Init) -> None:
+        """Send the first message. From now on silence counts."""
+        self.introduced_at = asyncio.get_running_loop().time()
+        self.client.send(init)
+
     def send(self, message: ToWorker) -> bool:
         """Queue a message; False if the connection is closed."""
         return self.client.send(message)
@@ -79,6 +85,11 @@ class WorkerLife:
         self.process.close()
         return f"failed: {self.fatal.message}" if self.fatal is not None else reason
 
+    def _heard_at(self) -> float | None:
+        if self.introduced_at is None:
+            return None
+        return max(self.introduced_at, self.client.last_heard_at)
+
     async def _end(self, ping_deadline_s: float, startup_silence_s: float) -> str:
         """Wait for the first sign of death."""
         loop = asyncio.get_running_loop()
@@ -89,7 +100,7 @@ class WorkerLife:
             while not exited.done() and not closed.done():
                 await asyncio.wait({exited, closed}, timeout=watch.interval_s, return_when=FIRST_COMPLETED)
                 deadline_s = startup_silence_s if self.ready is None else ping_deadline_s
-                if watch.is_silent(self.client.last_heard_at, deadline_s, loop.time()):
+                if watch.is_silent(self._heard_at(), deadline_s, loop.time()):
                     return f"was silent for more than {deadline_s:g} s"
             if self.client.fault is None:
                 await asyncio.wait({exited}, timeout=EXIT_GRACE_S)

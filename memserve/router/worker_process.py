@@ -38,6 +38,9 @@ class WorkerProcess:
 
         Raises OSError if the process cannot be made.
         """
+        self._loop = asyncio.get_running_loop()
+        self.exited = asyncio.Event()
+        self.returncode: int | None = None
         self.control, control_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self.grants, grants_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
@@ -50,23 +53,17 @@ class WorkerProcess:
                     pass_fds=fds,
                     start_new_session=True,
                 )
+            self._pidfd = self._watch(self._popen)
         except BaseException:
             self.control.close()
             self.grants.close()
             raise
         self.control.setblocking(False)
         self.grants.setblocking(False)
-        self.pid = self._popen.pid
-        self.exited = asyncio.Event()
-        self.returncode: int | None = None
-        self._loop = asyncio.get_running_loop()
-        self._pidfd = os.pidfd_open(self.pid)
-        self._loop.add_reader(self._pidfd, self._reap)
         if cpus:
-            # Before it has threads to inherit the old set. It may be gone already, and that is reported
-            # elsewhere.
-            with contextlib.suppress(ProcessLookupError):
-                os.sched_setaffinity(self.pid, cpus)
+            # Before it has threads to inherit the old set. It does the same again, and tells if it cannot.
+            with contextlib.suppress(OSError):
+                os.sched_setaffinity(self._popen.pid, cpus)
 
     def terminate(self) -> None:
         """Ask it to end (SIGTERM). Does nothing once it has exited."""
@@ -91,11 +88,21 @@ class WorkerProcess:
         assert self.returncode is not None
         self.grants.close()
 
+    def _watch(self, popen: subprocess.Popen[bytes]) -> int:
+        try:
+            pidfd = os.pidfd_open(popen.pid)
+        except OSError:
+            popen.kill()
+            popen.wait()
+            raise
+        self._loop.add_reader(pidfd, self._reap)
+        return pidfd
+
     def _reap(self) -> None:
         # What it started goes with it. It leads its own group, whose number is safe until it has been
         # waited for.
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
+            os.killpg(self._popen.pid, signal.SIGKILL)
         self.returncode = self._popen.wait()
         self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)

@@ -47,7 +47,7 @@ class HeartbeatThread:
                 break
             if left_s > 0:
                 continue
-            next_beat += INTERVAL_S
+            next_beat = time.monotonic() + INTERVAL_S
             if self._channel.incarnation is None:
                 continue  # Init has not come yet
             try:

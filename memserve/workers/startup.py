@@ -34,7 +34,7 @@ from memserve.models.weights import Weights, load_weights_to_device, map_weights
 from memserve.pool.arena import Arena, ArenaFds
 from memserve.pool.memfd import map_bytes
 from memserve.pool.mempool import MemPool
-from memserve.workers.budget import MIN_CHUNK_TOKENS
+from memserve.workers.budget import StepBudget
 from memserve.workers.channel import Channel, Doorbell, GrantSocket, ReceivedGrant, SocketChannel
 from memserve.workers.request import Request
 from memserve.workers.runner import ModelRunner
@@ -45,6 +45,9 @@ logger = logging.getLogger(__name__)
 
 # Share of a GPU's free memory that the pool takes where the user named none.
 DEFAULT_DEVICE_MEMORY_FRACTION = 0.9
+# Steps computed before the worker is ready, and the longest of them.
+NUM_WARM_UPS = 3
+MAX_WARM_UP_TOKENS = 256
 _PROGRESS_STEP = 0.01
 
 
@@ -64,13 +67,14 @@ def start(init: Init, channel: SocketChannel, grants: GrantSocket) -> tuple[Work
     doorbell.watch(channel.fileno())
     doorbell.watch(grants.fileno())
     pool = MemPool(arena, config.instance, init.incarnation, doorbell.ring)
-    pool.populate()
     transformer = Transformer(config.model, weights, config.max_model_len, device, dtype)
     runner = ModelRunner(transformer, pool.kv, config.block_size)
     worker = Worker(config, channel, grants, pool, runner)
+    _warm_up(config, pool, runner, worker.budget)
+    # After the warm-up, whose steps are measured: this takes a core for a while.
+    pool.populate()
     for peer in granted.peers:
         worker.take_grant(peer)
-    _warm_up(config, pool, runner, worker)
     channel.send(
         Ready(
             num_blocks=arena.num_blocks,
@@ -205,23 +209,30 @@ def _blocks_that_fit(config: WorkerConfig, geometry: KVGeometry, device: torch.d
     return left // geometry.block_bytes
 
 
-def _warm_up(config: WorkerConfig, pool: MemPool, runner: ModelRunner, worker: Worker) -> None:
-    """Compute a small chunk twice: the first pays for what is made lazily, the second teaches the budget."""
-    num_tokens = min(MIN_CHUNK_TOKENS, config.max_model_len, pool.num_blocks * config.block_size)
-    token_ids = pack_tokens(np.arange(num_tokens, dtype=np.int32) % config.model.vocab_size)
-    message = Decode("warm-up", 0, token_ids, num_tokens, SamplingParams(max_tokens=1, seed=0))
-    for _ in range(2):
-        request = Request.of(message, arrival=0)
-        block_ids = pool.alloc_mem(-(-num_tokens // config.block_size))
-        assert block_ids is not None
-        request.add_blocks(block_ids)
+def _warm_up(config: WorkerConfig, pool: MemPool, runner: ModelRunner, budget: StepBudget) -> None:
+    """Compute a few chunks: the first pays for what is made lazily, the others teach the budget."""
+    longest = min(MAX_WARM_UP_TOKENS, config.max_model_len, pool.num_blocks * config.block_size)
+    for attempt in range(NUM_WARM_UPS):
+        tally = budget.open()
+        num_tokens = min(longest, tally.room(0))
+        tally.add_chunk(num_tokens, 0)
         began_at = time.monotonic()
-        (drawn,) = runner.execute([Chunk(request, num_tokens)])
+        _run_once(config, pool, runner, num_tokens)
         step_ms = (time.monotonic() - began_at) * 1e3
-        pool.free_mem(request.take_blocks())
-        if drawn.error is not None:
-            raise EngineError(f"the first step failed: {drawn.error}")
-    tally = worker.budget.open()
-    tally.add_chunk(num_tokens, 0)
-    worker.budget.observe(tally, step_ms)
-    logger.info("the first step of %d tokens took %.1f ms", num_tokens, step_ms)
+        if attempt > 0:
+            budget.observe(tally, step_ms)
+    logger.info("a step of %d tokens takes %.1f ms", num_tokens, step_ms)
+
+
+def _run_once(config: WorkerConfig, pool: MemPool, runner: ModelRunner, num_tokens: int) -> None:
+    """Prefill arbitrary tokens and draw one. Raises EngineError if that is not possible."""
+    token_ids = pack_tokens(np.arange(num_tokens, dtype=np.int32) % config.model.vocab_size)
+    sampling = SamplingParams(max_tokens=1, seed=0)
+    request = Request.of(Decode("warm-up", 0, token_ids, num_tokens, sampling), arrival=0)
+    block_ids = pool.alloc_mem(-(-num_tokens // config.block_size))
+    assert block_ids is not None
+    request.add_blocks(block_ids)
+    (drawn,) = runner.execute([Chunk(request, num_tokens)])
+    pool.free_mem(request.take_blocks())
+    if drawn.error is not None:
+        raise EngineError(f"the first step failed: {drawn.error}")

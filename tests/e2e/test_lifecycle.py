@@ -134,7 +134,7 @@ def test_ctrl_c_during_start_up(tmp_path: Path) -> None:
         (("--max-model-len", "0"), "max-model-len"),
         (("--prefill", "1", "--colocated", "1"), "colocated"),
         (("--dtype", "int4"), "int4"),
-        (("--device-memory", "1KiB"), "memory"),
+        (("--device-memory", "1KiB"), "missing"),
     ],
 )
 def test_mistakes_are_one_line(options: tuple[str, ...], expected: str) -> None:

@@ -1,4 +1,4 @@
-"""Fixtures of the HTTP layer's tests: an engine that plays a script, and the application on a loopback port."""
+"""Fixtures of the HTTP layer's tests: an engine that plays a script, the application on a loopback port."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Reply = Callable[[GenerateRequest], Sequence[Delta]]
 class FakeEngine:
     """Plays `reply(request)`, a delta at a time; counts who is being served.
 
-    `error` is raised after `error_after` deltas. While `gate` is clear, nothing past the first `free_deltas` comes.
+    `error` is raised after `error_after` deltas. While `gate` is clear, only `free_deltas` come.
     """
 
     reply: Reply
@@ -164,7 +164,11 @@ async def serve(served_model: ServedModel) -> AsyncIterator[Serve]:
 
     @asynccontextmanager
     async def running(
-        reply: Reply, *, model: ServedModel | None = None, limits: HttpLimits | None = None, **engine_options: object
+        reply: Reply,
+        *,
+        model: ServedModel | None = None,
+        limits: HttpLimits | None = None,
+        **engine_options: object,
     ) -> AsyncIterator[Running]:
         engine = FakeEngine(reply, **engine_options)  # type: ignore[arg-type]
         app = create_app(engine, model or served_model, limits)

@@ -17,7 +17,7 @@ TINY_MODEL = Path(memserve.__file__).parent / "tiny_model"
 MINIMIND = Path(__file__).parents[2].parent / "shared" / "data" / "tokenizers" / "minimind_6400"
 
 MESSAGES = [
-    {"role": "system", "content": "Be <brief> & \"kind\"."},
+    {"role": "system", "content": 'Be <brief> & "kind".'},
     {"role": "user", "content": "Hi 👋\nthere"},
     {"role": "assistant", "content": ""},
     {"role": "user", "content": "{{ 7 * 7 }} {% raw %}"},
@@ -29,7 +29,7 @@ def render(source: str, **variables: str | int | bool) -> str:
     return template.render([{"role": "user", "content": "hi"}], max_chars=10_000, variables=variables)
 
 
-# --- like transformers ---------------------------------------------------------------------------------------
+# --- like transformers -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("folder", [TINY_MODEL, MINIMIND], ids=lambda folder: folder.name)
@@ -41,7 +41,9 @@ def test_same_text_as_transformers(folder: Path, add_generation_prompt: bool) ->
     oracle = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     template = ChatTemplate.load(folder)
     assert template is not None
-    expected = oracle.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=add_generation_prompt)
+    expected = oracle.apply_chat_template(
+        MESSAGES, tokenize=False, add_generation_prompt=add_generation_prompt
+    )
     rendered = template.render(MESSAGES, max_chars=10_000, add_generation_prompt=add_generation_prompt)
     assert rendered == expected
 
@@ -61,12 +63,12 @@ def test_variables_of_the_request_replace_none_of_the_templates_own() -> None:
     assert render("{{ messages | length }}{{ bos_token }}", messages="x", bos_token="y") == "1<s>"
 
 
-# --- where templates come from -------------------------------------------------------------------------------
+# --- where templates come from -----------------------------------------------------------------------------
 
 
 def load_text(folder: Path, override: Path | None = None) -> str | None:
     template = ChatTemplate.load(folder, override)
-    return template and template.render([], max_chars=100)
+    return None if template is None else template.render([], max_chars=100)
 
 
 def test_sources_in_order(tmp_path: Path) -> None:
@@ -106,7 +108,7 @@ def test_broken_sources(tmp_path: Path) -> None:
         ChatTemplate("{% if %}", {})
 
 
-# --- refusals and hostile templates --------------------------------------------------------------------------
+# --- refusals and hostile templates ------------------------------------------------------------------------
 
 
 def test_a_refusal_is_told_in_the_templates_words() -> None:

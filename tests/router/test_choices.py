@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from memserve.messages import FinishReason, SamplingParams, TokenLogprobs
-from memserve.router.choices import Choice, ChoiceUpdate
+from memserve.router.choices import Choice, ChoiceUpdate, TokenEntry
 from memserve.router.engine_api import Delta, GenerateRequest
 from memserve.router.prompts import Prompt
 from memserve.router.tokenizer import Tokenizer
@@ -43,7 +43,9 @@ def make_choice(tiny_tokenizer: Tokenizer) -> MakeChoice:
     return make
 
 
-def drain(choice: Choice, token_ids: list[int], reason: FinishReason = FinishReason.STOP) -> list[ChoiceUpdate]:
+def drain(
+    choice: Choice, token_ids: list[int], reason: FinishReason = FinishReason.STOP
+) -> list[ChoiceUpdate]:
     """Pushes one token a delta and takes after each."""
     updates = []
     for i, token_id in enumerate(token_ids):
@@ -89,7 +91,9 @@ def test_an_ordinary_stop_token_is_hidden_only_where_it_ended_the_sequence(
     assert joined(drain(make_choice(skip_special_tokens=False), [0, EOS])) == "<|endoftext|>"
 
 
-def test_half_a_character_at_the_end_is_shown_as_such(make_choice: MakeChoice, tiny_tokenizer: Tokenizer) -> None:
+def test_half_a_character_at_the_end_is_shown_as_such(
+    make_choice: MakeChoice, tiny_tokenizer: Tokenizer
+) -> None:
     token_ids = tiny_tokenizer.encode("👍").tolist()[:-1]
     updates = drain(make_choice(), token_ids, FinishReason.LENGTH)
     assert [update.text for update in updates] == ["\ufffd"]
@@ -135,7 +139,7 @@ def test_entries_come_with_the_text_they_begin_in(make_choice: MakeChoice, tiny_
     token_ids = tiny_tokenizer.encode("ab 👍 cd").tolist()
     updates = drain(make_choice(logprobs=0), [*token_ids, EOS])
     num_chars = 0
-    entries = []
+    entries: list[TokenEntry] = []
     for update in updates:
         num_chars += len(update.text)
         assert update.entries is not None
@@ -149,7 +153,10 @@ def test_entries_come_with_the_text_they_begin_in(make_choice: MakeChoice, tiny_
     text = joined(updates)
     for entry in entries[:-1]:
         piece = tiny_tokenizer.token_bytes(entry.token_id)
-        assert text.encode()[len(text[: entry.text_offset].encode()) :].startswith(piece) or b"\xf0" > piece >= b"\x80"
+        assert (
+            text.encode()[len(text[: entry.text_offset].encode()) :].startswith(piece)
+            or b"\xf0" > piece >= b"\x80"
+        )
     assert entries[-1].text_offset == len(text)
 
 
@@ -205,7 +212,8 @@ def test_any_cut_of_random_tokens_gives_the_same(make_choice: MakeChoice, tiny_t
         results = []
         for max_cut in (1, 7, 30):
             choice = make_choice(stops=stops, logprobs=0)
-            text, entries, i = "", [], 0
+            entries: list[TokenEntry] = []
+            text, i = "", 0
             while i < len(token_ids):
                 cut = token_ids[i : i + random_.randint(1, max_cut)]
                 i += len(cut)

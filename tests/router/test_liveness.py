@@ -29,6 +29,11 @@ def test_our_own_absence_is_no_silence() -> None:
     assert watch.is_silent(1.0, 5.0, 3605.5)
 
 
+def test_worker_that_has_nothing_to_say_yet() -> None:
+    watch = PingWatch(1.0, now=0.0)
+    assert not any(watch.is_silent(None, 5.0, float(second)) for second in range(1, 100))
+
+
 def test_pauses_grow_until_the_worker_holds() -> None:
     backoff = Backoff(Timing(first_restart_s=0.1, max_restart_s=0.5, steady_s=30.0))
     assert [backoff.next_pause(1.0) for _ in range(5)] == [0.1, 0.2, 0.4, 0.5, 0.5]

@@ -43,11 +43,13 @@ async def test_async_chat(serve: Serve, say: Say) -> None:
 
 async def test_the_clients_own_accumulator(serve: Serve, say: Say) -> None:
     server = await serve(say(TEXT))
-    async with openai.AsyncOpenAI(base_url=server.url, api_key="none", max_retries=0) as client:
-        async with client.chat.completions.stream(model="tiny", messages=MESSAGES, logprobs=True) as stream:
-            async for _ in stream:
-                pass
-            final = await stream.get_final_completion()
+    async with (
+        openai.AsyncOpenAI(base_url=server.url, api_key="none", max_retries=0) as client,
+        client.chat.completions.stream(model="tiny", messages=MESSAGES, logprobs=True) as stream,
+    ):
+        async for _ in stream:
+            pass
+        final = await stream.get_final_completion()
     assert final.choices[0].message.content == TEXT
     tokens = b"".join(bytes(token.bytes) for token in final.choices[0].logprobs.content)
     assert tokens.decode().startswith(TEXT)

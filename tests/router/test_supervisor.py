@@ -24,6 +24,7 @@ from memserve.messages import Cancel, Failed, Heartbeat, Ready, ToRouter
 from memserve.model_config import ModelConfig, RopeConfig
 from memserve.router.liveness import Timing
 from memserve.router.supervisor import Supervisor
+from memserve.router.worker_process import WORKER_COMMAND
 
 FAKE_WORKER = Path(__file__).parent / "fake_worker.py"
 TIMING = Timing(first_restart_s=0.01, shutdown_s=5.0, terminate_s=0.2)
@@ -113,7 +114,7 @@ class Recorder:
 
 
 def count_fds() -> int:
-    """Open descriptors of this process, but for /dev/null, of which uvloop opens one when it first needs it."""
+    """Open descriptors of this process, but for /dev/null, which uvloop opens when it first needs it."""
     num_fds = 0
     for fd in os.listdir("/proc/self/fd"):
         with contextlib.suppress(FileNotFoundError):  # the one that listed them
@@ -372,3 +373,11 @@ def test_workers_end_with_the_router() -> None:
     for pid in pids:
         with contextlib.suppress(psutil.NoSuchProcess):
             psutil.Process(pid).wait(timeout=30)
+
+
+def test_current_folder_is_no_place_for_code(tmp_path: Path) -> None:
+    for name in ("msgspec", "numpy", "memserve", "runpy"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('code of the current folder was run')")
+    answer = subprocess.run([*WORKER_COMMAND, "--help"], cwd=tmp_path, capture_output=True, check=False)
+    assert answer.returncode == 0, answer.stderr.decode()
+    assert b"--grants-fd" in answer.stdout

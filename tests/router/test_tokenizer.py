@@ -1,10 +1,10 @@
-"""Tokenizer and incremental decoding, on the bundled vocabulary and on those of the shared data where present."""
+"""Tokenizer and incremental decoding, on the bundled vocabulary and on shared ones where present."""
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from memserve.router.tokenizer import Tokenizer
 
 TINY_MODEL = Path(memserve.__file__).parent / "tiny_model"
 SHARED = Path(__file__).parents[2].parent / "shared" / "data" / "tokenizers"
+TINY = Tokenizer.load(TINY_MODEL)
 FOLDERS = [TINY_MODEL, SHARED / "gpt_neox_20b", SHARED / "minimind_6400"]
 
 TEXTS = [
@@ -44,7 +45,7 @@ def stream(tokenizer: Tokenizer, token_ids: Sequence[int], *, skip: bool = True)
     return [*(decoder.push(token_id) for token_id in token_ids), decoder.flush()]
 
 
-# --- decoding ----------------------------------------------------------------------------------------------
+# --- decoding ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -58,7 +59,14 @@ def test_pieces_join_to_the_whole_and_are_never_broken(tokenizer: Tokenizer, tex
 
 def test_random_unicode(tokenizer: Tokenizer) -> None:
     random_ = random.Random(1)
-    blocks = [(0x20, 0x7F), (0xA0, 0x24F), (0x4E00, 0x4F00), (0x1F300, 0x1F6FF), (0x200D, 0x200E), (0xFE0F, 0xFE10)]
+    blocks = [
+        (0x20, 0x7F),
+        (0xA0, 0x24F),
+        (0x4E00, 0x4F00),
+        (0x1F300, 0x1F6FF),
+        (0x200D, 0x200E),
+        (0xFE0F, 0xFE10),
+    ]
     for _ in range(100):
         text = "".join(chr(random_.randrange(*random_.choice(blocks))) for _ in range(30))
         token_ids = tokenizer.encode(text).tolist()
@@ -99,7 +107,7 @@ def test_a_character_that_never_ends_comes_with_flush(tiny_tokenizer: Tokenizer)
 @settings(max_examples=60, deadline=None)
 @given(text=st.text(max_size=40))
 def test_window_decoder_joins_to_the_whole(text: str) -> None:
-    tokenizer = Tokenizer.load(TINY_MODEL)
+    tokenizer = TINY
     token_ids = tokenizer.encode(text).tolist()
     decoder = WindowDecoder(tokenizer.decode)
     pieces = [*map(decoder.push, token_ids), decoder.flush()]
@@ -119,7 +127,7 @@ def test_window_decoder_looks_at_few_tokens_however_long_the_garbage() -> None:
     assert max(lengths) <= 20
 
 
-# --- sentencepiece vocabularies ------------------------------------------------------------------------------
+# --- sentencepiece vocabularies ----------------------------------------------------------------------------
 
 
 def make_sentencepiece(*, strip: bool = True) -> tokenizers.Tokenizer:
@@ -134,18 +142,26 @@ def make_sentencepiece(*, strip: bool = True) -> tokenizers.Tokenizer:
     return backend
 
 
-def load(backend: tokenizers.Tokenizer, folder: Path, config: dict[str, object] | None = None) -> Tokenizer:
+def load(
+    backend: tokenizers.Tokenizer, folder: Path, config: Mapping[str, object] | None = None
+) -> Tokenizer:
     backend.save(str(folder / "tokenizer.json"))
     if config is not None:
         (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return Tokenizer.load(folder)
 
 
+def ids_of(tokenizer: Tokenizer, spelled: Sequence[str]) -> list[int]:
+    """Ids of tokens as the vocabulary writes them."""
+    ids = {tokenizer._backend.id_to_token(i): i for i in range(tokenizer.vocab_size)}
+    return [ids[token] for token in spelled]
+
+
 @pytest.mark.parametrize("strip", [True, False])
 def test_sentencepiece_text(tmp_path: Path, strip: bool) -> None:
     tokenizer = load(make_sentencepiece(strip=strip), tmp_path)
     spelled = ["▁Hello", "▁world", "<0xF0>", "<0x9F>", "<0x91>", "<0x8D>", "▁▁", "é", "!"]
-    token_ids = [tokenizer._backend.token_to_id(token) for token in spelled]
+    token_ids = ids_of(tokenizer, spelled)
     pieces = stream(tokenizer, token_ids)
     assert "".join(pieces) == tokenizer.decode(token_ids) == ("" if strip else " ") + "Hello world👍  é!"
     assert pieces[2:6] == ["", "", "", "👍"]
@@ -172,12 +188,14 @@ def test_metaspace(tmp_path: Path) -> None:
     backend = make_sentencepiece()
     backend.decoder = decoders.Metaspace()
     tokenizer = load(backend, tmp_path)
-    token_ids = [tokenizer._backend.token_to_id(token) for token in ["▁▁", "▁Hello", "▁world"]]
+    token_ids = ids_of(tokenizer, ["▁▁", "▁Hello", "▁world"])
     assert "".join(stream(tokenizer, token_ids)) == tokenizer.decode(token_ids)
 
 
 def test_a_vocabulary_of_unknown_spelling(tmp_path: Path) -> None:
-    backend = tokenizers.Tokenizer(models.WordPiece({"[UNK]": 0, "hel": 1, "##lo": 2, "world": 3}, unk_token="[UNK]"))
+    backend = tokenizers.Tokenizer(
+        models.WordPiece({"[UNK]": 0, "hel": 1, "##lo": 2, "world": 3}, unk_token="[UNK]")
+    )
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.decoder = decoders.WordPiece()
     tokenizer = load(backend, tmp_path)
@@ -187,7 +205,7 @@ def test_a_vocabulary_of_unknown_spelling(tmp_path: Path) -> None:
     assert tokenizer.token_bytes(3) == b"world"
 
 
-# --- encoding ----------------------------------------------------------------------------------------------
+# --- encoding ---------------------------------------------------------------------------------------------
 
 
 def test_bos_as_the_config_says(tmp_path: Path) -> None:
@@ -230,7 +248,7 @@ def test_max_chars_is_a_bound(tokenizer: Tokenizer) -> None:
         assert len(text) <= tokenizer.max_chars(len(tokenizer.encode(text)))
 
 
-# --- broken folders ----------------------------------------------------------------------------------------
+# --- broken folders ---------------------------------------------------------------------------------------
 
 
 def test_no_tokenizer(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ async def chat(model: ServedModel, /, **fields: object) -> Job:
     return await plan_chat(body, "chatcmpl-1", model, LIMITS)
 
 
-# --- bytes ---------------------------------------------------------------------------------------------------
+# --- bytes -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_bad_messages(messages: object) -> None:
     assert caught.value.param == "messages"
 
 
-# --- fields against each other and the model -----------------------------------------------------------------
+# --- fields against each other and the model ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -193,12 +193,21 @@ async def test_refused_chats(served_model: ServedModel, fields: dict[str, object
 
 async def test_fields_that_change_nothing_are_accepted(served_model: ServedModel) -> None:
     await completion(
-        served_model, best_of=1, suffix=None, tools=[], guided_json=None, user="me", store=True, metadata={"a": "b"}
+        served_model,
+        best_of=1,
+        suffix=None,
+        tools=[],
+        guided_json=None,
+        user="me",
+        store=True,
+        metadata={"a": "b"},
     )
     await completion(
         served_model, stream=True, stream_options={"include_usage": True, "continuous_usage_stats": True}
     )
-    await chat(served_model, tools=None, modalities=["text"], response_format={"type": "text"}, logprobs=False)
+    await chat(
+        served_model, tools=None, modalities=["text"], response_format={"type": "text"}, logprobs=False
+    )
     await chat(served_model, top_logprobs=0, tool_choice="none", parallel_tool_calls=True)
 
 
@@ -209,7 +218,7 @@ async def test_another_model(served_model: ServedModel) -> None:
     assert await completion(served_model, model=None)
 
 
-# --- length ------------------------------------------------------------------------------------------------
+# --- length -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -261,7 +270,7 @@ async def test_max_tokens_of_chats(served_model: ServedModel) -> None:
     assert choice.request.sampling.max_tokens == 8
 
 
-# --- what a valid body becomes -------------------------------------------------------------------------------
+# --- what a valid body becomes -----------------------------------------------------------------------------
 
 
 async def test_defaults_come_from_the_model(served_model: ServedModel) -> None:
@@ -269,7 +278,9 @@ async def test_defaults_come_from_the_model(served_model: ServedModel) -> None:
     assert (params.temperature, params.top_p, params.top_k) == (0.5, 0.9, 0)
     assert params.stop_token_ids == (2,)
     assert (params.logprobs, params.prompt_logprobs) == (None, None)
-    model = dataclasses.replace(served_model, default_sampling=DefaultSampling(top_k=7, repetition_penalty=1.5))
+    model = dataclasses.replace(
+        served_model, default_sampling=DefaultSampling(top_k=7, repetition_penalty=1.5)
+    )
     params = (await completion(model, temperature=0)).choices[0].request.sampling
     assert (params.temperature, params.top_p, params.top_k, params.repetition_penalty) == (0, 1, 7, 1.5)
 

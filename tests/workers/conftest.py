@@ -59,7 +59,7 @@ def hash_tokens(token_ids: Sequence[int]) -> int:
 
 
 class HashRunner:
-    """Stores token ids as "KV" and hashes what it finds there; raises on a batch with a `poisonous` request."""
+    """Stores token ids as "KV" and hashes what it finds there; raises where a `poisonous` request is."""
 
     def __init__(self, kv: torch.Tensor, block_size: int) -> None:
         self.kv = kv
