@@ -73,9 +73,9 @@ def _chunk(q: Tensor, new: Tensor, kv: Tensor, layer: int, chunk: Chunk, scale: 
         stored = (k, v)
     if chunk.mask is not None:
         assert stored is not None
-        groups = q.shape[1] // kv_heads
-        k, v = (part.repeat_interleave(groups, dim=1) if groups > 1 else part for part in stored)
-        masked = F.scaled_dot_product_attention(queries, k, v, attn_mask=chunk.mask, scale=scale)
+        masked = F.scaled_dot_product_attention(
+            queries, *stored, attn_mask=chunk.mask, scale=scale, enable_gqa=True
+        )
         return masked[0].transpose(0, 1)
 
     own = new[chunk.new].permute(1, 2, 0, 3)[:, None]

@@ -76,7 +76,7 @@ class Chunk:
         queries: rows among the queries given to attention.
         new: rows among the step's new keys and values.
         block_rows: int64 [2 * num_kv_heads * num_blocks]; None where num_keys is 0.
-        mask: bool [queries, num_keys], True = visible; None as above.
+        mask: [queries, num_keys] of the model's dtype, 0 or -inf; None as above.
     """
 
     queries: slice
@@ -104,6 +104,7 @@ class Paging:
     num_kv_heads: int
     block_size: int
     device: torch.device
+    dtype: torch.dtype
 
 
 def plan_attention(
@@ -166,7 +167,7 @@ def _plan_chunk(row: int, piece: SequenceSlice, window: int | None, paging: Pagi
     if masked:
         distance = np.arange(context, total)[:, None] - np.arange(first_key, last_key)[None, :]
         visible = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
-        mask = torch.from_numpy(visible).to(paging.device)
+        mask = _additive(visible, paging.device).to(paging.dtype)
     num_blocks = end_block - first_block
     return Chunk(
         queries=slice(row, row + piece.num_new),

@@ -1,4 +1,4 @@
-"""Bounds on what one HTTP request may ask for, checked before any work is done for it (SECURITY: unbounded n,
+"""Bounds on what HTTP requests may ask for, checked before any work is done for them (SECURITY: unbounded n,
 prompt lists, bodies). Those that are no matter of choice stand as constraints in `schemas.py`.
 """
 
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 class HttpLimits:
     """Counts, bytes and seconds. `max_requests` are being served at a time, from the reading of the body on.
 
-    `body_timeout_s` bounds the reading of a request's body, `write_timeout_s`
-    one write to a client that does not read; both end in a closed connection.
+    `body_timeout_s` bounds the reading of a body, `write_timeout_s` one write to a client that does not read;
+    both end in a closed connection. `max_sequences` bounds prompts times n.
     """
 
     max_requests: int = 1024

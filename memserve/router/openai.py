@@ -1,9 +1,7 @@
-"""Answers in OpenAI's shapes: structs for every object, and the two formats (completions, chat) that fill
-them.
+"""Answers in OpenAI's shapes: a struct for every object, and log-probabilities in both of their forms.
 
-A format turns a job's choices into either one whole answer or chunks; both are made of the same
-`ChoiceUpdate`s, so that streamed and whole answers say the same. Fields with a default of None are left out
-unless set where OpenAI leaves them out (`omit_defaults`), and are null elsewhere.
+What OpenAI leaves out is left out (`omit_defaults`, UNSET), what it writes as null is None. `formats.py`
+fills the objects in.
 """
 
 from __future__ import annotations

@@ -43,6 +43,7 @@ def completion_sources(prompt: str | list[str | int | list[int]]) -> list[str | 
 
 
 async def read_prompt(source: str | list[int], add_special_tokens: bool, model: ServedModel) -> Prompt:
+    """One prompt of a completion. Raises RequestError if it is empty, too long or not of this vocabulary."""
     if isinstance(source, str):
         _check_num_chars(source, model, "prompt")
         if len(source) <= _INLINE_CHARS:
@@ -58,6 +59,7 @@ async def read_prompt(source: str | list[int], add_special_tokens: bool, model: 
 
 
 async def render_chat(body: ChatBody, model: ServedModel) -> Prompt:
+    """The prompt of a chat. Raises RequestError if the template refuses it, or as `read_prompt`."""
     template = model.chat_template
     if template is None:
         raise RequestError("this model has no chat template, so it only serves /v1/completions")
@@ -108,7 +110,7 @@ def _template_message(message: Message) -> dict[str, str]:
 
 def _check_num_chars(text: str, model: ServedModel, param: str) -> None:
     if len(text) > model.tokenizer.max_chars(model.max_model_len):
-        raise _too_long(f"the {param} alone have {len(text)} characters", model, param)
+        raise _too_long(f"the {param} has {len(text)} characters, more than fit", model, param)
 
 
 def _checked(prompt: Prompt, model: ServedModel, param: str) -> Prompt:
@@ -120,7 +122,7 @@ def _checked(prompt: Prompt, model: ServedModel, param: str) -> Prompt:
 
 
 def check_length(num_tokens: int, max_tokens: int, model: ServedModel, param: str) -> None:
-    """`max_tokens` is what the client asked for by name, 0 if nothing."""
+    """Raises RequestError, with the numbers, if prompt and answer together exceed the context."""
     if num_tokens + max_tokens <= model.max_model_len:
         return
     asked = f"{num_tokens} tokens in the {param}"
@@ -138,6 +140,7 @@ def _too_long(problem: str, model: ServedModel, param: str) -> RequestError:
 
 
 def check_token_id(token_id: int, model: ServedModel, param: str) -> None:
+    """Raises RequestError if the model has no such token."""
     if token_id >= model.vocab_size:
         raise RequestError(
             f"token id {token_id} is not in the vocabulary (0 to {model.vocab_size - 1})", param=param

@@ -20,6 +20,7 @@ MAX_CHOICES = 64
 MAX_LOGPROBS = 20
 
 TokenId = Annotated[int, Meta(ge=0, lt=1 << 31)]
+Name = Annotated[str, Meta(max_length=512)]
 Count = Annotated[int, Meta(ge=0, lt=1 << 31)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Probability = Annotated[float, Meta(ge=0, le=1)]
@@ -39,7 +40,7 @@ class StreamOptions(msgspec.Struct, frozen=True):
 class ResponseFormat(msgspec.Struct, frozen=True):
     """Only `text` is served."""
 
-    type: str = "text"
+    type: Name = "text"
 
 
 class Unsupported(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,7 +70,7 @@ class Unsupported(msgspec.Struct, frozen=True, kw_only=True):
 class SamplingBody(Unsupported, frozen=True, kw_only=True):
     """What both endpoints know about how tokens are drawn and delivered."""
 
-    model: str | None = None
+    model: Name | None = None
     n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -107,7 +108,7 @@ class CompletionBody(SamplingBody, frozen=True, kw_only=True):
 class TextPart(msgspec.Struct, frozen=True):
     """A part of a message's content; only `text` is served."""
 
-    type: str
+    type: Name
     text: str | None = None
 
 

@@ -16,7 +16,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import TypeVar
 
 import msgspec
@@ -55,6 +55,17 @@ logger = logging.getLogger(__name__)
 
 Body = TypeVar("Body", bound=SamplingBody)
 Planner = Callable[[Body, str, ServedModel, HttpLimits], Awaitable[Job]]
+
+
+_STREAM_HEADERS = {
+    hdrs.CONTENT_TYPE: "text/event-stream; charset=utf-8",
+    hdrs.CACHE_CONTROL: "no-cache",
+    "X-Accel-Buffering": "no",
+}
+
+
+class _ClientGone(Exception):
+    """The client closed the connection, or did not read for too long."""
 
 
 def create_app(engine: Engine, model: ServedModel, limits: HttpLimits | None = None) -> web.Application:
@@ -207,40 +218,34 @@ class _Server:
                 usage = _usage_so_far(job, choices)
                 events = [event(chunk) for update in batch for chunk in form.chunks(update, usage)]
                 if response is None:
-                    response = await _open_stream(request)
+                    response = web.StreamResponse(headers=_STREAM_HEADERS)
                     events[:0] = [event(chunk) for chunk in form.opening(len(choices), usage)]
-                await self._write(response, b"".join(events))
+                await self._write(request, response, b"".join(events))
             assert response is not None  # the end of a choice is an update
-            if job.include_usage:
-                await self._write(response, event(form.usage_chunk(usage_of(choices))))
-            await self._write(response, DONE)
-        except (ConnectionError, TimeoutError):  # the client left, or reads nothing
-            if request.transport is not None:
-                request.transport.abort()
-            if response is None:
-                raise
+            last = event(form.usage_chunk(usage_of(choices))) if job.include_usage else b""
+            await self._write(request, response, last + DONE)
+        except _ClientGone:
+            pass
         except Exception as error:
-            if response is None:
+            if response is None or not response.prepared:
                 raise
             _, body = error_object(error, request[REQUEST_ID])
-            await self._write(response, event(body))
+            with suppress(_ClientGone):
+                await self._write(request, response, event(body))
+        assert response is not None  # nobody is gone before the first write
         return response
 
-    async def _write(self, response: web.StreamResponse, data: bytes) -> None:
-        async with asyncio.timeout(self._limits.write_timeout_s):
-            await response.write(data)
-
-
-async def _open_stream(request: web.Request) -> web.StreamResponse:
-    response = web.StreamResponse(
-        headers={
-            hdrs.CONTENT_TYPE: "text/event-stream; charset=utf-8",
-            hdrs.CACHE_CONTROL: "no-cache",
-            "X-Accel-Buffering": "no",
-        }
-    )
-    await response.prepare(request)
-    return response
+    async def _write(self, request: web.Request, response: web.StreamResponse, data: bytes) -> None:
+        """Sends `data`, and the headers first. Waits for a slow reader, up to the limit."""
+        try:
+            async with asyncio.timeout(self._limits.write_timeout_s):
+                if not response.prepared:
+                    await response.prepare(request)
+                await response.write(data)
+        except (ConnectionError, TimeoutError):
+            if request.transport is not None:
+                request.transport.abort()
+            raise _ClientGone from None
 
 
 def _usage_so_far(job: Job, choices: Sequence[Choice]) -> UsageField:
