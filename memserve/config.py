@@ -80,8 +80,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     pool size.
 
     `num_blocks` is None on CUDA only (the worker profiles its GPU's memory and reports in `Ready`);
-    `device` is "cpu" or "cuda:N". `max_batch_tokens` bounds one step; on a CPU `max_step_ms` does too, so that a
-    cancel never waits long. `cpus`: the cores this worker is pinned to (empty = not pinned).
+    `device` is "cpu" or "cuda:N". `max_batch_tokens` bounds one step; on a CPU `max_step_ms` does too, so
+    that a cancel never waits long. `cpus`: the cores this worker is pinned to (empty = not pinned).
     """
 
     instance: str

@@ -1,13 +1,13 @@
 """The exception tree. A user's mistake is one of these; a bug is an assert or whatever Python raises.
 
-    MemserveError
-    ├── StartupError            the server cannot start: one line for the terminal, exit status 1
-    │   ├── ConfigError         a bad option or combination of options
-    │   ├── ModelError          folder, config.json, tokenizer or weights are missing, broken or unsupported
-    │   └── MemoryError_        what was asked for does not fit (says how much is missing)
-    ├── RequestError            the client's mistake: becomes a 4xx in OpenAI's error shape
-    │   └── Overloaded          no room now: 429 with Retry-After
-    └── EngineError             ours: becomes a 500 with the request id and nothing else
+MemserveError
+├── StartupError            the server cannot start: one line for the terminal, exit status 1
+│   ├── ConfigError         a bad option or combination of options
+│   ├── ModelError          folder, config.json, tokenizer or weights are missing, broken or unsupported
+│   └── MemoryError_        what was asked for does not fit (says how much is missing)
+├── RequestError            the client's mistake: becomes a 4xx in OpenAI's error shape
+│   └── Overloaded          no room now: 429 with Retry-After
+└── EngineError             ours: becomes a 500 with the request id and nothing else
 """
 
 from __future__ import annotations

@@ -55,7 +55,9 @@ def test_a_llama() -> None:
     assert (model.num_layers, model.num_heads, model.num_kv_heads, model.head_dim) == (4, 4, 2, 16)
     assert (model.dtype, model.eos_token_ids, model.bos_token_id) == ("bfloat16", (2,), 1)
     assert model.rope == RopeConfig() and model.sliding_window == (None,) * 4
-    assert not (model.qkv_bias or model.o_bias or model.mlp_bias or model.qk_norm or model.tie_word_embeddings)
+    assert not (
+        model.qkv_bias or model.o_bias or model.mlp_bias or model.qk_norm or model.tie_word_embeddings
+    )
 
 
 def test_old_and_new_spellings_mean_the_same() -> None:

@@ -1,9 +1,10 @@
 """Paged attention in plain torch: queries against keys and values in the arena, as an `AttentionPlan` says.
 
-A decode is two batched matrix products around a softmax, with the query heads that share a key head folded into rows:
-on a CPU in bfloat16 that takes 0.45 ms for 8 sequences of 1024 tokens, where torch's flash kernel takes 1.2 ms folded
-and 7.3 ms not. A chunk goes through the flash kernel on a CPU, because it returns the logsumexp by which two parts of
-one softmax are joined, and through `scaled_dot_product_attention` elsewhere.
+A decode is two batched matrix products around a softmax, with the query heads that share a key head folded
+into rows: on a CPU in bfloat16 that takes 0.45 ms for 8 sequences of 1024 tokens, where torch's flash
+kernel takes 1.2 ms folded and 7.3 ms not. A chunk goes through the flash kernel on a CPU, because it
+returns the logsumexp by which two parts of one softmax are joined, and through
+`scaled_dot_product_attention` elsewhere.
 """
 
 from __future__ import annotations
@@ -16,6 +17,11 @@ from memserve.kernels.attention_plan import AttentionPlan, Chunk, DecodeGroup
 from memserve.kernels.kv_cache import block_rows
 
 _flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def joins(device: torch.device) -> bool:
+    """Whether chunks on `device` are computed in two parts joined by their logsumexp (`Paging.joins`)."""
+    return device.type == "cpu"
 
 
 def paged_attention(

@@ -53,7 +53,8 @@ class DecodeGroup:
     Attributes:
         rows: the query rows, as a slice where they are consecutive, else int64 [B].
         block_rows: int64 [2 * B * num_kv_heads * num_blocks], the arena's rows at layer 0.
-        mask: float32 [B, 1, num_blocks * block_size], 0 or -inf, to be added to scores; None = every key counts.
+        mask: float32 [B, 1, num_blocks * block_size], 0 or -inf, to be added to scores; None = every key
+            counts.
     """
 
     rows: slice | Tensor
@@ -98,13 +99,16 @@ class AttentionPlan:
 
 @dataclass(frozen=True, slots=True)
 class Paging:
-    """The fixed facts a plan depends on."""
+    """The fixed facts a plan depends on. `joins`: attention can join two parts of one softmax (`attention.joins`);
+    where it cannot, a mask does all.
+    """
 
     num_layers: int
     num_kv_heads: int
     block_size: int
     device: torch.device
     dtype: torch.dtype
+    joins: bool
 
 
 def plan_attention(
@@ -159,8 +163,7 @@ def _plan_group(group: list[tuple[int, SequenceSlice]], window: int | None, pagi
 def _plan_chunk(row: int, piece: SequenceSlice, window: int | None, paging: Paging) -> Chunk:
     context, total = piece.context_len, piece.context_len + piece.num_new
     first_key = 0 if window is None else max(context + 1 - window, 0)
-    # Only the CPU's attention returns the logsumexp that joins two parts; elsewhere a mask does all.
-    masked = paging.device.type != "cpu" or (window is not None and window < total)
+    masked = not paging.joins or (window is not None and window < total)
     last_key = total if masked else context
     first_block, end_block = first_key // paging.block_size, -(-last_key // paging.block_size)
     mask = None

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from memserve.kernels.attention import joins
 from memserve.kernels.attention_plan import AttentionPlan, Paging, SequenceSlice, plan_attention
 from memserve.kernels.kv_cache import StorePlan, plan_store
 from memserve.model_config import ModelConfig
@@ -75,7 +76,7 @@ def build_step(
         dtype: of the model and the arena.
     """
     pieces = tuple(piece for _, piece, _ in sequences)
-    paging = Paging(model.num_layers, model.num_kv_heads, block_size, device, dtype)
+    paging = Paging(model.num_layers, model.num_kv_heads, block_size, device, dtype, joins(device))
     lengths = np.array([piece.num_new for piece in pieces], dtype=np.int64)
     contexts = np.array([piece.context_len for piece in pieces], dtype=np.int64)
     ends = np.cumsum(lengths)

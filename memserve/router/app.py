@@ -104,7 +104,9 @@ async def serve(run: Run, sock: socket.socket) -> int:
     supervisor = Supervisor(run.plan, config, engine)
     engine.connect(supervisor.send)
     stop = StopSignals()
-    runner = web.AppRunner(create_app(engine, run.model), handler_cancellation=True, access_log=None)
+    app = create_app(engine, run.model)
+    # by the time it is cleaned up, requests have been drained or given up: a second for their last bytes
+    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
     background = [asyncio.create_task(engine.tick_forever())]
     try:
         if not await _start(supervisor, stop, display):

@@ -32,10 +32,16 @@ class TokenEntry(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ChoiceUpdate:
-    """What is new of choice `index`. `entries` is None unless log-probabilities were asked for."""
+    """What is new of choice `index`. `token_ids` and `entries` are None unless they were asked for.
+
+    `num_tokens` were drawn since the last update, the stop token included; `text` may lag behind them, or be
+    empty: half a character, or what may become a stop string, is held back.
+    """
 
     index: int
     text: str
+    num_tokens: int
+    token_ids: tuple[int, ...] | None
     entries: tuple[TokenEntry, ...] | None
     finish_reason: FinishReason | None
 
@@ -56,6 +62,7 @@ class Choice:
         self._stop_ids = frozenset(plan.request.sampling.stop_token_ids)
         self._min_tokens = plan.request.sampling.min_tokens
         self._entries: list[TokenEntry] = []
+        self._token_ids: list[int] = []
         self._text = ""
         self._num_shown = 0  # characters already taken
         self._num_decoded = 0  # characters the decoder has given, shown or held
@@ -85,6 +92,7 @@ class Choice:
         """What may be shown and was not taken yet; None if there is nothing. The end is told once."""
         finished = self.finish_reason is not None
         text, self._text = self._text, ""
+        token_ids, self._token_ids = self._token_ids, []
         self._num_shown += len(text)
         entries: tuple[TokenEntry, ...] | None = None
         if self.plan.num_logprobs is not None:
@@ -93,13 +101,21 @@ class Choice:
                 num_ready = sum(entry.text_offset < self._num_shown for entry in self._entries)
             entries = tuple(self._entries[:num_ready])
             del self._entries[:num_ready]
-        if not text and not entries and not finished:
+        if not text and not token_ids and not entries and not finished:
             return None
-        return ChoiceUpdate(self.plan.index, text, entries, self.finish_reason)
+        return ChoiceUpdate(
+            index=self.plan.index,
+            text=text,
+            num_tokens=len(token_ids),
+            token_ids=tuple(token_ids) if self.plan.return_token_ids else None,
+            entries=entries,
+            finish_reason=self.finish_reason,
+        )
 
     def _push_token(self, token_id: int, logprobs: TokenLogprobs | None, *, hidden: bool) -> bool:
         """One token; True if a stop string ended the choice with it."""
         self.num_completion_tokens += 1
+        self._token_ids.append(token_id)
         if self.plan.num_logprobs is not None:
             self._entries.append(TokenEntry(token_id, logprobs, self._num_decoded))
         if hidden:

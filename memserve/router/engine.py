@@ -18,7 +18,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from memserve.config import Role, WorkerConfig
-from memserve.errors import MemserveError
+from memserve.errors import MemserveError, RequestError
 from memserve.messages import Heartbeat, Load, Output, Ready, ToRouter, ToWorker
 from memserve.router.dispatcher import Dispatcher
 from memserve.router.engine_api import Delta, EngineStatus, GenerateRequest, InstanceState, InstanceStatus
@@ -103,6 +103,8 @@ class ServingEngine:
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
         """See `engine_api.Engine`."""
+        if self._draining:
+            raise RequestError("the server is shutting down", status=503, code="unavailable")
         request_id = request.request_id
         if request_id in self._streams:  # a client may repeat its x-request-id
             request_id = f"{request_id}~{next(self._suffix)}"

@@ -54,17 +54,24 @@ def event(chunk: msgspec.Struct) -> bytes:
     return b"data: " + to_json(chunk) + b"\n\n"
 
 
+def _or_unset(token_ids: tuple[int, ...] | None) -> tuple[int, ...] | msgspec.UnsetType:
+    return msgspec.UNSET if token_ids is None else token_ids
+
+
 class Collected:
     """A choice's updates joined, for an answer in one piece."""
 
     def __init__(self) -> None:
         self.text = ""
+        self.token_ids: tuple[int, ...] | None = None
         self.entries: list[TokenEntry] | None = None
         self.finish_reason: str | None = None
 
     def add(self, update: ChoiceUpdate) -> None:
         """Takes the next update of the choice."""
         self.text += update.text
+        if update.token_ids is not None:
+            self.token_ids = (*(self.token_ids or ()), *update.token_ids)
         if update.entries is not None:
             self.entries = [*(self.entries or ()), *update.entries]
         self.finish_reason = update.finish_reason
@@ -106,7 +113,8 @@ class CompletionFormat:
             logprobs = (
                 None if choice.entries is None else legacy_logprobs(tuple(choice.entries), self.tokenizer)
             )
-            choices.append(CompletionChoice(index, choice.text, logprobs, choice.finish_reason))
+            token_ids = _or_unset(choice.token_ids)
+            choices.append(CompletionChoice(index, choice.text, logprobs, choice.finish_reason, token_ids))
         return to_json(self._object(choices, usage))
 
     def opening(self, num_choices: int, usage: UsageField) -> Iterator[msgspec.Struct]:
@@ -115,9 +123,11 @@ class CompletionFormat:
 
     def chunks(self, update: ChoiceUpdate, usage: UsageField) -> Iterator[msgspec.Struct]:
         """See Format."""
-        if update.text or update.entries:
+        if update.text or update.num_tokens or update.entries:
+            token_ids = _or_unset(update.token_ids)
             logprobs = legacy_logprobs(update.entries, self.tokenizer) if update.entries else None
-            yield self._object([CompletionChoice(update.index, update.text, logprobs, None)], usage)
+            choice = CompletionChoice(update.index, update.text, logprobs, None, token_ids)
+            yield self._object([choice], usage)
         if update.finish_reason is not None:
             yield self._object([CompletionChoice(update.index, "", None, update.finish_reason)], usage)
 
@@ -146,7 +156,8 @@ class ChatFormat:
                 None if choice.entries is None else chat_logprobs(tuple(choice.entries), self.tokenizer)
             )
             message = ChatMessage("assistant", choice.text)
-            choices.append(ChatChoice(index, message, logprobs, choice.finish_reason))
+            token_ids = _or_unset(choice.token_ids)
+            choices.append(ChatChoice(index, message, logprobs, choice.finish_reason, token_ids))
         return to_json(ChatObject(self.id, "chat.completion", self.created, self.model, choices, usage))
 
     def opening(self, num_choices: int, usage: UsageField) -> Iterator[msgspec.Struct]:
@@ -156,10 +167,11 @@ class ChatFormat:
 
     def chunks(self, update: ChoiceUpdate, usage: UsageField) -> Iterator[msgspec.Struct]:
         """See Format."""
-        if update.text or update.entries:
+        if update.text or update.num_tokens or update.entries:
+            token_ids = _or_unset(update.token_ids)
             logprobs = chat_logprobs(update.entries, self.tokenizer) if update.entries else None
             delta = ChatDelta(content=update.text)
-            yield self._chunk([ChatChunkChoice(update.index, delta, logprobs, None)], usage)
+            yield self._chunk([ChatChunkChoice(update.index, delta, logprobs, None, token_ids)], usage)
         if update.finish_reason is not None:
             finish = ChatChunkChoice(update.index, ChatDelta(), None, update.finish_reason)
             yield self._chunk([finish], usage)

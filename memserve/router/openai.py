@@ -61,12 +61,13 @@ class ChatLogprobs(msgspec.Struct, frozen=True):
 
 
 class CompletionChoice(msgspec.Struct, frozen=True):
-    """Whole, or a piece of a stream: the same shape."""
+    """Whole, or a piece of a stream: the same shape. `token_ids` where `return_token_ids` asks for them."""
 
     index: int
     text: str
     logprobs: LegacyLogprobs | None
     finish_reason: str | None
+    token_ids: tuple[int, ...] | msgspec.UnsetType = msgspec.UNSET
 
 
 class CompletionObject(msgspec.Struct, frozen=True):
@@ -91,6 +92,7 @@ class ChatChoice(msgspec.Struct, frozen=True):
     message: ChatMessage
     logprobs: ChatLogprobs | None
     finish_reason: str | None
+    token_ids: tuple[int, ...] | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatObject(msgspec.Struct, frozen=True):
@@ -114,6 +116,7 @@ class ChatChunkChoice(msgspec.Struct, frozen=True):
     delta: ChatDelta
     logprobs: ChatLogprobs | None
     finish_reason: str | None
+    token_ids: tuple[int, ...] | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatChunk(msgspec.Struct, frozen=True):

@@ -92,6 +92,7 @@ class SamplingBody(Unsupported, frozen=True, kw_only=True):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     add_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
     response_format: ResponseFormat | None = None
     cache_salt: Annotated[str, Meta(max_length=256)] | None = None
 

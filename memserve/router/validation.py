@@ -53,6 +53,7 @@ class ChoicePlan:
     skip_special_tokens: bool
     num_logprobs: int | None
     hide_output: bool
+    return_token_ids: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +196,7 @@ def _make_job(
                     skip_special_tokens=body.skip_special_tokens is not False,
                     num_logprobs=num_logprobs,
                     hide_output=limit == 0,
+                    return_token_ids=bool(body.return_token_ids),
                 )
             )
     options = body.stream_options

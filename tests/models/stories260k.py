@@ -1,10 +1,12 @@
 """stories260K, a trained Llama of 260 thousand parameters in llama2.c's format, as a Hugging Face folder.
 
-    find() → the source folder or None        convert(source, folder) → config.json, model.safetensors, tokenizer.json
+    find() → the source folder or None        convert(source, folder) → config.json, model.safetensors,
+    tokenizer.json
 
-llama2.c rotates adjacent pairs, Hugging Face the two halves of a head, so the rows of q and k change places. Its
-tokenizer is sentencepiece's BPE by scores: the merge that makes the token of the highest score goes first, the
-leftmost of equals. Here each way to split a token into two becomes a merge, in the order of the scores.
+llama2.c rotates adjacent pairs, Hugging Face the two halves of a head, so the rows of q and k change
+places. Its tokenizer is sentencepiece's BPE by scores: the merge that makes the token of the highest score
+goes first, the leftmost of equals. Here each way to split a token into two becomes a merge, in the order of
+the scores.
 """
 
 from __future__ import annotations

@@ -96,7 +96,9 @@ def test_half_a_character_at_the_end_is_shown_as_such(
 ) -> None:
     token_ids = tiny_tokenizer.encode("👍").tolist()[:-1]
     updates = drain(make_choice(), token_ids, FinishReason.LENGTH)
-    assert [update.text for update in updates] == ["\ufffd"]
+    # Tokens are told as they come, text once it is known.
+    assert [update.num_tokens for update in updates] == [1] * len(token_ids)
+    assert [update.text for update in updates if update.text] == ["\ufffd"]
 
 
 def test_stop_string_across_tokens(make_choice: MakeChoice, tiny_tokenizer: Tokenizer) -> None:
