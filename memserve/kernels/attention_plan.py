@@ -99,8 +99,9 @@ class AttentionPlan:
 
 @dataclass(frozen=True, slots=True)
 class Paging:
-    """The fixed facts a plan depends on. `joins`: attention can join two parts of one softmax (`attention.joins`);
-    where it cannot, a mask does all.
+    """The fixed facts a plan depends on.
+
+    `joins`: attention joins two parts of one softmax (`attention.joins`); where it cannot, a mask does all.
     """
 
     num_layers: int
