@@ -17,6 +17,7 @@ import fcntl
 import mmap
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -118,18 +119,24 @@ def map_bytes(fd: int, num_bytes: int, *, writable: bool) -> NDArray[np.uint8]:
         raise MemoryError_(f"cannot map {num_bytes} bytes of shared memory: {error.strerror}") from error
 
 
-def populate(mapped: NDArray[np.uint8], stop: threading.Event | None = None) -> bool:
+def populate(
+    mapped: NDArray[np.uint8],
+    stop: threading.Event | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> bool:
     """Touch every page of an array from `map_bytes`, so that later accesses do not fault; False if stopped
     midway.
 
     Contents are not changed, also not those being written meanwhile. A first touch is several times slower
-    than a copy, hence this, in a thread of its own: the GIL is free meanwhile. Holes are filled with
-    memory. Raises MemoryError_ if there is not enough.
+    than a copy, hence this; the GIL is free meanwhile. Holes are filled with memory. `progress` is told the
+    fraction that is done. Raises MemoryError_ if there is not enough memory.
     """
     advice = _MADV_POPULATE_WRITE if mapped.flags.writeable else _MADV_POPULATE_READ
     for start in range(0, len(mapped), _PIECE_BYTES):
         if stop is not None and stop.is_set():
             return False
+        if progress is not None:
+            progress(start / len(mapped))
         piece = mapped[start : start + _PIECE_BYTES]
         if _libc.madvise(piece.ctypes.data, piece.nbytes, advice) == 0:
             continue

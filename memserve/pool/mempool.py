@@ -140,7 +140,7 @@ class MemPool:
             os.close(arena_fd)
             os.close(generations_fd)
         self._transfer.add_peer(peer)
-        self._populate(peer.blocks)
+        self._populate_peer(peer.blocks)
 
     def remove_peer(self, instance: str) -> None:
         """Forget a peer: pulls from it that are under way still end. Unknown names are ignored."""
@@ -160,10 +160,14 @@ class MemPool:
 
     # --- life --------------------------------------------------------------------------------------------
 
-    def populate(self) -> None:
-        """Fault the arena in, in the background: the first touch of a page costs more than its copy."""
+    def populate(self, progress: Callable[[float], None] | None = None) -> None:
+        """Back the whole arena with memory, before it is used: half a second a GiB.
+
+        Left to the first touch it would slow the first prompts down; done beside them it would take a core
+        from them, and two threads that share one matrix product wait for the slower. Raises MemoryError_.
+        """
         if self._arena.blocks is not None:
-            self._populate(self._arena.blocks)
+            memfd.populate(self._arena.blocks.reshape(-1), progress=progress)
 
     def stats(self) -> PoolStats:
         """Blocks by state, now."""
@@ -185,7 +189,7 @@ class MemPool:
             thread.join()
         self._populating.clear()
 
-    def _populate(self, mapped: NDArray[np.uint8]) -> None:
+    def _populate_peer(self, mapped: NDArray[np.uint8]) -> None:
         def run() -> None:
             # Of this thread alone, on Linux: loading and serving must not wait for it.
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _POPULATE_NICENESS)

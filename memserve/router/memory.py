@@ -32,7 +32,7 @@ CPU_WORKER_BYTES = 512 << 20
 # A context and the libraries' workspaces.
 CUDA_CONTEXT_BYTES = 1 << 30
 DEFAULT_POOLS_SHARE = 0.2
-DEFAULT_POOL_BYTES = 4 << 30
+DEFAULT_POOL_BYTES = 1 << 30
 DEFAULT_CUDA_FRACTION = 0.9
 # Below this nothing useful can be served.
 MIN_MODEL_LEN = 256

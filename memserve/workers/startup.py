@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def start(init: Init, channel: SocketChannel, grants: GrantSocket) -> tuple[Work
     config = init.config
     device, dtype = torch.device(config.device), getattr(torch, config.dtype)
     geometry = KVGeometry.of(config.model, config.block_size, config.dtype)
-    _take_cores(config)
+    team = _take_cores(config)
     granted = Grants(config.instance, grants, needed=device.type == "cpu")
     weights = _weights(init, channel, granted, device)
     arena = _arena(config, geometry, granted, device)
@@ -70,11 +71,11 @@ def start(init: Init, channel: SocketChannel, grants: GrantSocket) -> tuple[Work
     transformer = Transformer(config.model, weights, config.max_model_len, device, dtype)
     runner = ModelRunner(transformer, pool.kv, config.block_size)
     worker = Worker(config, channel, grants, pool, runner)
-    _warm_up(config, pool, runner, worker.budget)
-    # After the warm-up, whose steps are measured: this takes a core for a while.
-    pool.populate()
     for peer in granted.peers:
         worker.take_grant(peer)
+    pool.populate(_Progress(channel, "memory"))
+    _spread(team, config)
+    _warm_up(config, pool, runner, worker.budget)
     channel.send(
         Ready(
             num_blocks=arena.num_blocks,
@@ -127,13 +128,34 @@ class Grants:
                 os.close(fd)
 
 
-def _take_cores(config: WorkerConfig) -> None:
-    """Pin the threads there are and size torch's pools; those made later inherit the cores."""
+def _take_cores(config: WorkerConfig) -> list[int]:
+    """Pin the threads there are and size torch's pools; those made later inherit the cores.
+
+    Returns the ids of the threads that compute together, this one first.
+    """
     if config.cpus:
-        for thread_id in os.listdir("/proc/self/task"):
-            os.sched_setaffinity(int(thread_id), config.cpus)
+        for thread_id in _thread_ids():
+            os.sched_setaffinity(thread_id, config.cpus)
     torch.set_num_threads(config.threads)
     torch.set_num_interop_threads(1)
+    before = _thread_ids()
+    torch.ones(1 << 20).add_(1)  # large enough to be shared out, so that the team is made
+    return [threading.get_native_id(), *sorted(_thread_ids() - before)]
+
+
+def _spread(team: list[int], config: WorkerConfig) -> None:
+    """Give each thread that computes a core of its own, where there are enough; the others keep them all.
+
+    A team whose threads share a core waits for the slower at every product: a step then takes two or three
+    times as long, until the kernel has moved one of them. Threads made after this inherit one core.
+    """
+    if 1 < len(team) <= len(config.cpus):
+        for thread_id, cpu in zip(team, config.cpus, strict=False):
+            os.sched_setaffinity(thread_id, {cpu})
+
+
+def _thread_ids() -> set[int]:
+    return {int(name) for name in os.listdir("/proc/self/task")}
 
 
 def _weights(init: Init, channel: Channel, granted: Grants, device: torch.device) -> Weights:

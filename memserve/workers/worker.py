@@ -110,7 +110,11 @@ class Worker:
             return bool(plan.pulls)  # a pull that could not begin has ended already, and rings no bell
         self.gauges.begin_step()
         drawn = self._execute(plan.chunks)
-        self.budget.observe(tally, self.gauges.count_step(tally))
+        step_ms = self.gauges.count_step(tally)
+        self.budget.observe(tally, step_ms)
+        logger.debug(
+            "step of %d tokens, %d of them prefill: %.1f ms", tally.num_tokens, tally.num_chunk_tokens, step_ms
+        )
         self._tell(plan.chunks, drawn)
         self.gauges.end_step()
         return True

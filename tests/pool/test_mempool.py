@@ -117,25 +117,29 @@ def test_a_grant_of_other_blocks_is_a_bug(make_pool) -> None:
         make_pool("peer", block_size=16).grant_to(receiver)
 
 
-def test_populate_fills_the_arena_in_the_background(make_pool) -> None:
+def test_populate_fills_the_arena_and_tells_how_far_it_is(make_pool) -> None:
     under_test = make_pool()
     assert memfd.resident_bytes(under_test.fds.arena) == 0
-    under_test.pool.populate()
-    for thread in under_test.pool._populating:
-        thread.join()
+    told: list[float] = []
+    under_test.pool.populate(told.append)
+    assert told[0] == 0.0
     assert memfd.resident_bytes(under_test.fds.arena) == under_test.arena.kv.nbytes
     assert not under_test.pool.kv.any()
 
 
-def test_memory_that_cannot_be_populated_is_logged(make_pool, monkeypatch, caplog) -> None:
-    def fail(*args: object) -> None:
+def test_memory_that_cannot_be_populated(make_pool, monkeypatch, caplog) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
         raise MemoryError_("no memory")
 
+    pool, peer = make_pool("decode-0"), make_pool("prefill-0")
     monkeypatch.setattr(memfd, "populate", fail)
-    pool = make_pool("decode-0").pool
-    pool.populate()
-    pool.close()
+    # 1. a peer's mapping is a matter of speed only
+    peer.grant_to(pool)
+    pool.pool.close()
     assert "decode-0: no memory" in caplog.text
+    # 2. our own memory is needed
+    with pytest.raises(MemoryError_):
+        peer.pool.populate()
 
 
 def test_close_twice_is_close(make_pool) -> None:
