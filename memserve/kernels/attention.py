@@ -85,11 +85,15 @@ def _chunk(q: Tensor, new: Tensor, kv: Tensor, layer: int, chunk: Chunk, scale: 
         return masked[0].transpose(0, 1)
 
     own = new[chunk.new].permute(1, 2, 0, 3)[:, None]
-    out, lse = _flash_cpu(queries, own[0], own[1], 0.0, True, scale=scale)
+    # Without a causal order, or with it in a mask, the heads that share keys can be folded into the query
+    # length: the kernel then works on longer tiles, 10-15 % quicker at 512 queries.
+    folded = queries.reshape(1, kv_heads, -1, head_dim)
+    if chunk.own_mask is None:
+        out, lse = _flash_cpu(queries, own[0], own[1], 0.0, True, scale=scale)
+    else:
+        out, lse = _flash_cpu(folded, own[0], own[1], 0.0, False, attn_mask=chunk.own_mask, scale=scale)
+        out, lse = out.reshape(queries.shape), lse.reshape(queries.shape[:-1])
     if stored is not None:
-        # Without a causal order the heads that share keys can be folded into the query length: the kernel then
-        # works on longer tiles, 10-15 % quicker at 512 queries.
-        folded = queries.reshape(1, kv_heads, -1, head_dim)
         before, before_lse = _flash_cpu(folded, stored[0], stored[1], 0.0, False, scale=scale)
         before, before_lse = before.reshape(out.shape), before_lse.reshape(lse.shape)
         # softmax over both parts = each part's softmax weighted by its share of exp(scores).

@@ -27,6 +27,9 @@ from torch import Tensor
 # padding is cheaper than another call per layer (~50 us against ~0.2 us a token of gathered context).
 SHORT_CONTEXT = 256
 
+# From this many queries on, torch's flash kernel works on tiles of 256 of them, not 64.
+LONG_TILE_QUERIES = 768
+
 
 @dataclass(frozen=True, slots=True)
 class SequenceSlice:
@@ -78,6 +81,8 @@ class Chunk:
         new: rows among the step's new keys and values.
         block_rows: int64 [2 * num_kv_heads * num_blocks]; None where num_keys is 0.
         mask: [queries, num_keys] of the model's dtype, 0 or -inf; None as above.
+        own_mask: [group * queries, queries], the causal order of the own part with the query heads folded
+            in; None = by the kernel, unfolded.
     """
 
     queries: slice
@@ -87,6 +92,7 @@ class Chunk:
     num_keys: int
     block_rows: Tensor | None
     mask: Tensor | None
+    own_mask: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +108,7 @@ class Paging:
     """The fixed facts a plan depends on.
 
     `joins`: attention joins two parts of one softmax (`attention.joins`); where it cannot, a mask does all.
+    `group`: query heads that share a key head.
     """
 
     num_layers: int
@@ -110,6 +117,7 @@ class Paging:
     device: torch.device
     dtype: torch.dtype
     joins: bool
+    group: int = 1
 
 
 def plan_attention(
@@ -181,7 +189,19 @@ def _plan_chunk(row: int, piece: SequenceSlice, window: int | None, paging: Pagi
         num_keys=last_key - first_key,
         block_rows=_arena_rows(piece.block_ids[None, first_block:end_block], paging) if num_blocks else None,
         mask=mask,
+        own_mask=None if masked else _own_mask(piece.num_new, paging),
     )
+
+
+def _own_mask(num_new: int, paging: Paging) -> Tensor | None:
+    """A mask where folding the heads lifts the queries over the line above which the kernel takes long tiles.
+
+    Twice the products at more than twice the speed (2 threads, 512 queries, group 2: 3.8 ms against 4.4).
+    """
+    if not num_new < LONG_TILE_QUERIES <= 2 * num_new or paging.group < 2:
+        return None
+    visible = np.tri(num_new, dtype=np.bool_)
+    return _additive(np.tile(visible, (paging.group, 1)), paging.device).to(paging.dtype)
 
 
 def _arena_rows(table: NDArray[np.int64], paging: Paging) -> Tensor:

@@ -76,7 +76,8 @@ def build_step(
         dtype: of the model and the arena.
     """
     pieces = tuple(piece for _, piece, _ in sequences)
-    paging = Paging(model.num_layers, model.num_kv_heads, block_size, device, dtype, joins(device))
+    group = model.num_heads // model.num_kv_heads
+    paging = Paging(model.num_layers, model.num_kv_heads, block_size, device, dtype, joins(device), group)
     lengths = np.array([piece.num_new for piece in pieces], dtype=np.int64)
     contexts = np.array([piece.context_len for piece in pieces], dtype=np.int64)
     ends = np.cumsum(lengths)

@@ -18,9 +18,9 @@ import math
 
 MIN_CHUNK_TOKENS = 16
 
-# Weight of the past at each new observation: some three steps are remembered. Chunks of one prompt follow
-# one another at slowly growing contexts, so the last ones say most about the next.
-_FORGETTING = 0.5
+# Weight of the past at each new observation: some ten steps are remembered, a long prompt's worth, so that the
+# costs of tokens and of pairs can be told apart by its short and its long contexts.
+_FORGETTING = 0.9
 
 
 class StepBudget:

@@ -113,7 +113,10 @@ class Worker:
         step_ms = self.gauges.count_step(tally)
         self.budget.observe(tally, step_ms)
         logger.debug(
-            "step of %d tokens, %d of them prefill: %.1f ms", tally.num_tokens, tally.num_chunk_tokens, step_ms
+            "step of %d tokens, %d of them prefill: %.1f ms",
+            tally.num_tokens,
+            tally.num_chunk_tokens,
+            step_ms,
         )
         self._tell(plan.chunks, drawn)
         self.gauges.end_step()
