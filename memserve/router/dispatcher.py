@@ -28,7 +28,7 @@ from enum import Enum, auto
 
 import msgspec
 
-from memserve.errors import EngineError, MemserveError, Overloaded
+from memserve.errors import EngineError, MemserveError, Overloaded, RequestError
 from memserve.messages import (
     Cancel,
     Decode,
@@ -139,14 +139,16 @@ class DispatcherCounters:
 
 
 @dataclass(slots=True)
-class FinishRate:
-    """How fast requests finish, to tell a refused client when to come back."""
+class DepartureRate:
+    """How fast requests leave the workers, for whatever reason, to tell a refused client when to come
+    back.
+    """
 
     per_s: float = 0.0
     last_at: float | None = None
 
     def note(self, now: float) -> None:
-        """A request finished."""
+        """A request left."""
         if self.last_at is not None and now > self.last_at:
             self.per_s += 0.2 * (1.0 / (now - self.last_at) - self.per_s)
         self.last_at = now
@@ -172,7 +174,7 @@ class Dispatcher:
     counters: DispatcherCounters = field(default_factory=DispatcherCounters)
     _queue: deque[str] = field(default_factory=deque)
     _actions: list[Action] = field(default_factory=list)
-    _finish_rate: FinishRate = field(default_factory=FinishRate)
+    _departures: DepartureRate = field(default_factory=DepartureRate)
 
     def on_event(self, event: Event, now: float) -> list[Action]:
         """Take one event; the caller owns the returned actions and carries them out in order."""
@@ -182,7 +184,7 @@ class Dispatcher:
             case Submit():
                 self._on_submit(event, now)
             case Abandon():
-                self._on_abandon(event)
+                self._on_abandon(event, now)
             case WorkerUp():
                 self.fleet.add(event)
             case WorkerDown():
@@ -205,7 +207,7 @@ class Dispatcher:
         self.counters.submitted += 1
         if len(self._queue) >= self.limits.max_waiting:
             self.counters.refused += 1
-            retry_after_s = self._finish_rate.retry_after_s(len(self._queue))
+            retry_after_s = self._departures.retry_after_s(len(self._queue))
             error = Overloaded(
                 f"{len(self._queue)} requests are waiting already", retry_after_s=retry_after_s
             )
@@ -330,10 +332,11 @@ class Dispatcher:
         meanwhile.
         """
         if request.decode is None:
-            instance = choose_decode(list(self.fleet))
-            assert instance is not None  # the prefill worker, at least, lives
+            assert request.prefill is not None
             request.decode = self.fleet.take_seat(
-                instance, num_tokens=request.num_decode_tokens, outstanding_tokens=0
+                choose_decode(list(self.fleet), request.prefill.instance),
+                num_tokens=request.num_decode_tokens,
+                outstanding_tokens=0,
             )
         self._send_decode(request)
 
@@ -389,24 +392,26 @@ class Dispatcher:
         if output.finish_reason is None:
             return False
         self.counters.finished += 1
-        self._finish_rate.note(now)
+        self._departures.note(now)
         self._forget(request)
         return True
 
     # --- ends ---
 
-    def _on_abandon(self, event: Abandon) -> None:
+    def _on_abandon(self, event: Abandon, now: float) -> None:
         request = self.requests.get(event.request_id)
         if request is None:
             return
         self.counters.abandoned += 1
         self._cancel_on_worker(request)
+        if request.phase is not Phase.QUEUED:
+            self._departures.note(now)
         self._forget(request)
 
     def _on_tick(self, now: float) -> None:
         limit_s = self.limits.request_timeout_s
         for request in [r for r in self.requests.values() if now - r.submitted_at > limit_s]:
-            self._refuse(request, EngineError(f"the request took longer than {limit_s:g} s"))
+            self._refuse(request, RequestError(f"not done after {limit_s:g} s", status=504, code="timeout"))
 
     def _refuse(self, request: RequestState, error: MemserveError) -> None:
         self.counters.refused += 1

@@ -79,11 +79,15 @@ def choose(views: Sequence[WorkerView], num_tokens: int, num_new_tokens: int) ->
     return None if alone is None else Placement(prefill=None, decode=alone.instance)
 
 
-def choose_decode(views: Sequence[WorkerView]) -> str | None:
-    """A worker to decode a request already prefilled: the least loaded, room or not (it waits there)."""
-    candidates = [view for view in views if view.role is not Role.PREFILL] or list(views)
-    best = min(candidates, key=_load_key, default=None)
-    return None if best is None else best.instance
+def choose_decode(views: Sequence[WorkerView], owner: str) -> str:
+    """A worker to decode a request that `owner` has prefilled: the least loaded, room or not (it waits
+    there).
+
+    With no decode worker alive it is the owner, who has the KV already: two prefill workers that pulled from
+    each other could wait for one another's blocks for ever.
+    """
+    candidates = [view for view in views if view.role is not Role.PREFILL]
+    return min(candidates, key=_load_key).instance if candidates else owner
 
 
 def blocks_for(num_tokens: int, block_size: int) -> int:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
 from memserve.config import Role
-from memserve.errors import EngineError, Overloaded
+from memserve.errors import EngineError, Overloaded, RequestError
 from memserve.messages import (
     BlockRefs,
     Cancel,
@@ -118,12 +118,20 @@ class FakeWorker:
     def step(self) -> StepOutputs:
         outputs = []
         for key, (tokens, message) in list(self.running.items()):
+            first = len(tokens) == message.num_prompt_tokens
+            wanted = first and message.sampling.prompt_logprobs is not None
             tokens.append(next_token(tokens))
             ends = len(tokens) - message.num_prompt_tokens >= message.sampling.max_tokens
             if ends:
                 del self.running[key]
             outputs.append(
-                Output(key[0], key[1], (tokens[-1],), finish_reason=FinishReason.LENGTH if ends else None)
+                Output(
+                    key[0],
+                    key[1],
+                    (tokens[-1],),
+                    prompt_logprobs=(None,) if wanted else None,
+                    finish_reason=FinishReason.LENGTH if ends else None,
+                )
             )
         return StepOutputs(tuple(outputs), Load())
 
@@ -141,6 +149,7 @@ class World:
         self.ended: dict[str, FinishReason | Exception] = {}
         self.prompts: dict[str, tuple[list[int], int]] = {}
         self.abandoned: set[str] = set()
+        self.prompt_logprobs: dict[str, int] = {}
         self.now = 0.0
 
     def feed(self, event: object) -> None:
@@ -154,6 +163,8 @@ class World:
                 case Emit(request_id=rid, output=output):
                     assert rid not in self.ended and rid not in self.abandoned
                     self.streams[rid].extend(output.token_ids)
+                    if output.prompt_logprobs is not None:
+                        self.prompt_logprobs[rid] = self.prompt_logprobs.get(rid, 0) + 1
                     if output.finish_reason is not None:
                         self.ended[rid] = output.finish_reason
                 case Refuse(request_id=rid, error=error):
@@ -303,6 +314,7 @@ def test_worker_dies_at_each_point(world: World, point: str, dead: str) -> None:
     world.run_out()
     world.assert_complete()
     world.assert_idle()
+    assert world.prompt_logprobs == {"r": 1}
     # 4. a replacement takes new requests
     world.up(dead, Role.PREFILL if dead == "prefill-0" else Role.DECODE)
     world.submit("s", [9, 8, 7], 4)
@@ -372,14 +384,46 @@ def test_request_that_no_pool_holds_is_refused(world: World) -> None:
 
 def test_growth_beyond_the_pool_is_not_a_deadlock(world: World) -> None:
     world.submit("r", list(range(200)), 100)  # 300 tokens of growth and prompt, a pool of 256
-    assert world.workers["prefill-0"].prefills
+    world.run_out()
+    world.assert_complete()
+    world.assert_idle()
+
+
+def test_without_decode_workers_the_owner_of_the_offer_decodes() -> None:
+    world = World()
+    p0, p1 = world.up("prefill-0", Role.PREFILL), world.up("prefill-1", Role.PREFILL)
+    world.up("decode-0", Role.DECODE)
+    # 1. one request on each prefill worker, then the only decode worker dies
+    world.submit("a", [1, 2, 3], 3)
+    world.submit("b", [4, 5, 6], 3)
+    assert p0.prefills and p1.prefills
+    world.down("decode-0")
+    # 2. each decodes what it has prefilled: nobody waits for blocks that another one's offer holds
+    for worker in (p0, p1):
+        (key,) = worker.prefills
+        world.hear(worker, worker.finish_prefill(key))
+        assert key in worker.pulls and worker.pulls[key].offer is not None
+        assert worker.pulls[key].offer.refs.instance == worker.instance
+    world.run_out()
+    world.assert_complete()
+    world.assert_idle()
+
+
+def test_retry_after_follows_the_rate_at_which_requests_leave() -> None:
+    world = World(DispatcherLimits(max_waiting=1))
+    world.up("colocated-0", Role.COLOCATED)
+    for n in range(30):  # all are abandoned, as those that a stop string ends: that frees room as well
+        world.submit(f"r{n}", [1], 9)
+        world.abandon(f"r{n}")
+    assert world.dispatcher._departures.per_s > 1
 
 
 def test_timeout(world: World) -> None:
     world.submit("r", [1, 2, 3], 3)
     world.now += 4000
     world.feed(Tick())
-    assert isinstance(world.ended["r"], EngineError)
+    error = world.ended["r"]
+    assert isinstance(error, RequestError) and error.status == 504
     world.assert_idle()
 
 
