@@ -93,6 +93,7 @@ class RequestState:
     submitted_at: float
     attempt: int = 0
     num_deaths: int = 0
+    num_deaths_in_vain: int = 0
     phase: Phase = Phase.QUEUED
     prefill: Seat | None = None
     decode: Seat | None = None
@@ -112,12 +113,13 @@ class RequestState:
 
 @dataclass(frozen=True, slots=True)
 class DispatcherLimits:
-    """Bounds. `max_deaths`: how many workers may die under a request before it is given up as their
-    killer.
+    """Bounds. A request is given up as a killer of workers when more than `max_deaths` died under it, or more
+    than `max_deaths_in_vain` in a row without its getting on by a single token.
     """
 
     max_waiting: int = 512
-    max_deaths: int = 3
+    max_deaths: int = 10
+    max_deaths_in_vain: int = 3
     request_timeout_s: float = 3600.0
 
 
@@ -386,6 +388,7 @@ class Dispatcher:
     def _deliver(self, request: RequestState, output: Output, now: float) -> bool:
         """Pass tokens on to the client; True if they were the last."""
         request.tokens.extend(output.token_ids)
+        request.num_deaths_in_vain = 0
         if output.prompt_logprobs is not None:  # a replay must not ask for them again
             request.sampling = msgspec.structs.replace(request.sampling, prompt_logprobs=None)
         self._actions.append(Emit(request.request_id, output))
@@ -455,7 +458,9 @@ class Dispatcher:
             if not _sits(request.prefill, dead):
                 return
         request.num_deaths += 1
-        if request.num_deaths > self.limits.max_deaths:
+        request.num_deaths_in_vain += 1
+        in_vain = request.num_deaths_in_vain > self.limits.max_deaths_in_vain
+        if in_vain or request.num_deaths > self.limits.max_deaths:
             error = EngineError(f"{request.num_deaths} workers died while they ran this request")
             logger.error("%s: given up: %s", request.request_id, error)
             self._refuse(request, error)

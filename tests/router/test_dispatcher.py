@@ -344,13 +344,20 @@ def test_worker_reports_failure(world: World) -> None:
     world.assert_idle()
 
 
-def test_a_killer_is_given_up() -> None:
-    world = World(DispatcherLimits(max_deaths=2))
-    world.up("colocated-0", Role.COLOCATED)
-    world.submit("r", [1], 5)
-    for _ in range(3):
+@pytest.mark.parametrize("num_steps", [0, 1])
+def test_a_killer_is_given_up(num_steps: int) -> None:
+    """At once when it never gets on; in the end when it gets on by a token a life."""
+    world = World(DispatcherLimits(max_deaths=4, max_deaths_in_vain=2))
+    worker = world.up("colocated-0", Role.COLOCATED)
+    world.submit("r", [1], 50)
+    for deaths in range(1, 6):
+        for _ in range(num_steps):
+            world.hear(worker, worker.step())
         world.down("colocated-0")
-        world.up("colocated-0", Role.COLOCATED)
+        worker = world.up("colocated-0", Role.COLOCATED)
+        assert ("r" in world.ended) == (deaths > (4 if num_steps else 2))
+        if "r" in world.ended:
+            break
     assert isinstance(world.ended["r"], EngineError)
     world.assert_idle()
 
@@ -436,7 +443,7 @@ class DispatcherMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.ids = itertools.count()
-        self.world = World(DispatcherLimits(max_deaths=10_000, max_waiting=10_000))
+        self.world = World(DispatcherLimits(max_waiting=10_000, max_deaths=10_000, max_deaths_in_vain=10_000))
 
     @initialize(num_prefill=st.integers(0, 2), num_decode=st.integers(1, 2))
     def start(self, num_prefill: int, num_decode: int) -> None:
