@@ -141,7 +141,8 @@ class Prefill(_Message, frozen=True, array_like=True, tag=True):
     `Release`.
 
     `token_ids` are the prompt and, on a replay, the tokens drawn so far; `num_prompt_tokens` says where the
-    prompt ends (penalties, max_tokens and logprobs count from there).
+    prompt ends (penalties, max_tokens and logprobs count from there). With `overlap` every block is told by
+    `Stored` as soon as it is complete, so that it can be pulled while the rest is computed.
     """
 
     request_id: str
@@ -150,6 +151,19 @@ class Prefill(_Message, frozen=True, array_like=True, tag=True):
     num_prompt_tokens: int
     sampling: SamplingParams
     cache_salt: str = ""
+    overlap: bool = False
+
+
+class PullAhead(_Message, frozen=True, array_like=True, tag=True):
+    """Blocks of a request whose `Decode` will come: start to pull them, from block `first_block` of the
+    sequence on. Only a hint: what is not pulled ahead is pulled, or recomputed, with the `Decode`; ended by
+    `Cancel`.
+    """
+
+    request_id: str
+    attempt: int
+    first_block: int
+    refs: BlockRefs
 
 
 class Decode(_Message, frozen=True, array_like=True, tag=True):
@@ -246,6 +260,18 @@ class Prefilled(_Message, frozen=True, array_like=True, tag=True):
     load: Load
 
 
+class Stored(_Message, frozen=True, array_like=True, tag=True):
+    """Blocks of a `Prefill` that is not done yet are complete, from block `first_block` of the sequence on.
+
+    They are locked as long as the prefill goes on and its offer stands.
+    """
+
+    request_id: str
+    attempt: int
+    first_block: int
+    refs: BlockRefs
+
+
 class Pulled(_Message, frozen=True, array_like=True, tag=True):
     """A `Decode`'s offer was dealt with: the router may release it at its source.
 
@@ -288,8 +314,8 @@ class Failed(_Message, frozen=True, array_like=True, tag=True):
     message: str
 
 
-ToWorker = Init | Prefill | Decode | Cancel | Release | Shutdown
-ToRouter = Loading | Loaded | Ready | Fatal | Heartbeat | Prefilled | Pulled | StepOutputs | Failed
+ToWorker = Init | Prefill | PullAhead | Decode | Cancel | Release | Shutdown
+ToRouter = Loading | Loaded | Ready | Fatal | Heartbeat | Stored | Prefilled | Pulled | StepOutputs | Failed
 
 
 # --- descriptors, over the second socketpair ---

@@ -38,10 +38,12 @@ from memserve.messages import (
     Output,
     Prefill,
     Prefilled,
+    PullAhead,
     Pulled,
     Release,
     SamplingParams,
     StepOutputs,
+    Stored,
     ToWorker,
     pack_tokens,
 )
@@ -82,7 +84,8 @@ class Phase(Enum):
 class RequestState:
     """One request between admission and its end. `tokens` are the prompt and what was drawn so far.
 
-    While `offer` is set, `prefill` is the seat of the worker that holds it.
+    While `offer` is set, `prefill` is the seat of the worker that holds it. `pulls_ahead`: the decode worker
+    was told of blocks of this attempt before its `Decode`.
     """
 
     request_id: str
@@ -99,6 +102,7 @@ class RequestState:
     decode: Seat | None = None
     offer: Offer | None = None
     offer_attempt: int = 0
+    pulls_ahead: bool = False
 
     @property
     def num_remaining(self) -> int:
@@ -114,12 +118,14 @@ class RequestState:
 @dataclass(frozen=True, slots=True)
 class DispatcherLimits:
     """Bounds. A request is given up as a killer of workers when more than `max_deaths` died under it, or more
-    than `max_deaths_in_vain` in a row without its getting on by a single token.
+    than `max_deaths_in_vain` in a row without its getting on by a single token. `overlap`: finished chunks of
+    a prompt are pulled while the next is computed.
     """
 
     max_waiting: int = 512
     max_deaths: int = 10
     max_deaths_in_vain: int = 3
+    overlap: bool = False
     request_timeout_s: float = 3600.0
 
 
@@ -264,12 +270,14 @@ class Dispatcher:
                 num_prompt_tokens=request.num_prompt_tokens,
                 sampling=request.sampling,
                 cache_salt=request.cache_salt,
+                overlap=self.limits.overlap and request.decode is not None,
             ),
         )
 
     def _send_decode(self, request: RequestState) -> None:
         """Start the decode side: with the offer if there is one, else from nothing."""
         assert request.decode is not None
+        request.pulls_ahead = False
         request.phase = Phase.DECODING if request.offer is None else Phase.HANDOFF
         self._send(
             request.decode,
@@ -298,6 +306,8 @@ class Dispatcher:
                     self._on_output(event, output, now)
             case Prefilled():
                 self._on_prefilled(event, message, now)
+            case Stored():
+                self._on_stored(event, message)
             case Pulled():
                 self._on_pulled(event, message)
             case Failed():
@@ -306,6 +316,17 @@ class Dispatcher:
                 pass
             case _:
                 logger.warning("%s sent an unexpected %s", event.instance, type(message).__name__)
+
+    def _on_stored(self, event: FromWorker, stored: Stored) -> None:
+        """Let the decode worker pull a finished chunk while the next is computed."""
+        request = self._asked(stored.request_id, stored.attempt)
+        if request is None or request.phase is not Phase.PREFILLING or not _sits(request.prefill, event):
+            self.counters.stale += 1
+            return
+        if request.decode is not None:
+            request.pulls_ahead = True
+            ahead = PullAhead(stored.request_id, stored.attempt, stored.first_block, stored.refs)
+            self._send(request.decode, ahead)
 
     def _on_prefilled(self, event: FromWorker, done: Prefilled, now: float) -> None:
         request = self._asked(done.request_id, done.attempt)
@@ -428,7 +449,14 @@ class Dispatcher:
         if request.phase is not Phase.QUEUED and seat is not None:
             self._send(seat, Cancel(request.request_id, request.attempt))
 
+    def _drop_pulls_ahead(self, request: RequestState) -> None:
+        """No `Decode` of this attempt will come: the decode worker need not keep what it pulled for it."""
+        if request.pulls_ahead and request.decode is not None:
+            self._send(request.decode, Cancel(request.request_id, request.attempt))
+        request.pulls_ahead = False
+
     def _forget(self, request: RequestState) -> None:
+        self._drop_pulls_ahead(request)
         self._leave_workers(request)
         if request.phase is Phase.QUEUED:
             self._queue.remove(request.request_id)
@@ -454,7 +482,8 @@ class Dispatcher:
             if not _sits(request.decode, dead):
                 return
         elif _sits(request.decode, dead) and request.phase is Phase.PREFILLING:
-            request.decode = None  # only reserved: another is chosen when the first token is there
+            # only reserved: another is chosen when the first token is there
+            request.decode, request.pulls_ahead = None, False
             if not _sits(request.prefill, dead):
                 return
         request.num_deaths += 1
@@ -465,6 +494,8 @@ class Dispatcher:
             logger.error("%s: given up: %s", request.request_id, error)
             self._refuse(request, error)
             return
+        if not _sits(request.decode, dead):
+            self._drop_pulls_ahead(request)
         self.counters.replayed += 1
         logger.warning("%s: replayed from token %d", request.request_id, len(request.tokens))
         request.attempt += 1

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
@@ -26,10 +27,12 @@ from memserve.messages import (
     Output,
     Prefill,
     Prefilled,
+    PullAhead,
     Pulled,
     Release,
     SamplingParams,
     StepOutputs,
+    Stored,
     Tier,
     TokenLogprobs,
     ToRouter,
@@ -59,22 +62,29 @@ class FakeWorker:
         self.incarnation = incarnation
         self.prefills: dict[tuple[str, int], Prefill] = {}
         self.offers: dict[tuple[str, int], list[int]] = {}
+        self.ahead: dict[tuple[str, int], int] = {}
         self.pulls: dict[tuple[str, int], Decode] = {}
         self.running: dict[tuple[str, int], tuple[list[int], Decode]] = {}
         self.cancelled: set[tuple[str, int]] = set()
+        self.num_stored: dict[tuple[str, int], int] = {}
 
     def tell(self, message: ToWorker) -> None:
         match message:
             case Prefill(request_id=rid, attempt=attempt):
                 assert (rid, attempt) not in self.prefills
                 self.prefills[rid, attempt] = message
+            case PullAhead(request_id=rid, attempt=attempt, first_block=first_block):
+                assert (rid, attempt) not in self.cancelled
+                assert first_block == self.ahead.get((rid, attempt), 0), "chunks come in order"
+                self.ahead[rid, attempt] = first_block + len(message.refs.blocks)
             case Decode(request_id=rid, attempt=attempt, offer=offer):
+                self.ahead.pop((rid, attempt), None)
                 if offer is None:
                     self.running[rid, attempt] = (unpack_tokens(message.token_ids).tolist(), message)
                 else:
                     self.pulls[rid, attempt] = message
             case Cancel(request_id=rid, attempt=attempt):
-                for table in (self.prefills, self.offers, self.pulls, self.running):
+                for table in (self.prefills, self.offers, self.ahead, self.pulls, self.running):
                     table.pop((rid, attempt), None)  # type: ignore[attr-defined]
                 self.cancelled.add((rid, attempt))
             case Release(request_id=rid, attempt=attempt):
@@ -84,7 +94,16 @@ class FakeWorker:
 
     @property
     def idle(self) -> bool:
-        return not (self.prefills or self.offers or self.pulls or self.running)
+        return not (self.prefills or self.offers or self.ahead or self.pulls or self.running)
+
+    def store(self, key: tuple[str, int]) -> Stored:
+        """A chunk of one block was computed."""
+        message = self.prefills[key]
+        assert message.overlap
+        first_block = self.num_stored.get(key, 0)
+        self.num_stored[key] = first_block + 1
+        refs = BlockRefs(self.instance, self.incarnation, Tier.DEVICE, (first_block,), (1,))
+        return Stored(key[0], key[1], first_block, refs)
 
     def finish_prefill(self, key: tuple[str, int]) -> Prefilled:
         message = self.prefills.pop(key)
@@ -254,6 +273,49 @@ def test_one_request_through_both_workers(world: World) -> None:
     # 4. the rest comes from D
     world.run_out()
     world.assert_complete()
+    world.assert_idle()
+
+
+def test_finished_chunks_are_pulled_ahead() -> None:
+    world = World(DispatcherLimits(overlap=True))
+    p, d = world.up("prefill-0", Role.PREFILL), world.up("decode-0", Role.DECODE)
+    # 1. chunks go to D as they come
+    world.submit("r", list(range(12)), 3)
+    for _ in range(2):
+        world.hear(p, p.store(("r", 0)))
+    assert d.ahead == {("r", 0): 2}
+    # 2. the Decode takes them over
+    world.hear(p, p.finish_prefill(("r", 0)))
+    assert not d.ahead and ("r", 0) in d.pulls
+    world.run_out()
+    world.assert_complete()
+    world.assert_idle()
+    # 3. nobody is told where no Decode will follow
+    world.submit("one", [1, 2, 3], 1)
+    assert not p.prefills["one", 0].overlap
+    world.run_out()
+
+
+@pytest.mark.parametrize("end", ["abandon", "prefill-0", "decode-0", "stop"])
+def test_what_was_pulled_ahead_is_dropped_when_no_decode_comes(end: str) -> None:
+    world = World(DispatcherLimits(overlap=True))
+    p = world.up("prefill-0", Role.PREFILL)
+    for i in range(2):
+        world.up(f"decode-{i}", Role.DECODE)
+    world.submit("r", list(range(12)), 3)
+    world.hear(p, p.store(("r", 0)))
+    if end == "abandon":
+        world.abandon("r")
+    elif end == "stop":  # the first token ends it
+        done = msgspec.structs.replace(
+            p.finish_prefill(("r", 0)), finish_reason=FinishReason.STOP, offer=None
+        )
+        p.offers.clear()
+        world.hear(p, done)
+    else:
+        world.down(end)
+        world.run_out()
+        world.assert_complete()
     world.assert_idle()
 
 
@@ -443,7 +505,9 @@ class DispatcherMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.ids = itertools.count()
-        self.world = World(DispatcherLimits(max_waiting=10_000, max_deaths=10_000, max_deaths_in_vain=10_000))
+        self.world = World(
+            DispatcherLimits(overlap=True, max_waiting=10_000, max_deaths=10_000, max_deaths_in_vain=10_000)
+        )
 
     @initialize(num_prefill=st.integers(0, 2), num_decode=st.integers(1, 2))
     def start(self, num_prefill: int, num_decode: int) -> None:
@@ -471,6 +535,14 @@ class DispatcherMachine(RuleBasedStateMachine):
             worker = workers[pick % len(workers)]
             keys = list(worker.prefills)
             self.world.hear(worker, worker.finish_prefill(keys[which % len(keys)]))
+
+    @rule(pick=st.integers(0, 9), which=st.integers(0, 9))
+    def store(self, pick: int, which: int) -> None:
+        workers = [w for w in self.world.workers.values() if any(m.overlap for m in w.prefills.values())]
+        if workers:
+            worker = workers[pick % len(workers)]
+            keys = [key for key, message in worker.prefills.items() if message.overlap]
+            self.world.hear(worker, worker.store(keys[which % len(keys)]))
 
     @rule(pick=st.integers(0, 9), fails=st.booleans())
     def pull(self, pick: int, fails: bool) -> None:
