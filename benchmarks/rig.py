@@ -21,7 +21,7 @@ from pathlib import Path
 
 import aiohttp
 
-BUNDLED_TOKENIZER = Path(__file__).resolve().parents[1] / "memserve" / "tiny_model"
+BUNDLED_MODEL = Path(__file__).resolve().parents[1] / "memserve" / "tiny_model"
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def server(model: Path, *options: str, log: Path) -> Iterator[str]:
     """`memserve serve` on a model folder; yields its URL once it is ready, and stops it afterwards."""
     port = free_port()
     command = [sys.executable, "-m", "memserve", "serve", "--model", str(model), "--port", str(port)]
-    command += ["--tokenizer", str(BUNDLED_TOKENIZER), *options]
+    command += ["--tokenizer", str(BUNDLED_MODEL), *options]
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
     url = f"http://127.0.0.1:{port}"
@@ -156,8 +156,8 @@ async def stream_completion(
             if line.startswith(b"data: {"):
                 timeline.token_times_s.append(time.perf_counter() - started)
                 last = line
-    # the last two chunks carry the finish reason and the usage. Nothing is parsed before the end: it would take
-    # the cores from the server
+    # the last two chunks carry the finish reason and the usage. Nothing is parsed before the end: it would
+    # take the cores from the server
     del timeline.token_times_s[-2:]
     num_tokens = json.loads(last[6:])["usage"]["completion_tokens"]
     if num_tokens != max_tokens:
