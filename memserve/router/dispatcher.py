@@ -24,7 +24,6 @@ import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from enum import Enum, auto
 
 import msgspec
 
@@ -34,14 +33,12 @@ from memserve.messages import (
     Decode,
     Failed,
     Heartbeat,
-    Offer,
     Output,
     Prefill,
     Prefilled,
     PullAhead,
     Pulled,
     Release,
-    SamplingParams,
     StepOutputs,
     Stored,
     ToWorker,
@@ -62,57 +59,9 @@ from memserve.router.events import (
 )
 from memserve.router.fleet import Fleet, Seat
 from memserve.router.policy import Placement, WorkerView, blocks_for, choose, choose_decode
+from memserve.router.request_state import DepartureRate, Phase, RequestState
 
 logger = logging.getLogger(__name__)
-
-# Tokens of growth reserved on a decode worker beside the prompt. More would leave the pool empty when clients
-# send large max_tokens and stop early; less would preempt often. Growth beyond it is the worker's own
-# business.
-DECODE_HEADROOM_TOKENS = 128
-
-
-class Phase(Enum):
-    """Where a request is; see the module's picture."""
-
-    QUEUED = auto()
-    PREFILLING = auto()
-    HANDOFF = auto()
-    DECODING = auto()
-
-
-@dataclass(slots=True)
-class RequestState:
-    """One request between admission and its end. `tokens` are the prompt and what was drawn so far.
-
-    While `offer` is set, `prefill` is the seat of the worker that holds it. `pulls_ahead`: the decode worker
-    was told of blocks of this attempt before its `Decode`.
-    """
-
-    request_id: str
-    tokens: list[int]
-    num_prompt_tokens: int
-    sampling: SamplingParams
-    cache_salt: str
-    submitted_at: float
-    attempt: int = 0
-    num_deaths: int = 0
-    num_deaths_in_vain: int = 0
-    phase: Phase = Phase.QUEUED
-    prefill: Seat | None = None
-    decode: Seat | None = None
-    offer: Offer | None = None
-    offer_attempt: int = 0
-    pulls_ahead: bool = False
-
-    @property
-    def num_remaining(self) -> int:
-        """Tokens that may still be drawn."""
-        return self.sampling.max_tokens - (len(self.tokens) - self.num_prompt_tokens)
-
-    @property
-    def num_decode_tokens(self) -> int:
-        """Tokens to reserve room for where it decodes."""
-        return len(self.tokens) + min(self.num_remaining, DECODE_HEADROOM_TOKENS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,28 +93,6 @@ class DispatcherCounters:
     pulled_tokens: int = 0
     pulled_bytes: int = 0
     pull_ms: float = 0.0
-
-
-@dataclass(slots=True)
-class DepartureRate:
-    """How fast requests leave the workers, for whatever reason, to tell a refused client when to come
-    back.
-    """
-
-    per_s: float = 0.0
-    last_at: float | None = None
-
-    def note(self, now: float) -> None:
-        """A request left."""
-        if self.last_at is not None and now > self.last_at:
-            self.per_s += 0.2 * (1.0 / (now - self.last_at) - self.per_s)
-        self.last_at = now
-
-    def retry_after_s(self, num_waiting: int) -> float:
-        """Seconds until about a tenth of the queue is gone, between 1 and 60."""
-        if self.per_s <= 0:
-            return 5.0
-        return min(60.0, max(1.0, 0.1 * num_waiting / self.per_s))
 
 
 Policy = Callable[[Sequence[WorkerView], int, int], Placement | None]

@@ -39,8 +39,9 @@ from memserve.messages import (
     ToWorker,
     unpack_tokens,
 )
-from memserve.router.dispatcher import Dispatcher, DispatcherLimits, Phase
+from memserve.router.dispatcher import Dispatcher, DispatcherLimits
 from memserve.router.events import Abandon, Emit, FromWorker, Refuse, Send, Submit, Tick, WorkerDown, WorkerUp
+from memserve.router.request_state import Phase
 
 
 def next_token(tokens: list[int]) -> int:

@@ -1,0 +1,83 @@
+"""What the dispatcher remembers of a request, and of how fast requests leave.
+
+Plain state: the transitions are the dispatcher's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from memserve.messages import Offer, SamplingParams
+from memserve.router.fleet import Seat
+
+# Tokens of growth reserved on a decode worker beside the prompt. More would leave the pool empty when clients
+# send large max_tokens and stop early; less would preempt often. Growth beyond it is the worker's own
+# business.
+DECODE_HEADROOM_TOKENS = 128
+
+
+class Phase(Enum):
+    """Where a request is; see the module's picture."""
+
+    QUEUED = auto()
+    PREFILLING = auto()
+    HANDOFF = auto()
+    DECODING = auto()
+
+
+@dataclass(slots=True)
+class RequestState:
+    """One request between admission and its end. `tokens` are the prompt and what was drawn so far.
+
+    While `offer` is set, `prefill` is the seat of the worker that holds it. `pulls_ahead`: the decode worker
+    was told of blocks of this attempt before its `Decode`.
+    """
+
+    request_id: str
+    tokens: list[int]
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    cache_salt: str
+    submitted_at: float
+    attempt: int = 0
+    num_deaths: int = 0
+    num_deaths_in_vain: int = 0
+    phase: Phase = Phase.QUEUED
+    prefill: Seat | None = None
+    decode: Seat | None = None
+    offer: Offer | None = None
+    offer_attempt: int = 0
+    pulls_ahead: bool = False
+
+    @property
+    def num_remaining(self) -> int:
+        """Tokens that may still be drawn."""
+        return self.sampling.max_tokens - (len(self.tokens) - self.num_prompt_tokens)
+
+    @property
+    def num_decode_tokens(self) -> int:
+        """Tokens to reserve room for where it decodes."""
+        return len(self.tokens) + min(self.num_remaining, DECODE_HEADROOM_TOKENS)
+
+
+@dataclass(slots=True)
+class DepartureRate:
+    """How fast requests leave the workers, for whatever reason, to tell a refused client when to come
+    back.
+    """
+
+    per_s: float = 0.0
+    last_at: float | None = None
+
+    def note(self, now: float) -> None:
+        """A request left."""
+        if self.last_at is not None and now > self.last_at:
+            self.per_s += 0.2 * (1.0 / (now - self.last_at) - self.per_s)
+        self.last_at = now
+
+    def retry_after_s(self, num_waiting: int) -> float:
+        """Seconds until about a tenth of the queue is gone, between 1 and 60."""
+        if self.per_s <= 0:
+            return 5.0
+        return min(60.0, max(1.0, 0.1 * num_waiting / self.per_s))
