@@ -12,6 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_AR
 .PHONY: install serve test check clean
 
 install: $(VENV)/.installed
+	@:
 
 serve: install
 	@exec $(BIN)/memserve serve $(ARGS)

@@ -8,7 +8,6 @@ start says why in one line (status 1). Everything heavy is imported late, so tha
 from __future__ import annotations
 
 import difflib
-import logging
 import math
 import sys
 import tomllib
@@ -24,7 +23,8 @@ from memserve.config import DeviceKind, DtypeName, LoadFormat, LogLevel, ServeCo
 from memserve.errors import StartupError
 from memserve.sizes import parse_memory
 
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+# A worker's heart beats once a second; two late beats on a busy machine are no death.
+MIN_PING_DEADLINE_S = 3.0
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -65,6 +65,12 @@ def _devices(context: click.Context, parameter: click.Parameter, value: str | No
 def _seconds(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
     if value is not None and not (math.isfinite(value) and value > 0):
         raise click.BadParameter("the number of seconds must be greater than 0")
+    return value
+
+
+def _ping_deadline(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
+    if value is not None and not (math.isfinite(value) and value >= MIN_PING_DEADLINE_S):
+        raise click.BadParameter(f"must be at least {MIN_PING_DEADLINE_S:g} s: workers report once a second")
     return value
 
 
@@ -143,14 +149,18 @@ COUNT = click.IntRange(1, 64)
 @_option("--chat-template", "Jinja file instead of the model's chat template.", metavar="FILE")
 @_option("--load-format", "dummy: random weights.", type=click.Choice(get_args(LoadFormat)))
 @_option("--served-model-name", "Name in the API [default: the model's].", metavar="NAME")
-@_option("--prefill", "Number of prefill workers [default: 1, or half the GPUs].", type=COUNT)
-@_option("--decode", "Number of decode workers [default: 1, or half the GPUs].", type=COUNT)
-@_option("--colocated", "Number of workers that do both, instead of those.", type=COUNT)
+@_option("--prefill", "Number of prefill workers [default: 1 on a CPU].", type=COUNT)
+@_option("--decode", "Number of decode workers [default: 1 on a CPU].", type=COUNT)
+@_option("--colocated", "Number of workers that do both instead [default: 1 a GPU].", type=COUNT)
 @_option("--device", "Where the workers run.", type=click.Choice(get_args(DeviceKind)))
 @_option("--dtype", "auto: bfloat16 if the hardware has it.", type=click.Choice(get_args(DtypeName)))
 @_option("--block-size", "Tokens in a block of KV.", type=click.IntRange(1, 256))
 @_option("--max-model-len", "Most tokens of prompt and answer [default: what fits].", type=_at_least(2))
-@_option("--seed", "Of dummy weights.", type=click.IntRange(0, 2**63 - 1))
+@_option(
+    "--seed",
+    "Makes the seeds of requests that bring none repeatable, and dummy weights [default: none].",
+    type=click.IntRange(0, 2**63 - 1),
+)
 @_worker_options(None)
 @_worker_options("prefill")
 @_worker_options("decode")
@@ -159,7 +169,7 @@ COUNT = click.IntRange(1, 64)
 @_option("--max-waiting", "Requests that may queue before 429 is answered.", type=_at_least(1))
 @_option("--drain-timeout-s", "How long running requests may finish.", type=float, callback=_seconds)
 @_option("--request-timeout-s", "Longest life of one request.", type=float, callback=_seconds)
-@_option("--ping-deadline-s", "Silence that costs a worker its life.", type=float, callback=_seconds)
+@_option("--ping-deadline-s", "Silence that costs a worker its life.", type=float, callback=_ping_deadline)
 @_option("--log-level", "Least level that is logged.", type=click.Choice(get_args(LogLevel)))
 @click.option(
     "--config",
@@ -173,7 +183,6 @@ COUNT = click.IntRange(1, 64)
 def serve(**options: Any) -> None:
     """Serve a model over an OpenAI-compatible HTTP API."""
     config = serve_config({name: value for name, value in options.items() if value is not None})
-    logging.basicConfig(level=config.log_level.upper(), format=LOG_FORMAT)
     try:
         from memserve.router.placement import check_roles
 

@@ -1,8 +1,8 @@
 """Every option and its default, once, as one frozen tree; and what a worker is told of it.
 
 `ServeConfig` is what the user asked for (command line over TOML file over these defaults). The router
-resolves it, with the model's config and the machine, into one `WorkerConfig` per instance. Nothing else
-holds a default.
+resolves it, with the model's config and the machine, into one `WorkerConfig` per instance. What is no
+option, such as the bounds on HTTP requests, stands with the code that it bounds.
 """
 
 from __future__ import annotations
@@ -45,7 +45,11 @@ class WorkerOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`memserve serve`, as asked for. Field names are the option names with underscores."""
+    """`memserve serve`, as asked for. Field names are the option names with underscores.
+
+    `seed` makes a server repeatable: the seeds of requests that bring none follow from it (None: each is
+    drawn at random), and dummy weights (None: those of seed 0).
+    """
 
     model: str | None = None
     revision: str | None = None
@@ -61,7 +65,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     dtype: DtypeName = "auto"
     block_size: int = 16
     max_model_len: int | None = None
-    seed: int = 0
+    seed: int | None = None
     worker: WorkerOptions = WorkerOptions()
     prefill_worker: WorkerOptions | None = None
     decode_worker: WorkerOptions | None = None

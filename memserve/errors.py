@@ -7,6 +7,7 @@ MemserveError
 │   └── MemoryError_        what was asked for does not fit (says how much is missing)
 ├── RequestError            the client's mistake: becomes a 4xx in OpenAI's error shape
 │   └── Overloaded          no room now: 429 with Retry-After
+│       └── Unavailable     no worker to run it: 503 with Retry-After
 └── EngineError             ours: becomes a 500 with the request id and nothing else
 """
 
@@ -38,7 +39,7 @@ class RequestError(MemserveError):
 
     Args:
         message: one line for the client.
-        status: HTTP status, 4xx.
+        status: HTTP status, 4xx (503 where the server is not there for the request).
         code: OpenAI's machine-readable code (`context_length_exceeded`, `model_not_found`, …) or None.
         param: the offending request field or None.
     """
@@ -58,6 +59,15 @@ class Overloaded(RequestError):
     def __init__(self, message: str, *, retry_after_s: float) -> None:
         super().__init__(message, status=429, code="rate_limit_exceeded")
         self.retry_after_s = retry_after_s
+
+
+class Unavailable(Overloaded):
+    """The server is starting, ending, or without workers; nothing was done for the request."""
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.status = 503
+        self.code = "unavailable"
 
 
 class EngineError(MemserveError):

@@ -1,6 +1,6 @@
 """Typed reading of a JSON object that somebody else wrote: every fault is a ModelError that names the key.
 
-A null counts as absent, as in Hugging Face's files. A bool is no number.
+A null counts as absent, as mostly in Hugging Face's files (`is_null` tells them apart). A bool is no number.
 """
 
 from __future__ import annotations
@@ -43,6 +43,10 @@ class JsonFields:
         """Whether the key is there and not null."""
         return self._values.get(key) is not None
 
+    def is_null(self, key: str) -> bool:
+        """Whether the key is there with the value null."""
+        return key in self._values and self._values[key] is None
+
     def keys(self) -> tuple[str, ...]:
         """The keys whose value is not null."""
         return tuple(key for key, value in self._values.items() if value is not None)
@@ -65,9 +69,7 @@ class JsonFields:
     def number(
         self, key: str, default: float | None = None, *, low: float = 0.0, open_low: bool = True
     ) -> float:
-        """A finite float above `low` (or equal to it, unless `open_low`); required where `default` is
-        None.
-        """
+        """A finite float above `low` (or equal, unless `open_low`); required where `default` is None."""
         value = self._present(key, default)
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise self.fail(key, "is not a number")

@@ -8,6 +8,7 @@ names it.
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +18,11 @@ from memserve.errors import ModelError
 from memserve.json_fields import JsonFields
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def blocks_for(num_tokens: int, block_size: int) -> int:
+    """Blocks that hold `num_tokens` tokens, the last one perhaps in part."""
+    return -(-num_tokens // block_size)
 
 
 class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,9 +65,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class KVGeometry(msgspec.Struct, frozen=True, kw_only=True):
-    """Shape of one pool's blocks: `[num_layers, 2, num_kv_heads, block_size, head_dim]` of `dtype`,
-    contiguous.
-    """
+    """Shape of a pool's blocks: `[num_layers, 2, num_kv_heads, block_size, head_dim]`, contiguous."""
 
     num_layers: int
     num_kv_heads: int
@@ -138,6 +142,11 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "is_encoder_decoder": (False,),
     "use_bidirectional_attention": (False,),
 }
+# A key nobody here knows, but whose name says that it scales or bounds what the layers compute.
+_SUSPICIOUS = re.compile(r"scal(e|ing)|softcap|multiplier|clip|norm(?!al)|temperature_|_temperature")
+_UNSUSPICIOUS = {"rms_norm_eps", "rope_scaling"}
+# transformers' defaults where config.json leaves a key out; where it says null, there is no window.
+_DEFAULT_WINDOW = 4096
 _ROPE_KEYS = {
     "type",
     "rope_type",
@@ -250,15 +259,21 @@ def _refuse_unknown_mathematics(fields: JsonFields) -> None:
     for key, neutral in _NEUTRAL.items():
         if fields.has(key) and fields.get(key) not in neutral:
             raise fields.fail(key, "is not supported")
+    for key in fields.keys():  # noqa: SIM118
+        if key in _NEUTRAL or key in _UNSUSPICIOUS or not _SUSPICIOUS.search(key):
+            continue
+        value = fields.get(key)
+        if value is not False and (isinstance(value, bool) or value != 1):
+            raise fields.fail(key, "is not known, and may change the mathematics")
     if fields.text("hidden_act", "silu") not in ("silu", "swish"):
         raise fields.fail("hidden_act", "is not supported; supported: silu")
 
 
 def _rope(fields: JsonFields, max_positions: int) -> RopeConfig:
     """`rope_parameters` (new) holds everything; `rope_scaling` (old) all but `rope_theta`, which stands
-    beside it.
+    beside it. As in transformers the old one, unless it is empty, goes before the new one.
     """
-    key = "rope_parameters" if fields.has("rope_parameters") else "rope_scaling"
+    key = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
     rope = fields.nested(key) or JsonFields({}, f"config.json: {key}")
     unknown = [name for name in rope.keys() if name not in _ROPE_KEYS]  # noqa: SIM118
     kind = rope.text("rope_type" if rope.has("rope_type") else "type", "default")
@@ -288,11 +303,13 @@ def _rope(fields: JsonFields, max_positions: int) -> RopeConfig:
 
 
 def _sliding_window(fields: JsonFields, architecture: str, num_layers: int) -> tuple[int | None, ...]:
-    is_qwen = architecture.startswith("Qwen")
-    has_window = fields.has("sliding_window") and (not is_qwen or fields.flag("use_sliding_window", False))
-    if has_window and architecture == "LlamaForCausalLM":
+    is_qwen, is_llama = architecture.startswith("Qwen"), architecture == "LlamaForCausalLM"
+    if fields.has("sliding_window") and is_llama:
         raise fields.fail("sliding_window", f"is not supported for {architecture}")
-    window = fields.integer("sliding_window") if has_window else None
+    has_window = not is_llama and (not is_qwen or fields.flag("use_sliding_window", False))
+    if fields.is_null("sliding_window"):
+        has_window = False
+    window = fields.integer("sliding_window", _DEFAULT_WINDOW) if has_window else None
     kinds = fields.strings("layer_types")
     if not kinds:
         # Qwen's first max_window_layers layers attend to everything.
@@ -317,9 +334,7 @@ def _dtype(fields: JsonFields) -> str:
 
 
 def _token_ids(key: str, vocab_size: int, *places: JsonFields | None) -> tuple[int, ...]:
-    """The first place that has the key decides. Ids outside the vocabulary can never be drawn and are left
-    out.
-    """
+    """The first place that has the key decides. Ids outside the vocabulary, never drawn, are left out."""
     for fields in places:
         if fields is not None and fields.has(key):
             return tuple(token_id for token_id in fields.integers(key) if 0 <= token_id < vocab_size)

@@ -64,9 +64,13 @@ def served_model_name(model: str | None) -> str:
 
 def _local(name: str) -> Path | None:
     """The path that `name` means, None if it is a name on the hub. Raises ModelError if it can be neither."""
-    path = Path(name).expanduser()
-    if name and path.exists():
-        return path
+    try:
+        path = Path(name).expanduser()
+        if name and path.exists():
+            return path
+    except (OSError, RuntimeError) as error:  # not allowed to look, a name too long, an unknown ~user
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ModelError(f"{name[:200]}: {reason}") from error
     if name.startswith((".", "/", "~")) or _HUB_NAME.fullmatch(name) is None:
         raise ModelError(f"{name}: no such folder")
     return None
@@ -102,8 +106,7 @@ def _download(name: str, revision: str | None, patterns: tuple[str, ...]) -> Pat
             f"{name} is no folder here, and the Hugging Face hub cannot be reached to fetch it"
         ) from error
     except Exception as error:
-        # The hub's library passes on what its HTTP client raises, which is another one in every major
-        # version.
+        # The hub's library passes on what its HTTP client raises, another one in every major version.
         first_line = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ModelError(f"{name} cannot be fetched from the Hugging Face hub: {first_line}") from error
     return Path(folder)

@@ -123,7 +123,8 @@ def test_everything_asked_for(command: Command) -> None:
         "--devices -1",
         "--decode-devices 1,",
         "--drain-timeout-s nan",
-        "--ping-deadline-s 0",
+        "--ping-deadline-s 2.9",
+        "--ping-deadline-s nan",
         "--request-timeout-s inf",
         "--no-such-option",
         "stray",
@@ -136,8 +137,7 @@ def test_bad_values_are_usage_errors(command: Command, line: str) -> None:
     assert command.configs == []
 
 
-# --- the file
-# ------------------------------------------------------------------------------------------------
+# --- the file ----------------------------------------------------------------------------------------------
 
 
 def test_file_under_the_command_line(command: Command, tmp_path: Path) -> None:
@@ -182,8 +182,7 @@ def test_file_that_is_not_there(command: Command, tmp_path: Path) -> None:
     assert "No such file" in result.stderr
 
 
-# --- the end
-# -------------------------------------------------------------------------------------------------
+# --- the end -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("error", [MemoryError_("3 GiB are\nmissing"), ConfigError("3 GiB are missing")])

@@ -70,6 +70,16 @@ def test_old_and_new_spellings_mean_the_same() -> None:
     assert linear.rope == RopeConfig(kind="linear", factor=2.0)
 
 
+def test_of_both_spellings_the_one_that_transformers_takes() -> None:
+    """It says `rope_scaling or rope_parameters`."""
+    linear, default = {"rope_type": "linear", "factor": 4.0}, {"rope_type": "default", "rope_theta": 1e6}
+    both = parse_model_config(make_config(rope_scaling=linear, rope_parameters=default, rope_theta=2e4))
+    assert both.rope == RopeConfig(kind="linear", factor=4.0, theta=2e4)
+    for empty in ({}, None):
+        model = parse_model_config(make_config(rope_scaling=empty, rope_parameters=default))
+        assert model.rope == RopeConfig(theta=1e6)
+
+
 def test_absent_and_null_take_the_defaults_of_the_family() -> None:
     model = parse_model_config(make_config(num_key_value_heads=None, head_dim=None, rope_scaling=None))
     assert (model.num_kv_heads, model.head_dim) == (4, 16)
@@ -96,6 +106,20 @@ def test_families(changes: dict[str, Any], biases: tuple[bool, ...], qk_norm: bo
     [
         ({"architectures": ["MistralForCausalLM"], "sliding_window": 9}, (9, 9, 9, 9)),
         ({"architectures": ["MistralForCausalLM"], "sliding_window": None}, (None,) * 4),
+        ({"architectures": ["MistralForCausalLM"]}, (4096,) * 4),
+        (
+            {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "max_window_layers": 2},
+            (None, None, 4096, 4096),
+        ),
+        (
+            {
+                "architectures": ["Qwen2ForCausalLM"],
+                "use_sliding_window": True,
+                "sliding_window": None,
+                "max_window_layers": 2,
+            },
+            (None,) * 4,
+        ),
         ({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 9}, (None,) * 4),
         (
             {
@@ -133,6 +157,14 @@ REFUSED: list[dict[str, Any]] = [
     {"clip_qkv": 8},
     {"num_experts": 8},
     {"num_local_experts": 8},
+    {"attn_output_multiplier": 0.5},
+    {"mlp_multipliers": [1.0, 0.5]},
+    {"v_clipping": 4.0},
+    {"router_logits_softcap": 30},
+    {"scale_attn_by_inverse_layer_idx": True},
+    {"attn_temperature_tuning": 4},
+    {"post_norm_eps": 1e-6},
+    {"query_scaling": 0},
     {"hidden_act": "gelu"},
     {"torch_dtype": "float8_e4m3fn"},
     {"sliding_window": 9},
@@ -206,6 +238,8 @@ def test_unsupported_architectures(names: object) -> None:
 
 
 def test_neutral_values_are_accepted() -> None:
+    unknown = {"head_multiplier": 1.0, "scale_depths": False, "clip_something": None, "flavour": 3.0}
+    assert parse_model_config(make_config(**unknown)) == parse_model_config(make_config())
     neutral = {"pretraining_tp": 4, "num_experts": 0, "partial_rotary_factor": 1.0, "logits_scaling": 1}
     changes = {**neutral, "quantization_config": None, "hidden_act": "silu"}
     assert parse_model_config(make_config(**changes)) == parse_model_config(make_config())

@@ -66,6 +66,25 @@ def test_what_can_only_be_a_folder(name: str, tmp_path: Path, monkeypatch: pytes
         resolve_model(name, download=FakeHub(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("~no-such-user/model", "home directory"), ("/" + "x" * 300, "File name too long")],
+)
+def test_names_that_cannot_even_be_looked_up(name: str, reason: str, tmp_path: Path) -> None:
+    for resolve in (resolve_model, resolve_tokenizer):
+        with pytest.raises(ModelError, match=reason):
+            resolve(name, download=FakeHub(tmp_path))
+
+
+def test_folder_that_may_not_be_looked_into(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    with pytest.raises(ModelError, match="^/root/model: Permission denied$"):
+        resolve_model("/root/model", download=FakeHub(tmp_path))
+
+
 def test_file_is_no_model_but_may_be_a_tokenizer(tmp_path: Path) -> None:
     file = tmp_path / "tokenizer.json"
     file.write_text("{}")

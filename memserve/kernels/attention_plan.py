@@ -1,27 +1,28 @@
 """Where a step's attention finds its keys: worked out once per step in NumPy, used by every layer.
 
-The arena `[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]` is read as rows of `block_size *
-head_dim`
-elements: K or V of one head in one block. The row of (block b, layer l, K/V c, head h) is
-`((b * num_layers + l) * 2 + c) * num_kv_heads + h`, so a plan holds the rows of layer 0 and a layer shifts
-the arena's view instead of the ids (`kv_cache.block_rows`). One `index_select` then yields
+The arena `[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]` is read as rows of
+`block_size * head_dim` elements: K or V of one head in one block. The row of (block b, layer l, K/V c, head
+h) is `((b * num_layers + l) * 2 + c) * num_kv_heads + h`, so a plan holds the rows of layer 0 and a layer
+shifts the arena's view instead of the ids (`kv_cache.block_rows`). One `index_select` then yields
 `[2, batch, num_kv_heads, blocks * block_size, head_dim]`, ready for attention.
 
 Sequences with one new token are batched into `DecodeGroup`s of similar length, so that one long context
-does not make every short one pay for its padding; each longer sequence is a `Chunk` of its own. All ids are
-int64.
+does not make every short one pay for its padding; each longer sequence is a `ChunkPlan` of its own. All ids
+are int64. No mask has more than MAX_MASK_ELEMENTS, whatever chunk and context are.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from memserve.step_memory import MAX_MASK_ELEMENTS
 
 # Groups of decodes differ by a factor of two in context, except the short ones: below this many tokens the
 # padding is cheaper than another call per layer (~50 us against ~0.2 us a token of gathered context).
@@ -68,11 +69,41 @@ class DecodeGroup:
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
+class MaskedPart:
+    """Consecutive queries of a chunk, and the keys that any of them sees.
+
+    Attributes:
+        queries: rows among the chunk's queries; the first of them is at `first_position` of the sequence.
+        keys: columns among the chunk's gathered keys; the first of them is at `first_key`.
+        window: the last tokens a query sees, itself included; None = all.
+        mask: [queries, keys] of the model's dtype, 0 or -inf; None = to be made when needed (`visible`).
+    """
+
+    queries: slice
+    keys: slice
+    first_position: int
+    first_key: int
+    window: int | None
+    mask: Tensor | None
+
+    def visible(self, device: torch.device) -> Tensor:
+        """Which query sees which key: bool [queries, keys], made on `device` without anything larger."""
+        num_queries, num_keys = self.queries.stop - self.queries.start, self.keys.stop - self.keys.start
+        positions = torch.arange(self.first_position, self.first_position + num_queries, device=device)
+        keys = torch.arange(self.first_key, self.first_key + num_keys, device=device)
+        visible = keys <= positions[:, None]
+        if self.window is not None:
+            visible &= keys > (positions - self.window)[:, None]
+        return visible
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkPlan:
     """One sequence with several queries.
 
-    Without a mask its keys are the `num_keys` stored ones, all visible, then its own new ones, causally;
-    with a mask they are the `num_keys` stored ones alone (the step's own are stored by then), some hidden.
+    Without parts its keys are the `num_keys` stored ones, all visible, then its own new ones, causally; where
+    attention cannot join the two (`Paging.joins`), `num_keys` is 0. With parts they are the `num_keys` stored
+    ones alone (the step's own are stored by then), some hidden.
 
         gathered blocks:  |skip|<------ num_keys ------>|unused slots of the last block|
 
@@ -80,7 +111,8 @@ class Chunk:
         queries: rows among the queries given to attention.
         new: rows among the step's new keys and values.
         block_rows: int64 [2 * num_kv_heads * num_blocks]; None where num_keys is 0.
-        mask: [queries, num_keys] of the model's dtype, 0 or -inf; None as above.
+        parts: as above.
+        joins: `Paging.joins`.
         own_mask: [group * queries, queries], the causal order of the own part with the query heads folded
             in; None = by the kernel, unfolded.
     """
@@ -91,7 +123,8 @@ class Chunk:
     skip: int
     num_keys: int
     block_rows: Tensor | None
-    mask: Tensor | None
+    parts: tuple[MaskedPart, ...]
+    joins: bool
     own_mask: Tensor | None
 
 
@@ -100,7 +133,7 @@ class AttentionPlan:
     """What every layer with the same window does. Each query row is in exactly one group or chunk."""
 
     decodes: tuple[DecodeGroup, ...]
-    chunks: tuple[Chunk, ...]
+    chunks: tuple[ChunkPlan, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,28 +202,50 @@ def _plan_group(group: list[tuple[int, SequenceSlice]], window: int | None, pagi
     )
 
 
-def _plan_chunk(row: int, piece: SequenceSlice, window: int | None, paging: Paging) -> Chunk:
+def _plan_chunk(row: int, piece: SequenceSlice, window: int | None, paging: Paging) -> ChunkPlan:
     context, total = piece.context_len, piece.context_len + piece.num_new
-    first_key = 0 if window is None else max(context + 1 - window, 0)
-    masked = not paging.joins or (window is not None and window < total)
+    is_windowed = window is not None and window < total
+    first_key = max(context + 1 - window, 0) if window is not None else 0
+    masked = is_windowed or (context > 0 and not paging.joins)
     last_key = total if masked else context
     first_block, end_block = first_key // paging.block_size, -(-last_key // paging.block_size)
-    mask = None
-    if masked:
-        distance = np.arange(context, total)[:, None] - np.arange(first_key, last_key)[None, :]
-        visible = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
-        mask = _additive(visible, paging.device).to(paging.dtype)
     num_blocks = end_block - first_block
-    return Chunk(
+    return ChunkPlan(
         queries=slice(row, row + piece.num_new),
         new=slice(piece.start, piece.start + piece.num_new),
         num_blocks=num_blocks,
         skip=first_key - first_block * paging.block_size,
         num_keys=last_key - first_key,
         block_rows=_arena_rows(piece.block_ids[None, first_block:end_block], paging) if num_blocks else None,
-        mask=mask,
-        own_mask=None if masked else _own_mask(piece.num_new, paging),
+        parts=tuple(_parts(piece, first_key, window if is_windowed else None, paging)) if masked else (),
+        joins=paging.joins,
+        own_mask=_own_mask(piece.num_new, paging) if paging.joins and not masked else None,
     )
+
+
+def _parts(piece: SequenceSlice, first_key: int, window: int | None, paging: Paging) -> Iterator[MaskedPart]:
+    """The chunk's queries in runs whose masks are small enough. Gathered keys begin at `first_key`."""
+    context, num_new = piece.context_len, piece.num_new
+    num_rows = max(1, MAX_MASK_ELEMENTS // (paging.group * (context + num_new - first_key)))
+    for start in range(0, num_new, num_rows):
+        stop = min(start + num_rows, num_new)
+        first = first_key if window is None else max(context + start + 1 - window, first_key)
+        part = MaskedPart(
+            queries=slice(start, stop),
+            keys=slice(first - first_key, context + stop - first_key),
+            first_position=context + start,
+            first_key=first,
+            window=window,
+            mask=None,
+        )
+        # On a CPU a mask costs some of the attention's own time, and is made once for all layers; a window
+        # bounds it. Elsewhere it is memory that is dear.
+        yield replace(part, mask=_additive_of(part, paging.dtype)) if paging.joins else part
+
+
+def _additive_of(part: MaskedPart, dtype: torch.dtype) -> Tensor:
+    hidden = part.visible(torch.device("cpu")).logical_not_()
+    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
 
 
 def _own_mask(num_new: int, paging: Paging) -> Tensor | None:

@@ -49,17 +49,13 @@ def plan_store(
 
 
 def block_rows(kv: Tensor, layer: int) -> Tensor:
-    """View of the arena as rows of block_size * head_dim elements, shifted so that layer 0's rows fall on
-    `layer`'s.
-    """
+    """The arena as rows of block_size * head_dim elements, `layer`'s where a plan has layer 0's. A view."""
     _, _, two, heads, block_size, head_dim = kv.shape
     return kv.view(-1, block_size * head_dim)[layer * two * heads :]
 
 
 def store_kv(kv: Tensor, layer: int, new: Tensor, plan: StorePlan) -> None:
-    """Write `new` [T, 2, num_kv_heads, head_dim] (keys, then values) into layer `layer` of the arena, in
-    place.
-    """
+    """Write `new` [T, 2, num_kv_heads, head_dim] (keys, then values) into the arena's layer `layer`."""
     _, _, two, heads, block_size, head_dim = kv.shape
     rows = kv.view(-1, head_dim)[layer * two * heads * block_size :]
     rows.index_copy_(0, plan.rows, new.reshape(-1, head_dim))

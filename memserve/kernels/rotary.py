@@ -17,9 +17,7 @@ from memserve.model_config import RopeConfig
 
 
 def pair_adjacent(rows: Tensor, head_dim: int) -> Tensor:
-    """Reorder dimension 0, heads of `head_dim`, from halves (0, n, 1, n+1, … with n = head_dim/2). A new
-    tensor.
-    """
+    """Dimension 0, heads of `head_dim`, in the order 0, n, 1, n+1, … (n = head_dim / 2). A new tensor."""
     heads = rows.view(-1, 2, head_dim // 2, *rows.shape[1:])
     return heads.transpose(1, 2).reshape(rows.shape)
 

@@ -260,8 +260,7 @@ def _candidates(probs: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _keep_nucleus(weights: Tensor, top_p: Tensor, is_cut: Tensor) -> Tensor:
-    """`weights` [R, C] without those outside each row's smallest set that adds up to `top_p` [R], at least
-    one.
+    """`weights` [R, C] with 0 outside each row's smallest set, never empty, that adds up to `top_p` [R].
 
     Of the whole, that is: of what is left of rows that were cut, else of 1. Of equal weights at the edge,
     those of the lowest ids stay.
@@ -282,8 +281,7 @@ def _keep_nucleus(weights: Tensor, top_p: Tensor, is_cut: Tensor) -> Tensor:
 
 
 def _invert(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """int64 [R]: the first column of `weights` [R, N] whose cumulative sum exceeds `uniforms` [R] of the
-    whole.
+    """int64 [R]: the first column of `weights` [R, N] whose running sum exceeds `uniforms` [R] of the sum.
 
     That column's weight is positive. A row of NaN or of nothing gives some column.
     """
@@ -324,8 +322,7 @@ def _blocks(values: Tensor, fill: float) -> Tensor:
     return values.reshape(len(values), -1, _BLOCK)
 
 
-# --- log-probabilities
-# ---------------------------------------------------------------------------------------
+# --- log-probabilities -------------------------------------------------------------------------------------
 
 
 def _logprobs(logits: Tensor, targets: Sequence[int], sizes: Sequence[int]) -> list[TokenLogprobs]:

@@ -49,9 +49,7 @@ def packed_bytes(packed: Tensor) -> PackedBytes:
 
 
 class Mapper:
-    """Makes packed tensors over foreign memory. Raises OSError or AttributeError where torch lacks the
-    interface.
-    """
+    """Packed tensors over foreign memory. Raises OSError or AttributeError where torch cannot do it."""
 
     def __init__(self) -> None:
         library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))

@@ -40,8 +40,6 @@ class StepTensors:
     Attributes:
         token_ids: int64 [T].
         positions: int64 [T], counted from the start of each sequence.
-        slots: int64 [T], block_id * block_size + offset of each token's KV.
-        sequences: what it was built from, in step order.
         logit_rows: int64 [R], ascending.
         store: where the new KV goes.
         plans: attention of each distinct window (None = unlimited) in all layers but the last.
@@ -50,8 +48,6 @@ class StepTensors:
 
     token_ids: Tensor
     positions: Tensor
-    slots: Tensor
-    sequences: tuple[SequenceSlice, ...]
     logit_rows: Tensor
     store: StorePlan
     plans: dict[int | None, AttentionPlan]
@@ -105,8 +101,6 @@ def build_step(
     return StepTensors(
         token_ids=to_device(token_ids),
         positions=to_device(positions),
-        slots=to_device(slots),
-        sequences=pieces,
         logit_rows=to_device(rows),
         store=plan_store(slots, tails, model.num_layers, model.num_kv_heads, block_size, device),
         plans={window: plans[_effective(window, limit)] for window in set(model.sliding_window[:-1])},

@@ -79,8 +79,7 @@ class Transformer:
         return weights.lm_head(rms_norm(x, weights.norm, model.rms_norm_eps)).float()
 
     def _project(self, layer: LayerWeights, x: Tensor, rotations: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotated queries [T, num_heads, head_dim], and keys (rotated) with values [T, 2, num_kv_heads,
-        head_dim].
+        """Queries [T, num_heads, head_dim]; keys with values [T, 2, num_kv_heads, head_dim]; q and k rotated.
 
         Both are views of one tensor: | q heads | k heads | v heads |, rotated in place.
         """

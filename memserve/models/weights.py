@@ -42,6 +42,7 @@ from memserve.models.linear import (
     SplitGate,
     StridedLinear,
 )
+from memserve.torch_dtypes import TORCH_DTYPES
 
 Progress = Callable[[float], None]
 Buffer = memoryview | mmap.mmap
@@ -122,7 +123,7 @@ def write_weights(
         ModelError: the files are missing, broken, or not this model's.
         MemoryError_: the buffer is too small.
     """
-    torch_dtype: torch.dtype = getattr(torch, dtype)
+    torch_dtype = TORCH_DTYPES[dtype]
     packable = onednn.probe(torch_dtype)
     base, size = _address(buffer), len(buffer)
     entries: list[_Entry] = []
@@ -144,11 +145,9 @@ def write_weights(
 
 
 def map_weights(model: ModelConfig, manifest: bytes, buffer: Buffer) -> Weights:
-    """Weights over `buffer`, as `write_weights` filled it, without a copy; the buffer may be read-only
-    memory.
-    """
+    """Weights over `buffer`, as `write_weights` filled it; no copy, and read-only memory will do."""
     layout = msgspec.msgpack.decode(manifest, type=_Manifest)
-    dtype: torch.dtype = getattr(torch, layout.dtype)
+    dtype = TORCH_DTYPES[layout.dtype]
     base, size = _address(buffer), len(buffer)
     mapper = onednn.Mapper() if any(entry.description for entry in layout.entries) else None
     tensors: dict[str, Tensor] = {}
@@ -181,7 +180,7 @@ def load_weights_to_device(
     """Read the weights onto `device`, one tensor at a time. Arguments and errors as `write_weights`."""
     tensors = {
         piece.key: tensor.to(device)
-        for piece, tensor in _pieces(model, folder, getattr(torch, dtype), load_format, seed, False, progress)
+        for piece, tensor in _pieces(model, folder, TORCH_DTYPES[dtype], load_format, seed, False, progress)
     }
     return _assemble(model, tensors, {}, None)
 

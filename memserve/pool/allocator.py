@@ -3,9 +3,14 @@
 A block is free (count 0) or held (count ≥ 1). `allocate` gives count 1; whoever else needs the block to
 stay locks it; it is free again when the last holder lets go. Invariant: `num_free` counts the zeros.
 
-Generations are bumped here, at allocation and so before the first new write of the new owner: that is what
-lets a reader elsewhere notice that an address no longer means what it meant (DESIGN "Moving KV"). They
-never fall, and a table inherited from an earlier worker is carried on.
+Generations are bumped here, before the first new write of a new owner and again when a block becomes free:
+that is what lets a reader elsewhere notice that an address no longer means what it meant (DESIGN "Moving
+KV"). They never fall, and an odd one means held. So a table inherited from a worker that died tells which
+blocks it held: they are lost to us, but peers may still pull them by their old addresses, so they are free
+here, keep their generation, and are allocated last (DESIGN "Failure").
+
+    generation   0 ──allocate──► 1 ──free──► 2 ──allocate──► 3    the owner dies    3 ──allocate──► 5
+                 free            held        free            held                   lost           held
 """
 
 from __future__ import annotations
@@ -45,7 +50,9 @@ class BlockAllocator:
         self._generations = generations
         self._on_free = on_free
         self._num_free = num_blocks
-        self._lowest = 0  # no block below this id is free
+        self._lowest = 0  # no block below this id is free, except lost ones
+        self._is_lost: NDArray[np.bool_] = generations % np.uint64(2) == 1
+        self._num_lost = int(self._is_lost.sum())
 
     @property
     def num_blocks(self) -> int:
@@ -54,28 +61,37 @@ class BlockAllocator:
 
     @property
     def num_free(self) -> int:
-        """Blocks that `allocate` could give now."""
+        """Blocks that `allocate` could give now, lost ones included."""
         return self._num_free
+
+    @property
+    def num_lost(self) -> int:
+        """Blocks that an earlier worker held and nobody has taken since."""
+        return self._num_lost
 
     def allocate(self, num_blocks: int) -> BlockIds | None:
         """Take blocks, with count 1 and a new generation: int64 ids, ascending, the caller's own array.
 
-        Ids are low and close together (one run where there is one), so that copies of them coalesce. None,
-        and nothing taken, if there are not enough.
+        Ids are low and close together (one run where there is one), so that copies of them coalesce; lost
+        blocks are among them only where the others do not suffice. None, and nothing taken, if there are not
+        enough.
         """
         if num_blocks > self._num_free:
             return None
         if num_blocks == 0:
             return np.empty(0, dtype=np.int64)
-        candidates = self._find_free(num_blocks)
-        first = 0
-        if num_blocks > 1:  # of all windows of successive candidates, the one that spans the fewest ids
-            spans = candidates[num_blocks - 1 :] - candidates[: len(candidates) - num_blocks + 1]
-            first = int(spans.argmin())
-        ids = candidates[first : first + num_blocks].copy()
-        self._lowest = int(ids[-1]) + 1 if first == 0 else int(candidates[0])
+        num_lost = num_blocks - (self._num_free - self._num_lost)
+        if num_lost <= 0:
+            ids = self._take(num_blocks)
+        else:
+            lost = np.flatnonzero(self._is_lost)[:num_lost]
+            self._is_lost[lost] = False
+            self._num_lost -= num_lost
+            ids = np.flatnonzero((self._counts == 0) & ~self._is_lost)
+            self._lowest = self.num_blocks
         self._counts[ids] = 1
-        self._generations[ids] += np.uint64(1)
+        # To the next odd number: one on from a free block's, two from a lost one's.
+        self._generations[ids] = (self._generations[ids] + np.uint64(1)) | np.uint64(1)
         self._num_free -= num_blocks
         return ids
 
@@ -92,6 +108,7 @@ class BlockAllocator:
         freed = held[counts == 0]
         if len(freed) == 0:
             return
+        self._generations[freed] += np.uint64(1)
         if self._on_free is not None:
             self._on_free(freed)
         self._num_free += len(freed)
@@ -115,13 +132,27 @@ class BlockAllocator:
             assert counts.min() > 0, f"blocks that nobody holds: {held[counts == 0]}"
         return held
 
+    def _take(self, num_blocks: int) -> BlockIds:
+        """The ids to be allocated next, none of them lost."""
+        candidates = self._find_free(num_blocks)
+        first = 0
+        if num_blocks > 1:  # of all windows of successive candidates, the one that spans the fewest ids
+            spans = candidates[num_blocks - 1 :] - candidates[: len(candidates) - num_blocks + 1]
+            first = int(spans.argmin())
+        ids = candidates[first : first + num_blocks].copy()
+        self._lowest = int(ids[-1]) + 1 if first == 0 else int(candidates[0])
+        return ids
+
     def _find_free(self, num_blocks: int) -> BlockIds:
-        """At least `num_blocks` of the lowest free ids, ascending; several times as many where there are."""
+        """The lowest ids free and not lost, ascending: at least `num_blocks`, more if there are."""
         wanted = 1 if num_blocks == 1 else _CANDIDATES_PER_BLOCK * num_blocks
         found: list[BlockIds] = []
         start, length = self._lowest, max(_SCAN, wanted)
         while wanted > 0 and start < self.num_blocks:
-            ids = np.flatnonzero(self._counts[start : start + length] == 0) + start
+            is_free = self._counts[start : start + length] == 0
+            if self._num_lost:
+                is_free &= ~self._is_lost[start : start + length]
+            ids = np.flatnonzero(is_free) + start
             found.append(ids)
             wanted -= len(ids)
             start, length = start + length, 2 * length

@@ -22,11 +22,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from memserve import memfd
 from memserve.messages import ArenaGrant
 from memserve.model_config import KVGeometry
-from memserve.pool import memfd
+from memserve.torch_dtypes import TORCH_DTYPES
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_GENERATION_BYTES = 8
 
 
 class ArenaFds(NamedTuple):
@@ -57,14 +58,14 @@ class Arena:
         Raises MemoryError_ if they are smaller than the pool.
         """
         data = memfd.map_bytes(fds.arena, num_blocks * geometry.block_bytes, writable=True)
-        table = memfd.map_bytes(fds.generations, num_blocks * 8, writable=True)
-        kv = torch.from_numpy(data).view(_DTYPES[geometry.dtype]).view(_shape(geometry, num_blocks))
+        table = memfd.map_bytes(fds.generations, num_blocks * _GENERATION_BYTES, writable=True)
+        kv = torch.from_numpy(data).view(TORCH_DTYPES[geometry.dtype]).view(_shape(geometry, num_blocks))
         return cls(geometry, kv, data.reshape(num_blocks, geometry.block_bytes), table.view(np.uint64))
 
     @classmethod
     def on_device(cls, geometry: KVGeometry, num_blocks: int, device: torch.device) -> Arena:
         """One zeroed allocation on `device`, which no other process can map."""
-        kv = torch.zeros(_shape(geometry, num_blocks), dtype=_DTYPES[geometry.dtype], device=device)
+        kv = torch.zeros(_shape(geometry, num_blocks), dtype=TORCH_DTYPES[geometry.dtype], device=device)
         return cls(geometry, kv, None, np.zeros(num_blocks, dtype=np.uint64))
 
     @property
@@ -75,8 +76,7 @@ class Arena:
 
 @dataclass(frozen=True, slots=True)
 class PeerArena:
-    """The arena of another instance, mapped read-only: `blocks` uint8 [num_blocks, block_bytes],
-    `generations`.
+    """Another instance's arena, mapped read-only: `blocks` uint8 [num_blocks, block_bytes], `generations`.
 
     Both change under the reader; `generations` tells which blocks did.
     """
@@ -92,7 +92,7 @@ class PeerArena:
         Raises MemoryError_ if they are smaller than the grant says.
         """
         data = memfd.map_bytes(fds.arena, grant.num_blocks * grant.block_bytes, writable=False)
-        table = memfd.map_bytes(fds.generations, grant.num_blocks * 8, writable=False)
+        table = memfd.map_bytes(fds.generations, grant.num_blocks * _GENERATION_BYTES, writable=False)
         return cls(grant.instance, data.reshape(grant.num_blocks, grant.block_bytes), table.view(np.uint64))
 
 

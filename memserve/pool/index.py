@@ -25,11 +25,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from memserve.pool.allocator import BlockIds
 from memserve.radix_tree import RadixNode, RadixTree
 
-BlockIds = NDArray[np.int64]
 _NO_BLOCKS: BlockIds = np.empty(0, dtype=np.int64)
 
 
@@ -113,9 +112,7 @@ class Index:
     # --- match and lock ---
 
     def match(self, namespace: str, tokens: bytes, now: float) -> Prefix:
-        """The longest cached prefix of `tokens` (little-endian int32), in whole blocks; counts as a use of
-        it.
-        """
+        """The longest cached prefix of `tokens` (little-endian int32), in whole blocks; counts as a use."""
         found = self._tree.match(self._tree.root(namespace), tokens)
         node: Node | None = found.node
         while node is not None:
@@ -126,9 +123,7 @@ class Index:
         return Prefix(*found)
 
     def lock(self, prefix: Prefix) -> Lock:
-        """Keep a prefix that was just matched. An edge that matched in part is split, so that only that is
-        kept.
-        """
+        """Keep a prefix that was just matched; an edge that matched in part is split for it."""
         node = prefix.node
         if 0 < prefix.num_blocks_in_node < len(node.payload.blocks):
             node = self._tree.split(node, prefix.num_blocks_in_node)
@@ -188,9 +183,7 @@ class Index:
     # --- blocks go out ---
 
     def evict(self, num_blocks: int) -> BlockIds:
-        """Give up the `num_blocks` lowest-ranked blocks, the ends of sequences first; fewer if no more can
-        be.
-        """
+        """Give up the `num_blocks` lowest-ranked blocks, or all that can be; the ends of sequences first."""
         freed, wanted = [_NO_BLOCKS], num_blocks
         while wanted > 0 and self._candidates:
             rank, _, node = heapq.heappop(self._candidates)
@@ -260,9 +253,7 @@ class Index:
         blocks: BlockIds,
         now: float,
     ) -> Node:
-        """Hang blocks below `node`. A leaf that only this lock keeps just grows: decoding adds block after
-        block.
-        """
+        """Hang blocks below `node`. A leaf that only this lock keeps just grows, as in decoding."""
         self.num_blocks += len(blocks)
         held = node.payload
         if node is start and node.parent is not None and not node.children and held.locks == 1:

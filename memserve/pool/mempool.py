@@ -15,14 +15,15 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from memserve import memfd
 from memserve.errors import MemserveError
 from memserve.messages import ArenaGrant, BlockRefs, Tier
-from memserve.pool import memfd
 from memserve.pool.allocator import BlockAllocator, BlockIds
 from memserve.pool.arena import Arena, ArenaFds, PeerArena
 from memserve.pool.transports.base import FailedPull, Pull
@@ -70,6 +71,8 @@ class MemPool:
         self._allocator = BlockAllocator(arena.num_blocks, arena.generations, on_free)
         # An arena the host cannot address has no way to pull yet: its peers are unknown, every pull a miss.
         self._transfer = None if arena.blocks is None else ShmTransfer(arena.blocks, wake, copy=copy)
+        self._is_populated = False
+        self._unpopulated: dict[str, PeerArena] = {}
         self._populating: list[threading.Thread] = []
         self._closing = threading.Event()
 
@@ -115,7 +118,7 @@ class MemPool:
         self._allocator.unlock(ids)
 
     def addresses(self, ids: ArrayLike) -> BlockRefs:
-        """Where our blocks `ids` can be pulled from; good until they are allocated anew, so lock them."""
+        """Where our blocks `ids` can be pulled from; good until they are freed, so lock them."""
         blocks = np.asarray(ids, dtype=np.int64)
         return BlockRefs(
             instance=self._instance,
@@ -130,7 +133,8 @@ class MemPool:
     def add_peer(self, grant: ArenaGrant, arena_fd: int, generations_fd: int) -> None:
         """Map a peer's arena to pull from; a second grant of the same instance replaces the first.
 
-        The descriptors are ours from now on: they are closed, whatever happens. Raises MemoryError_.
+        Its mapping is populated by `populate`, or in the background if that was before. The descriptors are
+        ours from now on: they are closed, whatever happens. Raises MemoryError_.
         """
         try:
             if self._transfer is None:
@@ -140,10 +144,14 @@ class MemPool:
             os.close(arena_fd)
             os.close(generations_fd)
         self._transfer.add_peer(peer)
-        self._populate_peer(peer.blocks)
+        if self._is_populated:
+            self._populate_later(peer)
+        else:
+            self._unpopulated[peer.instance] = peer
 
     def remove_peer(self, instance: str) -> None:
         """Forget a peer: pulls from it that are under way still end. Unknown names are ignored."""
+        self._unpopulated.pop(instance, None)
         if self._transfer is not None:
             self._transfer.remove_peer(instance)
 
@@ -161,13 +169,25 @@ class MemPool:
     # --- life --------------------------------------------------------------------------------------------
 
     def populate(self, progress: Callable[[float], None] | None = None) -> None:
-        """Back the whole arena with memory, before it is used: half a second a GiB.
+        """Back the arena and the mappings of the peers so far with memory: half a second a GiB.
 
         Left to the first touch it would slow the first prompts down; done beside them it would take a core
-        from them, and two threads that share one matrix product wait for the slower. Raises MemoryError_.
+        from them, and two threads that share one matrix product wait for the slower. `progress` is told
+        fractions from 0 to 1. Raises MemoryError_ if there is not enough for our own.
         """
+        peers, self._unpopulated = tuple(self._unpopulated.values()), {}
+        self._is_populated = True
+        num_parts = 1 + len(peers)
+
+        def tell(part: int, fraction: float) -> None:
+            if progress is not None:
+                progress((part + fraction) / num_parts)
+
         if self._arena.blocks is not None:
-            memfd.populate(self._arena.blocks.reshape(-1), progress=progress)
+            memfd.populate(self._arena.blocks.reshape(-1), progress=partial(tell, 0))
+        for part, peer in enumerate(peers, start=1):
+            self._populate_peer(peer, partial(tell, part))
+        tell(num_parts - 1, 1.0)
 
     def stats(self) -> PoolStats:
         """Blocks by state, now."""
@@ -183,20 +203,26 @@ class MemPool:
     def close(self) -> None:
         """End every pull and background thread. The memory goes when the last view of `kv` does."""
         self._closing.set()
+        self._unpopulated.clear()
         if self._transfer is not None:
             self._transfer.close()
         for thread in self._populating:
             thread.join()
         self._populating.clear()
 
-    def _populate_peer(self, mapped: NDArray[np.uint8]) -> None:
+    def _populate_peer(self, peer: PeerArena, progress: Callable[[float], None] | None = None) -> None:
+        try:
+            memfd.populate(peer.blocks.reshape(-1), self._closing, progress)
+        except MemserveError as error:  # only a matter of speed, until the memory is really needed
+            logger.warning(
+                "%s: cannot populate the arena of %s: %s", self._instance, peer.instance, str(error)
+            )
+
+    def _populate_later(self, peer: PeerArena) -> None:
         def run() -> None:
-            # Of this thread alone, on Linux: loading and serving must not wait for it.
+            # Of this thread alone, on Linux: serving must not wait for it.
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _POPULATE_NICENESS)
-            try:
-                memfd.populate(mapped.reshape(-1), self._closing)
-            except MemserveError as error:  # only a matter of speed, until the memory is really needed
-                logger.warning("%s: %s", self._instance, str(error))
+            self._populate_peer(peer)
 
         self._populating = [thread for thread in self._populating if thread.is_alive()]
         thread = threading.Thread(target=run, name="memserve-populate", daemon=True)

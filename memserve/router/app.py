@@ -1,8 +1,8 @@
 """The router process from its first line to its last: resolve, start, serve, drain, stop.
 
-    resolve   model folder, config, tokenizer, the port; everything that can be refused before a process
-    exists start     supervisor and workers, while the display shows how far they are
-    serve     HTTP on one uvloop; SIGINT or SIGTERM ends it
+    resolve   model folder, config, tokenizer, the port: all that can be refused before a process exists
+    start     HTTP, which answers 503; then the workers, while the display shows how far they are
+    serve     on one uvloop, until SIGINT or SIGTERM, or until the last worker is lost for good (status 1)
     drain     /health says 503, running requests may finish; a second signal, or the time limit, ends that
     stop      HTTP, workers, descriptors; nothing stays
 
@@ -17,24 +17,30 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import setproctitle
 import uvloop
 from aiohttp import web
+from rich.console import Console
 
 from memserve.config import ServeConfig, WorkerConfig
-from memserve.display import Display
 from memserve.errors import ConfigError
 from memserve.model_config import default_sampling, load_model_config
 from memserve.model_files import resolve_model, resolve_tokenizer, served_model_name
 from memserve.router.chat_template import ChatTemplate
+from memserve.router.connections import bounded, max_connections
 from memserve.router.dispatcher import Dispatcher, DispatcherLimits
-from memserve.router.engine import ServingEngine
+from memserve.router.display import Display, log_through, print_plain
+from memserve.router.engine import TICK_S, ServingEngine
+from memserve.router.limits import HttpLimits
+from memserve.router.log_relay import LogRelay
 from memserve.router.machine import read_machine
 from memserve.router.memory import plan_workers
+from memserve.router.request_seeds import RequestSeeds
 from memserve.router.served_model import ServedModel
 from memserve.router.server import create_app
 from memserve.router.supervisor import Supervisor
@@ -43,6 +49,9 @@ from memserve.router.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 STATUS_INTERVAL_S = 5.0
+# For a client to begin a request: the first, by when its headers are here, or another on the same connection.
+IDLE_CONNECTION_S = 75.0
+LISTEN_BACKLOG = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +66,18 @@ class Run:
 def run(config: ServeConfig) -> int:
     """Serve until a signal ends it; the process's exit status. Raises StartupError."""
     setproctitle.setproctitle("memserve: router")
+    console = Console(stderr=True)
+    log_through(console, config.log_level)
     resolved = resolve(config)
     with bind(config.host, config.port) as sock:
-        return uvloop.run(serve(resolved, sock))
+        return uvloop.run(serve(resolved, sock, console))
 
 
 def resolve(config: ServeConfig) -> Run:
     """Read the model and fit the workers into the machine. Raises StartupError."""
     folder = resolve_model(config.model, config.revision, config.load_format)
     model = load_model_config(folder)
-    plan = plan_workers(config, model, folder, read_machine())
+    plan = plan_workers(config, model, folder, read_machine(with_gpus=config.device != "cpu"))
     tokenizer_source = folder if config.tokenizer is None else resolve_tokenizer(config.tokenizer)
     served = ServedModel(
         name=config.served_model_name or served_model_name(config.model),
@@ -79,52 +90,97 @@ def resolve(config: ServeConfig) -> Run:
             tokenizer_source, None if config.chat_template is None else Path(config.chat_template)
         ),
         default_sampling=default_sampling(folder),
+        seeds=RequestSeeds(config.seed),
     )
     return Run(config, plan, served)
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """The listening socket, before any worker is started. Raises ConfigError if the address cannot be had."""
+    """The listening socket, before any worker is started. Raises ConfigError if the address cannot be had.
+
+    It listens at once: two sockets may be bound to one address as long as neither does.
+    """
     try:
         family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         sock = socket.socket(family, kind, proto)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
+        try:
+            sock.bind(address)
+            sock.listen(LISTEN_BACKLOG)
+        except OSError:
+            sock.close()
+            raise
     except OSError as error:
         raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
+    except UnicodeError as error:  # a name that no DNS can hold
+        raise ConfigError(f"cannot listen on {host!a}: this is no host name") from error
     return sock
 
 
-async def serve(run: Run, sock: socket.socket) -> int:
+async def serve(run: Run, sock: socket.socket, console: Console) -> int:
     """Everything after `resolve`, inside the loop; the process's exit status. Raises StartupError."""
     config = run.config
     limits = DispatcherLimits(max_waiting=config.max_waiting, request_timeout_s=config.request_timeout_s)
-    display = Display(config, run.plan, run.model.name)
+    display = Display(config, run.plan, run.model.name, console)
     engine = ServingEngine(Dispatcher(limits=limits), run.plan, on_progress=display.on_progress)
-    supervisor = Supervisor(run.plan, config, engine)
+    relay = LogRelay(partial(print_plain, console)) if console.is_terminal else None
+    supervisor = Supervisor(run.plan, config, engine, stderr=None if relay is None else relay.write_fd)
     engine.connect(supervisor.send)
     stop = StopSignals()
-    app = create_app(engine, run.model)
-    # by the time it is cleaned up, requests have been drained or given up: a second for their last bytes
-    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
-    background = [asyncio.create_task(engine.tick_forever())]
+    http = HttpSite(engine, run.model, HttpLimits.for_queue(config.max_waiting))
+    background = [asyncio.create_task(_every(TICK_S, engine.tick))]
     try:
+        await http.start(sock)
         if not await _start(supervisor, stop, display):
             return 130
-        await runner.setup()
-        await web.SockSite(runner, sock).start()
-        display.ready(sock.getsockname()[1])
-        background.append(asyncio.create_task(_report_status(engine, display)))
-        await stop.first.wait()
+        display.ready(sock.getsockname()[1], engine.status())
+        background.append(
+            asyncio.create_task(_every(STATUS_INTERVAL_S, lambda: display.status(engine.status())))
+        )
+        if not await _unless(engine.all_lost, stop.first.wait()):
+            logger.error("no worker is left, and none will be started: the server ends")
+            return 1
         logger.info("draining: no new requests; press Ctrl-C again to stop at once")
         await stop.or_second(engine.drain(config.drain_timeout_s))
+        return 0
     finally:
         for task in background:
             task.cancel()
         display.close()
-        await stop.or_second(runner.cleanup())
-        await supervisor.shutdown(force=stop.second.is_set())
-    return 0
+        await stop.or_second(http.stop())
+        await stop_workers(supervisor, stop)
+        if relay is not None:
+            relay.close()
+
+
+class HttpSite:
+    """The application on a listening socket: `start` once, `stop` in any case."""
+
+    def __init__(self, engine: ServingEngine, model: ServedModel, limits: HttpLimits) -> None:
+        # by the time it is cleaned up, requests have been drained or given up: a second for their last bytes
+        self._runner = web.AppRunner(
+            create_app(engine, model, limits),
+            handler_cancellation=True,
+            access_log=None,
+            keepalive_timeout=IDLE_CONNECTION_S,
+            shutdown_timeout=1.0,
+        )
+        self._listening: asyncio.Server | None = None
+
+    async def start(self, sock: socket.socket) -> None:
+        """Take connections."""
+        await self._runner.setup()
+        server = self._runner.server
+        assert server is not None
+        self._listening = await asyncio.get_running_loop().create_server(
+            bounded(server, max_connections()), sock=sock, backlog=LISTEN_BACKLOG
+        )
+
+    async def stop(self) -> None:
+        """Take no more connections, give requests a moment to end, close all."""
+        if self._listening is not None:
+            self._listening.close()
+        await self._runner.cleanup()
 
 
 class StopSignals:
@@ -146,9 +202,7 @@ class StopSignals:
 
 
 async def _unless(event: asyncio.Event, work: Coroutine[object, object, object]) -> bool:
-    """Run `work` until it is done (True; raises what it raises) or `event` is set (False; it is
-    cancelled).
-    """
+    """Run `work` until it is done (True; raises what it raises) or `event` is set (False; cancels it)."""
     working, waiting = asyncio.ensure_future(work), asyncio.ensure_future(event.wait())
     try:
         await asyncio.wait({working, waiting}, return_when=asyncio.FIRST_COMPLETED)
@@ -169,7 +223,17 @@ async def _start(supervisor: Supervisor, stop: StopSignals, display: Display) ->
         return await _unless(stop.first, supervisor.start())
 
 
-async def _report_status(engine: ServingEngine, display: Display) -> None:
+async def stop_workers(supervisor: Supervisor, stop: StopSignals) -> None:
+    """End the workers politely; at once when a second signal has come, or comes meanwhile."""
+    if not await stop.or_second(supervisor.shutdown()):
+        await supervisor.shutdown(force=True)
+
+
+async def _every(interval_s: float, work: Callable[[], None]) -> None:
+    """Call `work` again and again until cancelled; an error of one call is logged and does not end that."""
     while True:
-        await asyncio.sleep(STATUS_INTERVAL_S)
-        display.status(engine.status())
+        await asyncio.sleep(interval_s)
+        try:
+            work()
+        except Exception:
+            logger.exception("a periodic task failed")

@@ -1,36 +1,27 @@
-"""Messages to one prompt, by the model's own Jinja template, as `transformers.apply_chat_template` renders
-it.
+"""Messages to one prompt, by the model's own Jinja template, as transformers' apply_chat_template does it.
 
 The template comes from the model folder or from the operator's `--chat-template` file, never from a request.
-It is still not trusted: it runs in Jinja's immutable sandbox, without files or imports, under a deadline and
-with bounds on what it may build. The messages are plain data. Rendering may take a while, so callers do it
-off the event loop.
+It is still not trusted: it runs in a sandbox (`template_sandbox.py`) in a process of its own, whose time and
+memory the kernel bounds (`template_process.py`). The messages are plain data. `render` blocks, so callers do
+it off the event loop.
 """
 
 from __future__ import annotations
 
-import json
-import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
+import logging
+import weakref
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
 import msgspec
-from jinja2.exceptions import SecurityError
 
-from memserve.errors import ModelError, RequestError
+from memserve.errors import ModelError, Overloaded, RequestError
+from memserve.router.template_process import Answer, Job, Outcome, Setup, TemplateProcess
 from memserve.router.tokenizer_files import one_line, read_json, special_tokens
 
+logger = logging.getLogger(__name__)
+
 _MAX_TEMPLATE_BYTES = 1 << 20
-_MAX_REPEATED_ITEMS = 1 << 20
-_MAX_POWER_BITS = 4096
 
 TemplateValue = str | int | float | bool | None
 
@@ -45,7 +36,7 @@ class _TokenizerConfig(msgspec.Struct):
 
 
 class ChatTemplate:
-    """One compiled template; `render` may be called from any thread."""
+    """One compiled template; `render` may be called from any thread. Its process ends with it."""
 
     def __init__(
         self,
@@ -53,16 +44,20 @@ class ChatTemplate:
         named_tokens: Mapping[str, str],
         *,
         timeout_s: float = 5.0,
-        clock: Callable[[], float] = time.monotonic,
+        memory_bytes: int = 512 << 20,
     ) -> None:
-        """`named_tokens` (bos_token, …) are variables of the template. Raises ModelError on bad syntax."""
-        self._environment = _Environment(clock)
+        """`named_tokens` (bos_token, …) are variables of the template. Raises ModelError on bad syntax.
+
+        `timeout_s` and `memory_bytes` (of address space, some 30 MB of which are Python's own) bound one
+        render.
+        """
         self._named_tokens = dict(named_tokens)
-        self._timeout_s = timeout_s
-        try:
-            self._template = self._environment.from_string(source)
-        except (jinja2.TemplateError, RecursionError) as error:
-            raise ModelError(f"the chat template is broken: {one_line(error)}") from None
+        self._process = TemplateProcess(Setup(source, timeout_s, memory_bytes))
+        weakref.finalize(self, self._process.close)
+        compiled = self._process.compile()
+        if compiled.outcome is not Outcome.DONE:
+            reason = compiled.text or "it takes too much time or memory"
+            raise ModelError(f"the chat template is broken: {reason}")
 
     @classmethod
     def load(cls, path: Path, override: Path | None = None, *, timeout_s: float = 5.0) -> ChatTemplate | None:
@@ -87,8 +82,8 @@ class ChatTemplate:
         """The prompt for `messages` (each with a role and a content).
 
         `variables` are further ones of the template (enable_thinking, …); they replace none of its own. A
-        template that refuses the messages, fails on them, takes too long or writes more than `max_chars`
-        raises RequestError.
+        template that refuses the messages, fails on them, takes too much time or memory or writes more than
+        `max_chars` raises RequestError; Overloaded if those before it took all of its time.
         """
         names: dict[str, object] = {
             **(variables or {}),
@@ -98,24 +93,30 @@ class ChatTemplate:
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
-        pieces: list[str] = []
-        num_chars = 0
-        with self._environment.deadline(self._timeout_s):
-            try:
-                for piece in self._template.generate(names):
-                    self._environment.check_deadline()
-                    num_chars += len(piece)
-                    if num_chars > max_chars:
-                        raise _too_long(max_chars)
-                    pieces.append(piece)
-            except RequestError:
-                raise
-            except _Refusal as error:
-                raise RequestError(one_line(error), param="messages") from None
-            except Exception as error:  # a template can fail in every way that Python can
-                reason = f"{type(error).__name__}: {one_line(error)}"
-                raise RequestError(f"the chat template failed: {reason}", param="messages") from None
-        return "".join(pieces)
+        answer = self._process.run(Job(names, max_chars))
+        if answer is None:
+            raise Overloaded("chat templates are being rendered slowly", retry_after_s=1.0)
+        if answer.outcome is Outcome.DONE:
+            return answer.text
+        raise _refusal(answer, max_chars)
+
+
+def _refusal(answer: Answer, max_chars: int) -> RequestError:
+    """What the client is told: the template's own words, but none of Python's; those are for the log."""
+    match answer.outcome:
+        case Outcome.REFUSED:
+            return RequestError(answer.text, param="messages")
+        case Outcome.TOO_LONG:
+            return RequestError(
+                f"the messages make a prompt of more than {max_chars} characters, which cannot fit the "
+                "context",
+                code="context_length_exceeded",
+                param="messages",
+            )
+        case Outcome.TIMEOUT:
+            return RequestError("the chat template took too long for these messages", param="messages")
+    logger.debug("the chat template failed: %s", answer.text or "its process ended")
+    return RequestError("the chat template failed on these messages", param="messages")
 
 
 def _folder_source(folder: Path) -> str | None:
@@ -136,125 +137,3 @@ def _read_text(file: Path) -> str:
         return file.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(f"the chat template {file} cannot be read: {one_line(error)}") from None
-
-
-class _Refusal(jinja2.TemplateError):
-    """The template called raise_exception."""
-
-
-class _Deadline(threading.local):
-    """When the render that runs in this thread must be done, on the environment's clock."""
-
-    at: float | None = None
-
-
-class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """Hugging Face's settings, and a sandbox that also bounds time and size.
-
-    Jinja calls back for every attribute, item and call, which is where the deadline is looked at; `range` is
-    bounded by the sandbox itself (100,000), repetition and powers by `call_binop`.
-    """
-
-    intercepted_binops = frozenset(("*", "**"))
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        super().__init__(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, jinja2.ext.loopcontrols]
-        )
-        self._clock = clock
-        self._deadline = _Deadline()
-        self.filters["tojson"] = _tojson
-        self.globals["raise_exception"] = _raise_exception
-        self.globals["strftime_now"] = _strftime_now
-
-    def deadline(self, timeout_s: float) -> _DeadlineScope:
-        """A scope in which this thread's render has so many seconds."""
-        return _DeadlineScope(self._deadline, self._clock() + timeout_s)
-
-    def check_deadline(self) -> None:
-        """Raises RequestError once the deadline has passed."""
-        if self._deadline.at is not None and self._clock() > self._deadline.at:
-            raise RequestError("the chat template took too long for these messages", param="messages")
-
-    def getattr(self, obj: Any, attribute: str) -> Any:
-        self.check_deadline()
-        return super().getattr(obj, attribute)
-
-    def getitem(self, obj: Any, argument: Any) -> Any:
-        self.check_deadline()
-        return super().getitem(obj, argument)
-
-    def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
-        self.check_deadline()
-        return super().call(context, obj, *args, **kwargs)
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        self.check_deadline()
-        if operator == "**":
-            if not _small_power(left, right):
-                raise SecurityError("a power that is too large")
-        else:
-            for items, count in ((left, right), (right, left)):
-                repeats = isinstance(items, (str, list, tuple)) and isinstance(count, int)
-                if repeats and len(items) * count > _MAX_REPEATED_ITEMS:
-                    raise SecurityError("a repetition that is too long")
-        return super().call_binop(context, operator, left, right)
-
-
-class _DeadlineScope:
-    def __init__(self, deadline: _Deadline, at: float) -> None:
-        self._deadline = deadline
-        self._at = at
-
-    def __enter__(self) -> None:
-        self._deadline.at = self._at
-
-    def __exit__(self, *_: object) -> None:
-        self._deadline.at = None
-
-
-class _GenerationBlocks(jinja2.ext.Extension):
-    """`{% generation %}…{% endgeneration %}` marks what the assistant wrote, for training; here just its
-    body.
-    """
-
-    tags = {"generation"}
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _small_power(base: object, exponent: object) -> bool:
-    if not isinstance(base, int) or not isinstance(exponent, int):
-        return True
-    return exponent < 0 or base.bit_length() * exponent <= _MAX_POWER_BITS
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """JSON without Jinja's HTML escapes, as Hugging Face's filter of the same name."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def _raise_exception(message: str) -> None:
-    raise _Refusal(message)
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)
-
-
-def _too_long(max_chars: int) -> RequestError:
-    return RequestError(
-        f"the messages make a prompt of more than {max_chars} characters, which cannot fit the context",
-        code="context_length_exceeded",
-        param="messages",
-    )

@@ -56,7 +56,7 @@ class Choice:
         self.num_cached_tokens = 0
         self._tokenizer = tokenizer
         self._decoder = tokenizer.decoder(
-            skip_special_tokens=plan.skip_special_tokens, context=plan.prompt.token_ids[-8:].tolist()
+            skip_special_tokens=plan.skip_special_tokens, context=_context(plan, tokenizer)
         )
         self._stops = StopMatcher(plan.stops)
         self._stop_ids = frozenset(plan.request.sampling.stop_token_ids)
@@ -170,3 +170,11 @@ class Choice:
             if num_chars is not None:
                 offset = min(offset, num_chars)
         return entries
+
+
+def _context(plan: ChoicePlan, tokenizer: Tokenizer) -> list[int] | None:
+    """What the output's text follows; None where it begins the text, the prompt being bos or so alone."""
+    token_ids: list[int] = plan.prompt.token_ids.tolist()
+    if plan.skip_special_tokens and tokenizer.special_ids.issuperset(token_ids):
+        return None
+    return token_ids[-8:]

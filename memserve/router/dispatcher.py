@@ -137,15 +137,21 @@ class Dispatcher:
 
     # --- admission and placement ---
 
+    def refusal(self, num_requests: int) -> Overloaded | None:
+        """Why so many requests, submitted in a row, would not all be admitted; None if they would."""
+        num_waiting = len(self._queue)
+        if num_waiting + num_requests <= self.limits.max_waiting:
+            return None
+        return Overloaded(
+            f"{num_waiting} requests are waiting already",
+            retry_after_s=self._departures.retry_after_s(num_waiting),
+        )
+
     def _on_submit(self, event: Submit, now: float) -> None:
         assert event.request_id not in self.requests
         self.counters.submitted += 1
-        if len(self._queue) >= self.limits.max_waiting:
+        if (error := self.refusal(1)) is not None:
             self.counters.refused += 1
-            retry_after_s = self._departures.retry_after_s(len(self._queue))
-            error = Overloaded(
-                f"{len(self._queue)} requests are waiting already", retry_after_s=retry_after_s
-            )
             self._actions.append(Refuse(event.request_id, error))
             return
         self.requests[event.request_id] = RequestState(

@@ -4,26 +4,28 @@
     supervisor.py: on_worker_*()  ──► FromWorker, …   ─┤  Dispatcher.on_event ├
     once a second                 ──► Tick            ─┘                      └─► Send ──► supervisor.send
 
-Everything runs on the router's one loop, so that events are taken one at a time and in order.
+Everything runs on the router's one loop, so that events are taken one at a time and in order. Requests are
+taken from when every role has a worker (`ready`) until `drain`, or until the last instance is lost for good:
+then all that wait are refused, and `all_lost` tells the owner that the run is over.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from memserve.config import Role, WorkerConfig
-from memserve.errors import MemserveError, RequestError
+from memserve.errors import MemserveError, Unavailable
 from memserve.messages import Heartbeat, Load, Output, Ready, ToRouter, ToWorker
 from memserve.router.dispatcher import Dispatcher
 from memserve.router.engine_api import Delta, EngineStatus, GenerateRequest, InstanceState, InstanceStatus
 from memserve.router.events import (
     Abandon,
+    Action,
     Emit,
     Event,
     FromWorker,
@@ -38,6 +40,8 @@ from memserve.router.events import (
 logger = logging.getLogger(__name__)
 
 TICK_S = 1.0
+# For a client that came while the server was starting or ending.
+RETRY_AFTER_S = 2.0
 
 
 @dataclass(slots=True)
@@ -75,6 +79,8 @@ class ServingEngine:
         plan: the instances there will be.
         clock: seconds, monotone.
         on_progress: told how the workers' start-up goes (instance, stage, fraction).
+
+    `all_lost` is set when no instance is alive and none will come back.
     """
 
     def __init__(
@@ -91,9 +97,13 @@ class ServingEngine:
         self._on_progress = on_progress
         self._send: Callable[[str, ToWorker], object] | None = None
         self._streams: dict[str, _Stream] = {}
-        self._starts: Counter[str] = Counter()
-        self._suffix = itertools.count(1)
+        self._alive: dict[str, int] = {}  # instance → incarnation
+        self._last_incarnation: dict[str, int] = {}
+        self._lost: set[str] = set()
+        self._num_restarts = 0
+        self._was_ready = False
         self._draining = False
+        self.all_lost = asyncio.Event()
 
     def connect(self, send: Callable[[str, ToWorker], object]) -> None:
         """Give the engine its way to the workers: `supervisor.send`."""
@@ -103,11 +113,10 @@ class ServingEngine:
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
         """See `engine_api.Engine`."""
-        if self._draining:
-            raise RequestError("the server is shutting down", status=503, code="unavailable")
+        if (reason := self._unavailable()) is not None:
+            raise Unavailable(reason, retry_after_s=RETRY_AFTER_S)
         request_id = request.request_id
-        if request_id in self._streams:  # a client may repeat its x-request-id
-            request_id = f"{request_id}~{next(self._suffix)}"
+        assert request_id not in self._streams, request_id
         stream = self._streams[request_id] = _Stream()
         ended = False
         try:
@@ -126,10 +135,27 @@ class ServingEngine:
             if not ended:
                 self._feed(Abandon(request_id))
 
+    def _unavailable(self) -> str | None:
+        """Why no request can be taken, None if one can."""
+        if self._draining:
+            return "the server is shutting down"
+        if self.all_lost.is_set():
+            return "the server has lost its workers and is shutting down"
+        return None if self._was_ready else "the server is starting"
+
+    def check_room(self, num_sequences: int) -> None:
+        """See `engine_api.Engine`."""
+        if (refusal := self._dispatcher.refusal(num_sequences)) is not None:
+            raise refusal
+
     def ready(self) -> bool:
-        """See `engine_api.Engine`. True when each role that was asked for has a live worker."""
-        alive = {view.role for view in self._dispatcher.fleet}
-        return not self._draining and bool(self._roles) and set(self._roles.values()) <= alive
+        """See `engine_api.Engine`. True when each role that was asked for has a live worker.
+
+        Instances that are lost for good do not count: the others do their part.
+        """
+        wanted = {role for instance, role in self._roles.items() if instance not in self._lost}
+        alive = {self._roles[instance] for instance in self._alive}
+        return not self._draining and bool(wanted) and wanted <= alive
 
     def status(self) -> EngineStatus:
         """See `engine_api.Engine`."""
@@ -142,15 +168,24 @@ class ServingEngine:
             pull_failures_total=counters.failed_pulls,
             pulled_bytes_total=counters.pulled_bytes,
             replays_total=counters.replayed,
-            restarts_total=sum(max(0, starts - 1) for starts in self._starts.values()),
+            restarts_total=self._num_restarts,
+            pulled_tokens_total=counters.pulled_tokens,
+            pull_ms_total=counters.pull_ms,
+            refused_total=counters.refused,
+            abandoned_total=counters.abandoned,
+            stale_total=counters.stale,
         )
 
     def _instance_status(self, instance: str, role: Role) -> InstanceStatus:
         view = self._dispatcher.fleet.views.get(instance)
         if view is not None:
-            return InstanceStatus(instance, role, view.incarnation, InstanceState.READY, view.load)
-        state = InstanceState.DOWN if self._starts[instance] else InstanceState.STARTING
-        return InstanceStatus(instance, role, self._starts[instance], state, Load())
+            return InstanceStatus(
+                instance, role, view.incarnation, InstanceState.READY, view.load, view.num_blocks
+            )
+        last = self._last_incarnation.get(instance)
+        if last is None:
+            return InstanceStatus(instance, role, 0, InstanceState.STARTING, Load())
+        return InstanceStatus(instance, role, last, InstanceState.DOWN, Load())
 
     # --- WorkerEvents ---
 
@@ -161,10 +196,13 @@ class ServingEngine:
 
     def on_worker_up(self, config: WorkerConfig, incarnation: int, ready: Ready) -> None:
         """A worker takes requests."""
-        self._starts[config.instance] += 1
+        instance = config.instance
+        self._num_restarts += instance in self._last_incarnation
+        self._alive[instance] = self._last_incarnation[instance] = incarnation
+        self._was_ready = self._was_ready or self.ready()
         self._feed(
             WorkerUp(
-                instance=config.instance,
+                instance=instance,
                 role=config.role,
                 incarnation=incarnation,
                 num_blocks=ready.num_blocks,
@@ -182,39 +220,56 @@ class ServingEngine:
     def on_worker_down(self, instance: str, incarnation: int, reason: str) -> None:
         """A worker is dead and waited for."""
         logger.warning("%s (incarnation %d) is down: %s", instance, incarnation, reason)
+        self._alive.pop(instance, None)
         self._feed(WorkerDown(instance, incarnation, reason))
+
+    def on_instance_lost(self, instance: str) -> None:
+        """An instance will not come back. With the last of them everything that waits is refused."""
+        self._lost.add(instance)
+        if self._lost != set(self._roles):
+            return
+        self.all_lost.set()
+        error = Unavailable("the server has lost its workers", retry_after_s=RETRY_AFTER_S)
+        for request_id in list(self._streams):
+            self._feed(Abandon(request_id))
+            self._end_stream(request_id, error)
 
     # --- the run ---
 
-    async def tick_forever(self) -> None:
-        """Feed the dispatcher the time; cancelled at the end."""
-        while True:
-            await asyncio.sleep(TICK_S)
-            self._feed(Tick())
+    def tick(self) -> None:
+        """Feed the dispatcher the time: call it every `TICK_S`."""
+        self._feed(Tick())
 
     async def drain(self, timeout_s: float) -> int:
-        """Stop being ready, wait until nothing runs or the time is up; returns how many requests still
-        run.
-        """
+        """Stop being ready; wait until nothing runs or time is up. Returns how many requests still run."""
         self._draining = True
         deadline = self._clock() + timeout_s
         while self._dispatcher.requests and self._clock() < deadline:
             await asyncio.sleep(0.05)
-        return len(self._dispatcher.requests)
+        if num_left := len(self._dispatcher.requests):
+            logger.warning("%d requests were not done after %g s and are cut off", num_left, timeout_s)
+        return num_left
 
     def _feed(self, event: Event) -> None:
-        for action in self._dispatcher.on_event(event, self._clock()):
+        self._carry_out(self._dispatcher.on_event(event, self._clock()))
+
+    def _carry_out(self, actions: Sequence[Action]) -> None:
+        for action in actions:
             match action:
                 case Emit(request_id=request_id, output=output):
                     stream = self._streams.get(request_id)
                     if stream is not None:
                         stream.outputs.append(output)
                         stream.changed.set()
-                case Send(instance=instance, message=message):
+                case Send(instance=instance, incarnation=incarnation, message=message):
                     assert self._send is not None
-                    self._send(instance, message)
+                    if self._alive.get(instance) == incarnation:
+                        self._send(instance, message)
                 case Refuse(request_id=request_id, error=error):
-                    stream = self._streams.get(request_id)
-                    if stream is not None:
-                        stream.error = error
-                        stream.changed.set()
+                    self._end_stream(request_id, error)
+
+    def _end_stream(self, request_id: str, error: MemserveError) -> None:
+        stream = self._streams.get(request_id)
+        if stream is not None:
+            stream.error = error
+            stream.changed.set()

@@ -1,12 +1,11 @@
-"""What the HTTP layer asks of the engine, and nothing more: the seam between `server.py` and everything below
-it.
+"""What the HTTP layer asks of the engine, and nothing more: the seam between `server.py` and all below it.
 
 The server validates and tokenises; the engine admits, places, runs and streams. One `generate` is one
 sequence: a request with n choices or several prompts is several of them. The life of one:
 
     generate(request) ─► Delta ─► Delta ─► … ─► Delta(finish_reason) ─► end
            │
-           └─ raises Overloaded (nothing was done), RequestError or EngineError, at any point
+           └─ raises Overloaded or Unavailable (nothing was done), RequestError or EngineError, at any point
 
 Closing the generator, or cancelling the task that awaits it, cancels the request everywhere at once. Whoever
 iterates closes (`contextlib.aclosing`): an abandoned generator is only closed when it is collected.
@@ -66,13 +65,18 @@ class InstanceState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class InstanceStatus:
-    """One instance as the router sees it; `load` is the last one reported."""
+    """One instance as the router sees it.
+
+    `incarnation` counts its lives from 0; of one that is down it is the last. `load` is the last reported.
+    `num_blocks`: size of its KV pool, 0 unless it is ready.
+    """
 
     instance: str
     role: Role
     incarnation: int
     state: InstanceState
     load: Load
+    num_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +84,8 @@ class EngineStatus:
     """A snapshot for /health and /metrics; the `*_total` numbers only grow.
 
     `num_waiting` counts requests that the router holds back, on top of those waiting at an instance;
-    `num_running` all that were dispatched and have not ended.
+    `num_running` all that were dispatched and have not ended. `stale_total`: answers that came for something
+    that was given up, and were dropped.
     """
 
     instances: tuple[InstanceStatus, ...] = ()
@@ -91,13 +96,26 @@ class EngineStatus:
     pulled_bytes_total: int = 0
     replays_total: int = 0
     restarts_total: int = 0
+    pulled_tokens_total: int = 0
+    pull_ms_total: float = 0.0
+    refused_total: int = 0
+    abandoned_total: int = 0
+    stale_total: int = 0
 
 
 class Engine(Protocol):
     """The router below HTTP."""
 
     def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
-        """Runs one sequence. The first `__anext__` does the admission and so raises `Overloaded`."""
+        """Runs one sequence. The first `__anext__` does the admission and so raises `Overloaded`.
+
+        Until the engine was ready for the first time, and again when it ends or has lost its workers for
+        good, that is `Unavailable`. In between a request waits for a worker that is being replaced.
+        """
+        ...
+
+    def check_room(self, num_sequences: int) -> None:
+        """Raises `Overloaded` unless so many sequences, if submitted right now, would all be admitted."""
         ...
 
     def ready(self) -> bool:

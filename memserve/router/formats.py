@@ -54,8 +54,13 @@ def event(chunk: msgspec.Struct) -> bytes:
     return b"data: " + to_json(chunk) + b"\n\n"
 
 
-def _or_unset(token_ids: tuple[int, ...] | None) -> tuple[int, ...] | msgspec.UnsetType:
-    return msgspec.UNSET if token_ids is None else token_ids
+def _or_unset(token_ids: Sequence[int] | None) -> tuple[int, ...] | msgspec.UnsetType:
+    return msgspec.UNSET if token_ids is None else tuple(token_ids)
+
+
+def count_logprobs(entries: Sequence[TokenEntry] | None) -> int:
+    """How many numbers the log-probabilities of `entries` are: one a token, and one for each of its top."""
+    return sum(1 if entry.logprobs is None else 1 + len(entry.logprobs.top) for entry in entries or ())
 
 
 class Collected:
@@ -63,7 +68,7 @@ class Collected:
 
     def __init__(self) -> None:
         self.text = ""
-        self.token_ids: tuple[int, ...] | None = None
+        self.token_ids: list[int] | None = None
         self.entries: list[TokenEntry] | None = None
         self.finish_reason: str | None = None
 
@@ -71,9 +76,11 @@ class Collected:
         """Takes the next update of the choice."""
         self.text += update.text
         if update.token_ids is not None:
-            self.token_ids = (*(self.token_ids or ()), *update.token_ids)
+            self.token_ids = self.token_ids or []
+            self.token_ids.extend(update.token_ids)
         if update.entries is not None:
-            self.entries = [*(self.entries or ()), *update.entries]
+            self.entries = self.entries or []
+            self.entries.extend(update.entries)
         self.finish_reason = update.finish_reason
 
 

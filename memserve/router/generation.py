@@ -16,8 +16,23 @@ from memserve.errors import EngineError
 from memserve.router.choices import Choice, ChoiceUpdate
 from memserve.router.engine_api import Engine
 from memserve.router.metrics import RequestTimer
+from memserve.router.tokenizer import Tokenizer
+from memserve.router.validation import Job
+
+# Tokens of a prompt that are decoded on the event loop in about the time that a thread takes to start.
+_INLINE_TOKENS = 1024
 
 Updates = list[ChoiceUpdate]
+
+
+async def make_choices(job: Job, tokenizer: Tokenizer) -> list[Choice]:
+    """The job's choices, before their first token. Prompts that are echoed are decoded here."""
+
+    def make() -> list[Choice]:
+        return [Choice(plan, tokenizer) for plan in job.choices]
+
+    num_echoed = sum(len(plan.prompt.token_ids) for plan in job.choices if plan.echo)
+    return make() if num_echoed <= _INLINE_TOKENS else await asyncio.to_thread(make)
 
 
 async def run_choices(
@@ -25,7 +40,8 @@ async def run_choices(
 ) -> AsyncGenerator[Updates, None]:
     """Non-empty lists of updates, each choice's in order, until every choice has told its finish_reason.
 
-    Raises what the engine raises. The caller closes it (`contextlib.aclosing`).
+    Raises what the engine raises; `Overloaded` before any choice was begun if there is no room for all of
+    them. The caller closes it (`contextlib.aclosing`).
     """
     stream = _run_one(engine, choices[0], timer) if len(choices) == 1 else _run_many(engine, choices, timer)
     async with aclosing(stream):
@@ -38,7 +54,10 @@ async def _drive(engine: Engine, choice: Choice, timer: RequestTimer) -> AsyncGe
     async with aclosing(engine.generate(choice.plan.request)) as deltas:
         async for delta in deltas:
             timer.on_tokens(choice.plan.index, len(delta.token_ids))
-            choice.push(delta)
+            if delta.prompt_logprobs is None or len(delta.prompt_logprobs) <= _INLINE_TOKENS:
+                choice.push(delta)
+            else:  # they come with the first delta, and before that nobody else looks at the choice
+                await asyncio.to_thread(choice.push, delta)
             yield
             if choice.finish_reason is not None:
                 return
@@ -56,6 +75,7 @@ async def _run_one(engine: Engine, choice: Choice, timer: RequestTimer) -> Async
 async def _run_many(
     engine: Engine, choices: Sequence[Choice], timer: RequestTimer
 ) -> AsyncGenerator[Updates, None]:
+    engine.check_room(len(choices))  # the tasks below submit theirs before anything else can happen
     changed = asyncio.Event()
     dirty: dict[int, Choice] = {}  # by index: pushed to since the last round
 

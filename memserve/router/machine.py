@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 _NVIDIA_SMI_FIELDS = "uuid,name,memory.total,memory.free,compute_cap"
 _NVIDIA_SMI_TIMEOUT_S = 30.0
-_BF16_FLAGS = {"avx512_bf16", "amx_bf16"}
+_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # the last is ARM's
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +51,8 @@ class Machine:
     gpus: tuple[Gpu, ...]
 
 
-def read_machine() -> Machine:
-    """The machine under this process."""
+def read_machine(*, with_gpus: bool = True) -> Machine:
+    """The machine under this process; `with_gpus` False: nobody wants its GPUs, so none are looked for."""
     root = Path("/")
     cpus = order_cpus(root, os.sched_getaffinity(0))
     quota = cpu_quota(root)
@@ -61,7 +61,7 @@ def read_machine() -> Machine:
         num_cpus=len(cpus) if quota is None else min(len(cpus), max(1, math.ceil(quota))),
         available_bytes=available_memory(root),
         has_bf16=has_bf16(root),
-        gpus=read_gpus(os.environ) if _torch_has_cuda() else (),
+        gpus=read_gpus(os.environ) if with_gpus and _torch_has_cuda() else (),
     )
 
 
@@ -96,7 +96,7 @@ def cpu_quota(root: Path) -> float | None:
 def has_bf16(root: Path) -> bool:
     """Whether the CPU multiplies bfloat16 in hardware; without that float32 is quicker."""
     for line in _read_text(root / "proc/cpuinfo").splitlines():
-        if line.startswith("flags"):
+        if line.startswith(("flags", "Features")):  # as x86 and ARM call them
             return not _BF16_FLAGS.isdisjoint(line.split())
     return False
 

@@ -18,12 +18,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from memserve.config import ServeConfig, WorkerConfig
+from memserve.config import Role, ServeConfig, WorkerConfig
 from memserve.errors import ConfigError, MemoryError_
-from memserve.model_config import DTYPE_BYTES, KVGeometry, ModelConfig, weights_bytes_upper_bound
+from memserve.model_config import KVGeometry, ModelConfig, weights_bytes_upper_bound
 from memserve.router.machine import Gpu, Machine
 from memserve.router.placement import Seat, choose_dtype, place
 from memserve.sizes import format_bytes, parse_memory
+from memserve.step_memory import cuda_pool_blocks, cuda_step_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,12 @@ def plan_workers(
 ) -> tuple[WorkerConfig, ...]:
     """One resolved WorkerConfig per instance, prefill first. Raises ConfigError or MemoryError_."""
     seats = place(serve, machine)
+    if any(seat.gpu is not None and seat.role is not Role.COLOCATED for seat in seats):
+        logger.warning(
+            "prefill and decode workers on GPUs cannot pass KV to each other yet: every prompt is computed "
+            "twice; --colocated %d avoids that",
+            len({seat.gpu for seat in seats}),
+        )
     dtype = choose_dtype(serve, seats, machine)
     geometry = KVGeometry.of(model, serve.block_size, dtype)
     weights_bytes = weights_bytes_upper_bound(model, dtype)
@@ -71,7 +78,7 @@ def plan_workers(
     if seats[0].gpu is None:
         pools = _cpu_pools(serve, seats, geometry, weights_bytes, wanted_len, machine.available_bytes)
     else:
-        pools = _cuda_pools(serve, seats, model, geometry, weights_bytes)
+        pools = _cuda_pools(serve, seats, model, geometry, weights_bytes, wanted_len)
     max_model_len = _model_len(serve, wanted_len, pools, geometry)
     return tuple(
         WorkerConfig(
@@ -82,7 +89,7 @@ def plan_workers(
             device="cpu" if seat.gpu is None else f"cuda:{seat.gpu.index}",
             dtype=dtype,
             load_format=serve.load_format,
-            seed=serve.seed,
+            seed=serve.seed or 0,
             block_size=serve.block_size,
             num_blocks=pool.num_blocks,
             device_memory_fraction=pool.fraction,
@@ -137,7 +144,8 @@ def _cpu_pools(
     available_bytes: int,
 ) -> list[_Pool]:
     left = available_bytes - weights_bytes - len(seats) * CPU_WORKER_BYTES
-    _check_left(left, f"the weights ({format_bytes(weights_bytes)}) and {len(seats)} workers", "memory")
+    workers = f"{len(seats)} worker{'s' * (len(seats) > 1)}"
+    _check_left(left, f"the weights ({format_bytes(weights_bytes)}) and {workers}", "memory")
     asked = [_asked_bytes(seat, left) for seat in seats]
     unclaimed = max(0, left - sum(size for size in asked if size is not None))
     share = int(min(DEFAULT_POOLS_SHARE * available_bytes, unclaimed)) // max(1, asked.count(None))
@@ -165,7 +173,12 @@ def _asked_bytes(seat: Seat, free_bytes: int) -> int | None:
 
 
 def _cuda_pools(
-    serve: ServeConfig, seats: Sequence[Seat], model: ModelConfig, geometry: KVGeometry, weights_bytes: int
+    serve: ServeConfig,
+    seats: Sequence[Seat],
+    model: ModelConfig,
+    geometry: KVGeometry,
+    weights_bytes: int,
+    wanted_len: int,
 ) -> list[_Pool]:
     sharing: dict[Gpu, list[Seat]] = {}
     for seat in seats:
@@ -174,12 +187,18 @@ def _cuda_pools(
     pools: dict[str, _Pool] = {}
     for gpu, others in sharing.items():
         where = f"memory on GPU {gpu.index} ({gpu.name})"
-        needed = sum(weights_bytes + _cuda_worker_bytes(seat, model, geometry) for seat in others)
-        left = gpu.free_bytes - needed
-        _check_left(left, f"{len(others)} workers with {format_bytes(weights_bytes)} of weights each", where)
+        needed = sum(_cuda_worker_bytes(seat, model, geometry, wanted_len) for seat in others)
+        left = gpu.free_bytes - len(others) * weights_bytes - needed
+        what = f"1 worker with {format_bytes(weights_bytes)} of weights"
+        if len(others) > 1:
+            what = f"{len(others)} workers with {format_bytes(weights_bytes)} of weights each"
+        _check_left(left, what, where)
         for seat in others:
             asked = _parse(seat) or DEFAULT_CUDA_FRACTION / len(others)
-            num_blocks = (asked if isinstance(asked, int) else int(asked * left)) // geometry.block_bytes
+            if isinstance(asked, int):
+                num_blocks = asked // geometry.block_bytes
+            else:
+                num_blocks = cuda_pool_blocks(int(asked * left), geometry)
             if isinstance(asked, float) and len(others) == 1:
                 # An estimate: an explicit length is left to the worker, which will know better.
                 max_tokens = serve.max_model_len or num_blocks * geometry.block_size
@@ -191,12 +210,15 @@ def _cuda_pools(
     return [pools[seat.instance] for seat in seats]
 
 
-def _cuda_worker_bytes(seat: Seat, model: ModelConfig, geometry: KVGeometry) -> int:
-    """What a worker takes beside weights and pool: context, activations and logits of a full step."""
-    width = 8 * model.hidden_size + 4 * model.intermediate_size
-    activations = _max_batch_tokens(seat) * width * DTYPE_BYTES[geometry.dtype]
-    logits = 4 * seat.options.max_running * model.vocab_size * DTYPE_BYTES["float32"]
-    return CUDA_CONTEXT_BYTES + activations + logits
+def _cuda_worker_bytes(seat: Seat, model: ModelConfig, geometry: KVGeometry, max_model_len: int) -> int:
+    """What a worker takes beside weights and pool: its context and one full step."""
+    return CUDA_CONTEXT_BYTES + cuda_step_bytes(
+        model,
+        geometry.dtype,
+        max_batch_tokens=_max_batch_tokens(seat),
+        max_running=seat.options.max_running,
+        max_model_len=max_model_len,
+    )
 
 
 # --- arithmetic --------------------------------------------------------------------------------------------

@@ -139,6 +139,11 @@ class _EngineCollector(Collector):
                 status.pull_failures_total,
             ),
             ("memserve_pulled_bytes", "Bytes of KV transferred", status.pulled_bytes_total),
+            ("memserve_pulled_tokens", "Tokens whose KV was transferred", status.pulled_tokens_total),
+            ("memserve_pull_seconds", "Time that transfers took, added up", status.pull_ms_total / 1e3),
+            ("memserve_refused", "Sequences refused or given up by the router", status.refused_total),
+            ("memserve_abandoned", "Sequences whose client left or had enough", status.abandoned_total),
+            ("memserve_stale_answers", "Answers of workers to what was given up", status.stale_total),
             ("memserve_replays", "Requests dispatched again after a failure", status.replays_total),
             ("memserve_restarts", "Instances started again", status.restarts_total),
         ):

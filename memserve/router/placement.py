@@ -78,10 +78,17 @@ def _on_gpus(serve: ServeConfig, machine: Machine) -> bool:
 
 
 def _staff(serve: ServeConfig, gpus: Sequence[Gpu]) -> list[tuple[str, Role, WorkerOptions]]:
-    """Name, role and options of every worker: one for each GPU where there are two or more, in halves."""
-    if serve.colocated is not None:
-        return [(f"colocated-{i}", Role.COLOCATED, serve.worker) for i in range(serve.colocated)]
+    """Name, role and options of every worker.
+
+    Where nothing is said of roles: on the CPU one prefill and one decode worker; a colocated one on each GPU,
+    as nothing carries KV between GPUs yet. Where one of the two numbers is given, the other takes the rest.
+    """
     num_gpus = len(gpus) if serve.worker.devices is None else len(set(serve.worker.devices))
+    num_colocated = serve.colocated
+    if num_colocated is None and gpus and not _names_roles(serve):
+        num_colocated = num_gpus
+    if num_colocated is not None:
+        return [(f"colocated-{i}", Role.COLOCATED, serve.worker) for i in range(num_colocated)]
     num_prefill, num_decode = serve.prefill, serve.decode
     if num_prefill is None:
         num_prefill = max(1, num_gpus // 2 if num_decode is None else num_gpus - num_decode)
@@ -92,6 +99,12 @@ def _staff(serve: ServeConfig, gpus: Sequence[Gpu]) -> list[tuple[str, Role, Wor
         *((f"prefill-{i}", Role.PREFILL, prefill) for i in range(num_prefill)),
         *((f"decode-{i}", Role.DECODE, decode) for i in range(num_decode)),
     ]
+
+
+def _names_roles(serve: ServeConfig) -> bool:
+    """Whether prefill or decode workers are asked for, if only by an option of theirs."""
+    asked = (serve.prefill, serve.decode, serve.prefill_worker, serve.decode_worker)
+    return any(value is not None for value in asked)
 
 
 def _take_turns(staff: Sequence[tuple[str, Role, WorkerOptions]], gpus: Sequence[Gpu]) -> list[Gpu]:

@@ -1,12 +1,14 @@
 """The prompt of a request, as token ids: from text, from ids, or from messages through the chat template.
 
-The length of a text in characters is checked before anything is tokenised or rendered; long texts and all
-templates are then dealt with in a thread, so that no prompt holds up the streams of others.
+Lengths, in characters or ids, are checked before anything is looked at, tokenised or rendered. What is much
+work, a request's prompts taken together, and all templates are dealt with in a thread, so that no request
+holds up the streams of others.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +18,7 @@ from memserve.errors import RequestError
 from memserve.router.schemas import ChatBody, Message
 from memserve.router.served_model import ServedModel
 
-# Encoding so many characters takes about as long as going to a thread and back.
+# Encoding so many characters, or copying so many ids, takes about as long as going to a thread and back.
 _INLINE_CHARS = 4096
 
 
@@ -28,30 +30,52 @@ class Prompt:
     text: str | None = None
 
 
-def completion_sources(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
-    """The prompts of a completion: a text, ids, or a list of either is one, one, or several."""
+Source = str | list[int]
+
+
+def prompt_sources(
+    prompt: str | list[str | int | list[int]], model: ServedModel, max_prompts: int
+) -> list[Source]:
+    """The prompts of a completion, unread: a text, ids, or a list of either is one, one, or several.
+
+    Looks at no more items than there may be. Raises RequestError if there are too many, or none.
+    """
     if isinstance(prompt, str):
         return [prompt]
-    ids = [item for item in prompt if isinstance(item, int)]
-    if len(ids) < len(prompt) and ids:
-        raise RequestError("a list of prompts must not hold bare token ids", param="prompt")
-    if ids:
-        return [ids]
     if not prompt:
         raise RequestError("prompt is an empty list", param="prompt")
-    return [item for item in prompt if not isinstance(item, int)]
+    if isinstance(prompt[0], int):
+        check_length(len(prompt), 0, model, "prompt")
+    elif len(prompt) > max_prompts:
+        raise RequestError(f"{len(prompt)} prompts; at most {max_prompts} are served", param="prompt")
+    ids = [item for item in prompt if isinstance(item, int)]
+    sources: list[Source] = [item for item in prompt if not isinstance(item, int)]
+    if ids and sources:
+        raise RequestError("a list of prompts must not hold bare token ids", param="prompt")
+    return [ids] if ids else sources
 
 
-async def read_prompt(source: str | list[int], add_special_tokens: bool, model: ServedModel) -> Prompt:
-    """One prompt of a completion. Raises RequestError if it is empty, too long or not of this vocabulary."""
-    if isinstance(source, str):
-        _check_num_chars(source, model, "prompt")
-        if len(source) <= _INLINE_CHARS:
-            token_ids = model.tokenizer.encode(source, add_special_tokens=add_special_tokens)
+async def read_prompts(
+    sources: Sequence[Source], add_special_tokens: bool, model: ServedModel
+) -> list[Prompt]:
+    """The prompts themselves. Raises RequestError if one is empty, too long or not of this vocabulary."""
+    for source in sources:
+        if isinstance(source, str):
+            _check_num_chars(source, model, "prompt")
         else:
-            token_ids = await asyncio.to_thread(
-                model.tokenizer.encode, source, add_special_tokens=add_special_tokens
-            )
+            check_length(len(source), 0, model, "prompt")
+
+    def read() -> list[Prompt]:
+        return [_read(source, add_special_tokens, model) for source in sources]
+
+    if sum(map(len, sources)) <= _INLINE_CHARS:
+        return read()
+    return await asyncio.to_thread(read)
+
+
+def _read(source: Source, add_special_tokens: bool, model: ServedModel) -> Prompt:
+    if isinstance(source, str):
+        token_ids = model.tokenizer.encode(source, add_special_tokens=add_special_tokens)
         prompt = Prompt(token_ids, source)
     else:
         prompt = Prompt(np.asarray(source, dtype=np.int32))

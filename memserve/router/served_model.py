@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from memserve.model_config import DefaultSampling
 from memserve.router.chat_template import ChatTemplate
+from memserve.router.request_seeds import RequestSeeds
 from memserve.router.tokenizer import Tokenizer
 
 
@@ -14,7 +15,7 @@ class ServedModel:
     """One model under one name. `chat_template` is None where the model has none: chat requests are refused.
 
     `created` is a Unix time, for /v1/models. `eos_token_ids` end a sequence unless the client says
-    ignore_eos.
+    ignore_eos. `seeds` has one for each request that brings none.
     """
 
     name: str
@@ -25,3 +26,4 @@ class ServedModel:
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None
     default_sampling: DefaultSampling
+    seeds: RequestSeeds = field(default_factory=RequestSeeds)

@@ -1,20 +1,24 @@
 """The HTTP application: routes, reading of bodies, and the writing of answers and streams.
 
-    POST /v1/completions, /v1/chat/completions     decode (schemas) ─► plan (validation) ─► run (generation)
-    ─► write GET  /v1/models, /v1/models/{id}, /health, /metrics
+    POST /v1/completions, /v1/chat/completions     decode (schemas) ─► plan (validation)
+                                                   ─► run (generation) ─► write (formats, event_stream)
+    GET  /v1/models, /v1/models/{id}, /health, /metrics
 
 A handler owns its sequences: however it ends — answered, failed, the client gone and the handler cancelled —
 the generators are closed before it returns, and with them everything the engine runs for it. That needs an
 AppRunner with `handler_cancellation=True`. Errors before the first byte become a status (`http_errors.py`),
 later ones the last event of the stream.
+
+A request has one id, the `x-request-id` of its answer: the answer's own id ends in it, and the engine's ids,
+which are in every log line of router and workers, begin with it. A client may choose it, and repeat it; the
+number after it keeps the engine's apart.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
+import itertools
 import time
-import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing, suppress
 from typing import TypeVar
@@ -26,6 +30,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from memserve.errors import Overloaded, RequestError
 from memserve.router.choices import Choice
 from memserve.router.engine_api import Engine
+from memserve.router.event_stream import ClientGone, EventStream
 from memserve.router.formats import (
     DONE,
     ChatFormat,
@@ -33,10 +38,11 @@ from memserve.router.formats import (
     CompletionFormat,
     Format,
     UsageField,
+    count_logprobs,
     event,
     usage_of,
 )
-from memserve.router.generation import Updates, run_choices
+from memserve.router.generation import Updates, make_choices, run_choices
 from memserve.router.http_errors import (
     METRICS,
     REQUEST_ID,
@@ -51,21 +57,12 @@ from memserve.router.schemas import SamplingBody, decode_chat, decode_completion
 from memserve.router.served_model import ServedModel
 from memserve.router.validation import Job, plan_chat, plan_completion, unknown_model
 
-logger = logging.getLogger(__name__)
-
 Body = TypeVar("Body", bound=SamplingBody)
+Value = TypeVar("Value")
 Planner = Callable[[Body, str, ServedModel, HttpLimits], Awaitable[Job]]
 
-
-_STREAM_HEADERS = {
-    hdrs.CONTENT_TYPE: "text/event-stream; charset=utf-8",
-    hdrs.CACHE_CONTROL: "no-cache",
-    "X-Accel-Buffering": "no",
-}
-
-
-class _ClientGone(Exception):
-    """The client closed the connection, or did not read for too long."""
+# So many log-probabilities become JSON on the event loop in about the time that a thread takes to start.
+_INLINE_LOGPROBS = 1024
 
 
 def create_app(engine: Engine, model: ServedModel, limits: HttpLimits | None = None) -> web.Application:
@@ -95,18 +92,20 @@ class _Server:
         self._limits = limits
         self._metrics = metrics
         self._num_requests = 0
+        self._held_bytes = 0
+        self._numbers = itertools.count(1)
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         """POST /v1/completions."""
-        answer_id = f"cmpl-{uuid.uuid4().hex}"
+        answer_id = f"cmpl-{request[REQUEST_ID]}"
         form = CompletionFormat(answer_id, int(time.time()), self._model.name, self._model.tokenizer)
-        return await self._answer(request, form, answer_id, decode_completion, plan_completion)
+        return await self._answer(request, form, decode_completion, plan_completion)
 
     async def chat_completions(self, request: web.Request) -> web.StreamResponse:
         """POST /v1/chat/completions."""
-        answer_id = f"chatcmpl-{uuid.uuid4().hex}"
+        answer_id = f"chatcmpl-{request[REQUEST_ID]}"
         form = ChatFormat(answer_id, int(time.time()), self._model.name, self._model.tokenizer)
-        return await self._answer(request, form, answer_id, decode_chat, plan_chat)
+        return await self._answer(request, form, decode_chat, plan_chat)
 
     async def list_models(self, request: web.Request) -> web.Response:
         """GET /v1/models."""
@@ -137,33 +136,28 @@ class _Server:
     # --- generation ----------------------------------------------------------------------------------------
 
     async def _answer(
-        self,
-        request: web.Request,
-        form: Format,
-        answer_id: str,
-        decode: Callable[[bytes], Body],
-        plan: Planner[Body],
+        self, request: web.Request, form: Format, decode: Callable[[bytes], Body], plan: Planner[Body]
     ) -> web.StreamResponse:
         if self._num_requests >= self._limits.max_requests:
             raise Overloaded("too many requests are being served", retry_after_s=1.0)
+        num_bytes = self._most_bytes(request)
+        if self._held_bytes + num_bytes > self._limits.max_held_bytes:
+            raise Overloaded("too many bytes of requests are being served", retry_after_s=1.0)
         self._num_requests += 1
+        self._held_bytes += num_bytes
         try:
-            logger.debug("request %s is %s", request[REQUEST_ID], answer_id)
-            return await self._generate(request, form, answer_id, decode, plan)
+            data = await self._read_body(request)
+            self._held_bytes += len(data) - num_bytes
+            num_bytes = len(data)
+            body = decode(data)
+            job_id = f"{request[REQUEST_ID]}.{next(self._numbers)}"
+            return await self._run(request, form, await plan(body, job_id, self._model, self._limits))
         finally:
             self._num_requests -= 1
+            self._held_bytes -= num_bytes
 
-    async def _generate(
-        self,
-        request: web.Request,
-        form: Format,
-        answer_id: str,
-        decode: Callable[[bytes], Body],
-        plan: Planner[Body],
-    ) -> web.StreamResponse:
-        body = decode(await self._read_body(request))
-        job = await plan(body, answer_id, self._model, self._limits)
-        choices = [Choice(choice, self._model.tokenizer) for choice in job.choices]
+    async def _run(self, request: web.Request, form: Format, job: Job) -> web.StreamResponse:
+        choices = await make_choices(job, self._model.tokenizer)
         timer = self._metrics.start_request()
         async with aclosing(run_choices(self._engine, choices, timer)) as updates:
             if job.stream:
@@ -179,6 +173,12 @@ class _Server:
                 completion_tokens=usage.completion_tokens,
             )
         return response
+
+    def _most_bytes(self, request: web.Request) -> int:
+        """What the body will take at most; the whole allowance where its length is not told."""
+        most = self._limits.max_body_bytes
+        told = request.content_length if hdrs.CONTENT_ENCODING not in request.headers else None
+        return most if told is None else min(told, most)
 
     async def _read_body(self, request: web.Request) -> bytes:
         # Other types a browser sends across sites without asking, so any web page could use a local server.
@@ -201,7 +201,10 @@ class _Server:
         async for batch in updates:
             for update in batch:
                 collected[update.index].add(update)
-        return web.Response(body=form.whole(collected, usage_of(choices)), content_type="application/json")
+        num_logprobs = sum(count_logprobs(choice.entries) for choice in collected)
+        usage = usage_of(choices)
+        body = await _maybe_off_loop(num_logprobs, lambda done: form.whole(done, usage), collected)
+        return web.Response(body=body, content_type="application/json")
 
     async def _stream(
         self,
@@ -211,41 +214,36 @@ class _Server:
         choices: Sequence[Choice],
         updates: AsyncGenerator[Updates, None],
     ) -> web.StreamResponse:
-        """Headers go out with the first token: until then an error can still be a status."""
-        response: web.StreamResponse | None = None
-        try:
-            async for batch in updates:
-                usage = _usage_so_far(job, choices)
-                events = [event(chunk) for update in batch for chunk in form.chunks(update, usage)]
-                if response is None:
-                    response = web.StreamResponse(headers=_STREAM_HEADERS)
-                    events[:0] = [event(chunk) for chunk in form.opening(len(choices), usage)]
-                await self._write(request, response, b"".join(events))
-            assert response is not None  # the end of a choice is an update
-            last = event(form.usage_chunk(usage_of(choices))) if job.include_usage else b""
-            await self._write(request, response, last + DONE)
-        except _ClientGone:
-            pass
-        except Exception as error:
-            if response is None or not response.prepared:
-                raise
-            _, body = error_object(error, request[REQUEST_ID])
-            with suppress(_ClientGone):
-                await self._write(request, response, event(body))
-        assert response is not None  # nobody is gone before the first write
-        return response
+        """Until the stream opens (`EventStream`) an error can still be a status."""
 
-    async def _write(self, request: web.Request, response: web.StreamResponse, data: bytes) -> None:
-        """Sends `data`, and the headers first. Waits for a slow reader, up to the limit."""
-        try:
-            async with asyncio.timeout(self._limits.write_timeout_s):
-                if not response.prepared:
-                    await response.prepare(request)
-                await response.write(data)
-        except (ConnectionError, TimeoutError):
-            if request.transport is not None:
-                request.transport.abort()
-            raise _ClientGone from None
+        def events_of(batch: Updates) -> bytes:
+            return b"".join(event(chunk) for update in batch for chunk in form.chunks(update, usage))
+
+        usage = _usage_so_far(job, choices)
+        head = b"".join(event(chunk) for chunk in form.opening(len(choices), usage))
+        async with EventStream(request, self._limits) as stream:
+            try:
+                async for batch in updates:
+                    usage = _usage_so_far(job, choices)
+                    num_logprobs = sum(count_logprobs(update.entries) for update in batch)
+                    await stream.write(head + await _maybe_off_loop(num_logprobs, events_of, batch))
+                    head = b""
+                last = event(form.usage_chunk(usage_of(choices))) if job.include_usage else b""
+                await stream.write(last + DONE)
+            except ClientGone:
+                pass  # nobody is left to be told
+            except Exception as error:
+                if not await stream.is_open():
+                    raise
+                _, body = error_object(error, request[REQUEST_ID])
+                with suppress(ClientGone):
+                    await stream.write(event(body))
+        return stream.response
+
+
+async def _maybe_off_loop(num_logprobs: int, write: Callable[[Value], bytes], value: Value) -> bytes:
+    """`write(value)`, in a thread if there are many log-probabilities to be written."""
+    return write(value) if num_logprobs <= _INLINE_LOGPROBS else await asyncio.to_thread(write, value)
 
 
 def _usage_so_far(job: Job, choices: Sequence[Choice]) -> UsageField:

@@ -20,9 +20,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from memserve.config import WorkerConfig
+from memserve.memfd import create_memfd, reopen_readonly
 from memserve.messages import ArenaGrant, Grant, Tier, WeightsGrant, encode_grant
 from memserve.model_config import KVGeometry, weights_bytes_upper_bound
-from memserve.pool.memfd import create_memfd, reopen_readonly
 
 GENERATION_BYTES = 8
 

@@ -8,8 +8,9 @@ Every instance of the plan is a chain of lives (`worker_life.py`), numbered by i
 
 All processes start at once; on CPUs the first loads the weights into shared memory, and the others are
 introduced (sent Init) when that is done. A death during `start` is a StartupError and ends everything. A
-restart that never becomes ready is tried a few times, then that instance stays down. What a worker's life
-or death means for requests is the owner's business: it hears of it by `WorkerEvents`.
+restart that never becomes ready is tried a few times, then that instance is lost. All workers must have the
+fingerprint of the first, since they exchange KV: one that differs does not become ready. What a worker's
+life or death means for requests is the owner's business: it hears of it by `WorkerEvents`.
 
 A grant is sent before any message that may refer to it, but on a socket of its own: a worker that, having
 read messages, reads its grants before it acts on the messages has every arena they speak of.
@@ -22,11 +23,12 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, Protocol
 
 from memserve import errors
 from memserve.config import ServeConfig, WorkerConfig
-from memserve.errors import StartupError
+from memserve.errors import ModelError, StartupError
 from memserve.messages import Fatal, Init, Loaded, Loading, Ready, Shutdown, ToRouter, ToWorker
 from memserve.router.liveness import Backoff, Timing
 from memserve.router.shared_memory import SharedMemory
@@ -57,6 +59,9 @@ class WorkerEvents(Protocol):
     def on_worker_down(self, instance: str, incarnation: int, reason: str) -> None:
         """The worker is dead: killed and waited for. `reason` reads on from its name."""
 
+    def on_instance_lost(self, instance: str) -> None:
+        """After its last `on_worker_down`: the instance will have no further life."""
+
 
 class _Death(NamedTuple):
     """The end of a life. `up_s`: how long it was ready, None if never. `fatal`: its own last word, if any."""
@@ -78,7 +83,10 @@ class _Instance:
 
 
 class Supervisor:
-    """Owner of the worker processes of one server: `start` once, `shutdown` at the end in any case."""
+    """Owner of the worker processes of one server: `start` once, `shutdown` at the end in any case.
+
+    `stderr`: a descriptor for the workers'; None is this process's own.
+    """
 
     def __init__(
         self,
@@ -88,6 +96,7 @@ class Supervisor:
         *,
         command: Sequence[str] = WORKER_COMMAND,
         timing: Timing | None = None,
+        stderr: int | None = None,
     ) -> None:
         self._timing = timing if timing is not None else Timing()
         self._instances = {config.instance: _Instance(config, Backoff(self._timing)) for config in plan}
@@ -95,8 +104,10 @@ class Supervisor:
         self._ping_deadline_s = serve.ping_deadline_s
         self._events = events
         self._command = command
+        self._stderr = stderr
         self._memory: SharedMemory | None = None
         self._weights_manifest: bytes | None = None
+        self._first_ready: tuple[str, str] | None = None  # instance and fingerprint
         self._all_up: asyncio.Future[None] | None = None
         self._stopping: asyncio.Task[None] | None = None
         self._forced = asyncio.Event()
@@ -108,7 +119,7 @@ class Supervisor:
         self._all_up = asyncio.get_running_loop().create_future()
         for instance in self._instances.values():
             instance.task = asyncio.create_task(self._keep_alive(instance))
-            instance.task.add_done_callback(self._on_task_done)
+            instance.task.add_done_callback(partial(self._on_task_done, instance))
         try:
             await self._all_up
         except BaseException:
@@ -152,6 +163,7 @@ class Supervisor:
             pause_s = instance.backoff.next_pause(death.up_s)
             if pause_s is None:
                 logger.error("%s %s; it is not started any more", name, death.reason)
+                self._events.on_instance_lost(name)
                 return
             if death.up_s is None:  # of other deaths the owner was told
                 logger.warning("%s %s while starting again", name, death.reason)
@@ -163,7 +175,9 @@ class Supervisor:
         """One life, from its spawn to the proof of its death."""
         config = instance.config
         try:
-            life = await WorkerLife.spawn(config, instance.incarnation, self._command, self._on_message)
+            life = await WorkerLife.spawn(
+                config, instance.incarnation, self._command, self._on_message, self._stderr
+            )
         except OSError as error:
             return _Death(f"cannot be started: {error}", None)
         instance.life = life
@@ -212,6 +226,8 @@ class Supervisor:
 
     def _on_ready(self, life: WorkerLife, ready: Ready) -> None:
         assert self._memory is not None and self._all_up is not None
+        if not self._fits(life, ready):
+            return
         life.ready = ready
         life.ready_at = asyncio.get_running_loop().time()
         if life.incarnation > 0:
@@ -226,6 +242,22 @@ class Supervisor:
             for instance in self._instances.values()
         ):
             self._all_up.set_result(None)
+
+    def _fits(self, life: WorkerLife, ready: Ready) -> bool:
+        """Whether its KV means the same as everybody's; if not, its life is ended."""
+        name = life.config.instance
+        if self._first_ready is None:
+            self._first_ready = name, ready.fingerprint
+        first, fingerprint = self._first_ready
+        if ready.fingerprint == fingerprint:
+            return True
+        life.fatal = Fatal(
+            ModelError.__name__,
+            f"{name} does not have the model or the KV layout that {first} started with (fingerprint "
+            f"{ready.fingerprint[:12]}, not {fingerprint[:12]}): did the model's files change?",
+        )
+        life.client.close("has another fingerprint")
+        return False
 
     # --- the end ----------------------------------------------------------------------------------------
 
@@ -267,13 +299,15 @@ class Supervisor:
     def _lives(self) -> list[WorkerLife]:
         return [instance.life for instance in self._instances.values() if instance.life is not None]
 
-    def _on_task_done(self, task: asyncio.Task[None]) -> None:
+    def _on_task_done(self, instance: _Instance, task: asyncio.Task[None]) -> None:
         """A task that raised is a bug, here or in the owner's events; the instance it kept is lost."""
         if task.cancelled() or (error := task.exception()) is None:
             return
-        logger.error("the supervision of a worker broke", exc_info=error)
+        logger.error("the supervision of %s broke", instance.config.instance, exc_info=error)
         if self._all_up is not None and not self._all_up.done():
             self._all_up.set_exception(error)
+        else:
+            self._events.on_instance_lost(instance.config.instance)
 
 
 @contextmanager

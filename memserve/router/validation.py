@@ -8,7 +8,6 @@ the body again.
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -23,17 +22,17 @@ from memserve.router.prompts import (
     Prompt,
     check_length,
     check_token_id,
-    completion_sources,
-    read_prompt,
+    prompt_sources,
+    read_prompts,
     render_chat,
 )
+from memserve.router.request_seeds import NUM_SEEDS
 from memserve.router.schemas import ChatBody, CompletionBody, SamplingBody, Unsupported
 from memserve.router.served_model import ServedModel
 
 DEFAULT_COMPLETION_TOKENS = 16
 # Below this a softmax in float32 is an argmax, or overflows (vLLM draws the same line).
 GREEDY_TEMPERATURE = 1e-5
-_NUM_SEEDS = 1 << 63
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +71,11 @@ async def plan_completion(body: CompletionBody, job_id: str, model: ServedModel,
     n = body.n or 1
     if body.best_of not in (None, 1, n):
         raise RequestError("best_of other than 1 or n is not supported", param="best_of")
-    sources = completion_sources(body.prompt)
-    if len(sources) > limits.max_prompts:
-        raise RequestError(f"{len(sources)} prompts; at most {limits.max_prompts} are served", param="prompt")
+    sources = prompt_sources(body.prompt, model, limits.max_prompts)
     _check_num_sequences(len(sources) * n, limits)
-    add_special_tokens = body.add_special_tokens is not False
-    prompts = [await read_prompt(source, add_special_tokens, model) for source in sources]
+    prompts = await read_prompts(sources, body.add_special_tokens is not False, model)
+    if body.echo and body.logprobs is not None:
+        _check_prompt_logprobs(prompts, n, body.logprobs, limits)
     return _make_job(
         body,
         job_id,
@@ -121,7 +119,8 @@ def _check_common(body: SamplingBody, model: ServedModel) -> None:
     if body.model is not None and body.model != model.name:
         raise unknown_model(body.model)
     for field in Unsupported.__struct_fields__:
-        if getattr(body, field) not in (None, False, "", [], {}):
+        value = getattr(body, field)  # 0 is a value: `prompt_logprobs: 0` asks for something
+        if not (value is None or value is False or value in ("", [], {})):
             raise RequestError(f"{field} is not supported", param=field)
     if body.response_format is not None and body.response_format.type != "text":
         kind = body.response_format.type
@@ -139,6 +138,16 @@ def unknown_model(name: str) -> RequestError:
     return RequestError(
         f"the model {name!r} does not exist here", status=404, code="model_not_found", param="model"
     )
+
+
+def _check_prompt_logprobs(prompts: Sequence[Prompt], n: int, top: int, limits: HttpLimits) -> None:
+    num_reported = n * sum(len(prompt.token_ids) for prompt in prompts) * (top + 1)
+    if num_reported > limits.max_prompt_logprobs:
+        raise RequestError(
+            f"{num_reported} log-probabilities of prompt tokens (tokens times logprobs + 1); at most "
+            f"{limits.max_prompt_logprobs} are reported: ask for fewer logprobs or fewer prompts at a time",
+            param="logprobs",
+        )
 
 
 def _check_num_sequences(num_sequences: int, limits: HttpLimits) -> None:
@@ -164,7 +173,7 @@ def _make_job(
 ) -> Job:
     n = body.n or 1
     stops = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
-    seed = secrets.randbelow(_NUM_SEEDS) if body.seed is None else body.seed % _NUM_SEEDS
+    seed = model.seeds.next() if body.seed is None else body.seed % NUM_SEEDS
     params = _sampling(body, model, num_logprobs, echo)
     param = "messages" if isinstance(body, ChatBody) else "prompt"
     choices = []
@@ -181,7 +190,7 @@ def _make_job(
                 request_id=f"{job_id}-{index}",
                 token_ids=prompt.token_ids,
                 sampling=msgspec.structs.replace(
-                    params, max_tokens=max(1, limit), seed=(seed + i) % _NUM_SEEDS
+                    params, max_tokens=max(1, limit), seed=(seed + i) % NUM_SEEDS
                 ),
                 cache_salt=body.cache_salt or "",
             )

@@ -27,8 +27,7 @@ from memserve.messages import (
 
 logger = logging.getLogger(__name__)
 
-# A worker reads its socket once a step. One that leaves this much unread has not done so for thousands of
-# requests.
+# A worker reads its socket once a step. One that leaves so much unread has not done so for thousands of them.
 MAX_UNSENT_BYTES = MAX_FRAME_BYTES
 
 
@@ -113,7 +112,6 @@ class WorkerClient(asyncio.Protocol):
         try:
             self._on_message(message)
         except Exception as error:
-            # The router's state for this worker is no longer to be trusted: fence it, and let its requests
-            # replay.
+            # The router's state for this worker is no longer to be trusted: fence it, replay its requests.
             logger.exception("failed to handle a %s", type(message).__name__)
             self.close(f"sent a {type(message).__name__} that the router failed to handle: {error!r}")

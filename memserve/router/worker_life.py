@@ -51,9 +51,10 @@ class WorkerLife:
         incarnation: int,
         command: Sequence[str],
         on_message: Callable[[WorkerLife, ToRouter], None],
+        stderr: int | None = None,
     ) -> WorkerLife:
         """Start the process and open the connection. Raises OSError; leaves nothing behind if it raises."""
-        process = WorkerProcess(command, f"memserve: {config.instance}", config.cpus)
+        process = WorkerProcess(command, f"memserve: {config.instance}", config.cpus, stderr)
         client = WorkerClient(incarnation, lambda message: on_message(life, message))
         life = cls(config, incarnation, process, client)
         try:

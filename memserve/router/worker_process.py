@@ -33,10 +33,13 @@ WORKER_COMMAND = (
 class WorkerProcess:
     """The child and its two sockets. `control` and `grants` are this side's ends, non-blocking."""
 
-    def __init__(self, command: Sequence[str], title: str, cpus: Sequence[int]) -> None:
+    def __init__(
+        self, command: Sequence[str], title: str, cpus: Sequence[int], stderr: int | None = None
+    ) -> None:
         """Spawn `command --control-fd N --grants-fd M --title TITLE`, pinned to `cpus` if there are any.
 
-        Raises OSError if the process cannot be made.
+        `stderr`: a descriptor for it, the caller's; None is this process's own. Raises OSError if the process
+        cannot be made.
         """
         self._loop = asyncio.get_running_loop()
         self.exited = asyncio.Event()
@@ -50,6 +53,7 @@ class WorkerProcess:
                 self._popen = subprocess.Popen(
                     [*command, "--control-fd", str(fds[0]), "--grants-fd", str(fds[1]), "--title", title],
                     stdin=subprocess.DEVNULL,
+                    stderr=stderr,
                     pass_fds=fds,
                     start_new_session=True,
                 )
@@ -99,8 +103,7 @@ class WorkerProcess:
         return pidfd
 
     def _reap(self) -> None:
-        # What it started goes with it. It leads its own group, whose number is safe until it has been
-        # waited for.
+        # What it started goes with it. It leads its own group, whose number is safe until it is waited for.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._popen.pid, signal.SIGKILL)
         self.returncode = self._popen.wait()

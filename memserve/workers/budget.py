@@ -4,36 +4,79 @@ A CPU step must stay near `max_step_ms`, or a cancel and the running decodes wai
 (DESIGN "Failure"). What a token costs depends on the model, the machine and the context it attends to, so
 it is measured:
 
-    step_ms ≈ per_token * num_tokens + per_pair * num_pairs      pairs = (query, key) pairs attended
+    step_ms ≈ speed * (num_tokens + pair_cost * num_pairs)      pairs = (query, key) pairs attended
 
-fitted to the steps that held prefill, older ones counting less. Pure: times come as arguments.
+`pair_cost` is the shape of the curve: it belongs to the model and its kernels, starts as what arithmetic says
+(`pair_cost`) and is corrected by many steps. `speed` belongs to the moment: the median of the last few steps,
+so that one slow step changes nothing, and a machine that has become slower is noticed after three.
 
-A `StepTally` is one step being filled. It always leaves room for one chunk of MIN_CHUNK_TOKENS, so that
-decodes, which all run in every step, cannot starve a prefill.
+A `StepTally` is one step being filled. Both bounds are for prefill: decodes all run in every step, and where
+they leave no room a chunk of MIN_CHUNK_TOKENS is still taken, so that they cannot starve a prefill. A worker
+whose `max_batch_tokens` is at least `max_running + MIN_CHUNK_TOKENS` never exceeds its bound on tokens.
+
+Pure: times come as arguments.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memserve.model_config import ModelConfig
+from memserve.step_memory import MAX_LOGIT_ROWS
 
 MIN_CHUNK_TOKENS = 16
+# From this many rows on, attention's kernel takes its long tiles where two query heads share a key head
+# (`attention_plan.LONG_TILE_QUERIES`): a chunk is lifted to it if that is predicted to stay within the bound.
+LONG_CHUNK_TOKENS = 384
 
-# Weight of the past at each new observation: some ten steps are remembered, a long prompt's worth, so that the
-# costs of tokens and of pairs can be told apart by its short and its long contexts.
-_FORGETTING = 0.9
+# Share of `max_step_ms` that is aimed at: a step's time scatters by about 15 % on a machine that does other
+# things beside.
+_AIM = 0.88
+# Steps whose median is the speed, and steps by which the cost of a pair is corrected: several prompts' worth,
+# because it shows in the difference between short and long contexts.
+_SPEED_STEPS = 5
+_SHAPE_STEPS = 24
+# Candidates for the cost of a pair, as factors of its first guess, 19 % apart; and how much better (in the
+# sum of the relative errors of all steps) a candidate must be for each such step away from the guess.
+_FACTORS: NDArray[np.float64] = 2.0 ** (np.arange(-40, 41) / 4)
+_RELUCTANCE = np.abs(np.arange(-40, 41)) * 0.02
+# A step shorter than this share of the bound is mostly overhead, and says little about large chunks.
+_SHORT_STEP = 1 / 8
+
+
+def pair_cost(model: ModelConfig) -> float:
+    """A first guess at what one (query, key) pair costs, in tokens without any context.
+
+    By the multiplications of a layer; attention does three quarters as many in a second as the matrices (2
+    threads, bfloat16).
+    """
+    q, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    matrices = model.hidden_size * (2 * q + 2 * kv + 3 * model.intermediate_size)
+    return 2 * q / matrices / 0.75
 
 
 class StepBudget:
-    """The bound on a step's tokens, learned from the steps observed."""
+    """The bound on a step's tokens, learned from the steps observed.
 
-    def __init__(self, max_tokens: int, max_step_ms: float | None) -> None:
+    Args:
+        max_tokens: of one step.
+        max_step_ms: time that a step with prefill should not exceed; None = only tokens count.
+        pair_cost: see `pair_cost`.
+    """
+
+    def __init__(self, max_tokens: int, max_step_ms: float | None, pair_cost: float = 5e-4) -> None:
         self.max_tokens = max_tokens
         self.max_step_ms = max_step_ms
+        self._candidates = pair_cost * _FACTORS
+        self._pair_cost = pair_cost
         # Before anything is measured a step takes one minimal chunk.
-        self._per_token_ms = (max_step_ms or 0.0) / MIN_CHUNK_TOKENS
-        self._per_pair_ms = 0.0
-        # Of the observations x = pairs per token, y = ms per token: the sums of 1, x, x², y, xy.
-        self._sums = [0.0] * 5
+        self._speed_ms = (max_step_ms or 0.0) / MIN_CHUNK_TOKENS
+        # Observations: pairs per token, ms per token, weight.
+        self._steps: deque[tuple[float, float, int]] = deque(maxlen=_SHAPE_STEPS)
 
     def open(self) -> StepTally:
         """An empty step."""
@@ -41,16 +84,18 @@ class StepBudget:
 
     def cost_ms(self, num_tokens: int, num_pairs: float) -> float:
         """Predicted time of a step."""
-        return self._per_token_ms * num_tokens + self._per_pair_ms * num_pairs
+        return self._speed_ms * (num_tokens + self._pair_cost * num_pairs)
 
     def observe(self, tally: StepTally, step_ms: float) -> None:
         """Learn from a step that was run. Steps without prefill say nothing about chunks and are skipped."""
         if self.max_step_ms is None or tally.num_chunk_tokens < MIN_CHUNK_TOKENS:
             return
-        x = tally.num_pairs / tally.num_tokens
-        y = step_ms / tally.num_tokens
-        for index, value in enumerate((1.0, x, x * x, y, x * y)):
-            self._sums[index] = self._sums[index] * _FORGETTING + value
+        short_ms = self.max_step_ms * _SHORT_STEP
+        if step_ms < 2 * short_ms and self.cost_ms(tally.num_tokens, tally.num_pairs) < short_ms:
+            return
+        # Overhead counts more in small steps, so they say less.
+        weight = min(tally.num_tokens, 16 * MIN_CHUNK_TOKENS)
+        self._steps.append((tally.num_pairs / tally.num_tokens, step_ms / tally.num_tokens, weight))
         self._fit()
 
     def fitting_tokens(self, context_len: int, left_ms: float) -> int:
@@ -58,31 +103,33 @@ class StepBudget:
         if left_ms <= 0:
             return 0
         # n tokens attend to n * context_len + n^2 / 2 pairs: solve half * n^2 + linear * n = left_ms.
-        half = self._per_pair_ms / 2
-        linear = self._per_token_ms + self._per_pair_ms * context_len
+        half = self._speed_ms * self._pair_cost / 2
+        linear = self._speed_ms * (1 + self._pair_cost * context_len)
         root = linear + math.sqrt(linear * linear + 4 * half * left_ms)
         return self.max_tokens if root == 0 else int(min(self.max_tokens, 2 * left_ms / root))
 
     def _fit(self) -> None:
-        """The line y = per_token + per_pair * x through the observations, with both costs non-negative."""
-        weight, x, xx, y, xy = self._sums
-        spread = weight * xx - x * x
-        # All at one context: it cannot be told apart what is the tokens' and what the pairs' cost.
-        slope = (weight * xy - x * y) / spread if spread > 1e-6 * weight * xx else 0.0
-        self._per_pair_ms = min(max(slope, 0.0), xy / xx)
-        self._per_token_ms = max((y - self._per_pair_ms * x) / weight, 0.0)
+        """The cost of a pair for which the steps agree best on a speed; then the speed by the last few."""
+        pairs, times, weights = np.array(self._steps).T
+        # [candidate, step]: the logarithm of the speed that each step shows.
+        speeds = np.log(times) - np.log1p(self._candidates[:, None] * pairs)
+        scatter = np.abs(speeds - np.median(speeds, axis=1, keepdims=True)) @ (weights / weights.sum())
+        best = int((scatter + _RELUCTANCE / len(times)).argmin())
+        self._pair_cost = float(self._candidates[best])
+        self._speed_ms = math.exp(_weighted_median(speeds[best, -_SPEED_STEPS:], weights[-_SPEED_STEPS:]))
 
 
 class StepTally:
     """What one step holds so far."""
 
-    __slots__ = ("_budget", "num_chunk_tokens", "num_pairs", "num_tokens")
+    __slots__ = ("_budget", "num_chunk_tokens", "num_logit_rows_left", "num_pairs", "num_tokens")
 
     def __init__(self, budget: StepBudget) -> None:
         self._budget = budget
         self.num_tokens = 0
         self.num_pairs = 0.0
         self.num_chunk_tokens = 0
+        self.num_logit_rows_left = MAX_LOGIT_ROWS
 
     def add_decode(self, context_len: int) -> None:
         """One decode token with `context_len` tokens before it."""
@@ -95,14 +142,31 @@ class StepTally:
         self.num_chunk_tokens += num_tokens
         self.num_pairs += num_tokens * (context_len + num_tokens / 2)
 
+    def add_logit_rows(self, num_rows: int) -> None:
+        """Rows of a chunk that all want logits; at most `num_logit_rows_left`."""
+        assert num_rows <= self.num_logit_rows_left
+        self.num_logit_rows_left -= num_rows
+
     def room(self, context_len: int) -> int:
         """How many tokens a chunk after `context_len` tokens may have; 0 = the step is full."""
-        budget = self._budget
-        room = budget.max_tokens - self.num_tokens
-        if budget.max_step_ms is not None:
-            left_ms = budget.max_step_ms - budget.cost_ms(self.num_tokens, self.num_pairs)
-            room = min(room, budget.fitting_tokens(context_len, left_ms))
+        room = self._budget.max_tokens - self.num_tokens
+        if self._budget.max_step_ms is not None:
+            room = min(room, self._room_in_time(context_len, self._budget.max_step_ms))
         if room >= MIN_CHUNK_TOKENS:
             return room
         # A sliver costs a step's overhead for little: full, unless nothing was prefilled yet.
         return 0 if self.num_chunk_tokens else MIN_CHUNK_TOKENS
+
+    def _room_in_time(self, context_len: int, max_step_ms: float) -> int:
+        budget = self._budget
+        spent_ms = budget.cost_ms(self.num_tokens, self.num_pairs)
+        room = budget.fitting_tokens(context_len, _AIM * max_step_ms - spent_ms)
+        if room < LONG_CHUNK_TOKENS <= budget.fitting_tokens(context_len, max_step_ms - spent_ms):
+            return LONG_CHUNK_TOKENS
+        return room
+
+
+def _weighted_median(values: NDArray[np.float64], weights: NDArray[np.float64]) -> float:
+    order = np.argsort(values)
+    reached = np.cumsum(weights[order])
+    return float(values[order][np.searchsorted(reached, reached[-1] / 2)])

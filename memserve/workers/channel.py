@@ -38,11 +38,17 @@ class ChannelClosed(EngineError):
     """The router is gone."""
 
 
+class MessageTooLong(EngineError):
+    """The message exceeds MAX_FRAME_BYTES; nothing of it was sent."""
+
+
 class Channel(Protocol):
     """What the loop needs of its connection to the router."""
 
     def receive(self) -> list[ToWorker]: ...
-    def send(self, message: ToRouter) -> None: ...
+    def send(self, message: ToRouter) -> None:
+        """Raises MessageTooLong or ChannelClosed."""
+        ...
 
 
 class SocketChannel:
@@ -84,15 +90,21 @@ class SocketChannel:
     def receive_init(self) -> Init:
         """Wait for the first message, which must be `Init`, and take its incarnation. Raises as `receive`."""
         while not (messages := self.receive()):
-            select.select([self._socket], [], [])
+            _wait_readable(self._socket)
         if len(messages) > 1 or not isinstance(messages[0], Init):
             raise EngineError("the router spoke before it had sent Init and heard Ready")
         return messages[0]
 
     def send(self, message: ToRouter) -> None:
-        """Send one message. Blocks while the socket is full; raises ChannelClosed if the router is gone."""
+        """Send one message. Blocks while the socket is full.
+
+        Raises ChannelClosed if the router is gone, MessageTooLong if no frame could hold the message.
+        """
         assert self.incarnation is not None, "nothing is sent before Init"
-        frame = encode_frame(message, self.incarnation)
+        try:
+            frame = encode_frame(message, self.incarnation)
+        except ValueError as error:
+            raise MessageTooLong(str(error)) from error
         with self._send_lock:
             try:
                 self._socket.sendall(frame)
@@ -168,12 +180,19 @@ class GrantSocket:
     def wait(self) -> list[ReceivedGrant]:
         """As `receive`, but waits for one."""
         while not (received := self.receive()):
-            select.select([self._socket], [], [])
+            _wait_readable(self._socket)
         return received
 
     def close(self) -> None:
         """Close the socket."""
         self._socket.close()
+
+
+def _wait_readable(sock: socket.socket) -> None:
+    # Not select(), which fails from descriptor 1024 on: a worker's keep the numbers they had in the router.
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    poll.poll()
 
 
 def _fds_of(data: bytes) -> list[int]:

@@ -13,16 +13,13 @@ from __future__ import annotations
 import logging
 from typing import NamedTuple, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 from memserve.messages import BlockRefs, Offer, Pulled
+from memserve.model_config import blocks_for
+from memserve.pool.allocator import BlockIds
 from memserve.pool.transports.base import FailedPull, Pull
 from memserve.workers.request import Request
 
 logger = logging.getLogger(__name__)
-
-BlockIds = NDArray[np.int64]
 
 
 class Fetcher(Protocol):
@@ -162,7 +159,7 @@ class Pulls:
 
     def _fault_of(self, offer: Offer, request: Request) -> str | None:
         """Why an offer cannot be pulled at all, judged by its numbers alone."""
-        num_blocks = -(-offer.num_tokens // self._block_size)
+        num_blocks = blocks_for(offer.num_tokens, self._block_size)
         if not 0 < offer.num_tokens < request.num_tokens:
             return f"an offer of {offer.num_tokens} tokens for a request of {request.num_tokens}"
         if len(offer.refs.blocks) != num_blocks or len(offer.refs.generations) != num_blocks:

@@ -28,6 +28,7 @@ from memserve.messages import (
     TokenLogprobs,
     unpack_tokens,
 )
+from memserve.pool.allocator import BlockIds
 
 
 class RequestKind(Enum):
@@ -72,7 +73,7 @@ class Request:
     num_computed_tokens: int = 0
     num_blocks: int = 0
     _tokens: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32), repr=False)
-    _block_ids: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64), repr=False)
+    _block_ids: BlockIds = field(default_factory=lambda: np.empty(0, np.int64), repr=False)
 
     @classmethod
     def of(cls, message: Prefill | Decode, arrival: int) -> Request:
@@ -144,12 +145,12 @@ class Request:
 
     # --- blocks ---
 
-    def block_ids(self, num_blocks: int) -> NDArray[np.int64]:
+    def block_ids(self, num_blocks: int) -> BlockIds:
         """The first `num_blocks` block ids in sequence order: a view, good until the blocks change."""
         assert num_blocks <= self.num_blocks
         return self._block_ids[:num_blocks]
 
-    def add_blocks(self, block_ids: NDArray[np.int64]) -> None:
+    def add_blocks(self, block_ids: BlockIds) -> None:
         """Append blocks that now belong to this request."""
         count = self.num_blocks + len(block_ids)
         if count > len(self._block_ids):
@@ -159,7 +160,7 @@ class Request:
         self._block_ids[self.num_blocks : count] = block_ids
         self.num_blocks = count
 
-    def take_blocks(self) -> NDArray[np.int64]:
+    def take_blocks(self) -> BlockIds:
         """All blocks, which the caller now owns; the KV in them is no longer the request's."""
         taken = self._block_ids[: self.num_blocks]
         self._block_ids = np.empty(0, np.int64)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from memserve.kernels.sampling import SamplingRow, sample, token_logprobs
 from memserve.messages import TokenLogprobs
+from memserve.model_config import blocks_for
 from memserve.models.step import LogitRows, SequenceSlice, build_step
 from memserve.models.transformer import Transformer
 from memserve.workers.request import Request
@@ -56,7 +57,7 @@ class ModelRunner:
                 wanted, rows = LogitRows.LAST, 1
             else:
                 wanted, rows = LogitRows.NONE, 0
-            block_ids = request.block_ids(-(-stop // self._block_size))
+            block_ids = request.block_ids(blocks_for(stop, self._block_size))
             piece = SequenceSlice(start, num_new, context_len, block_ids)
             pieces.append((request.tokens(context_len, stop), piece, wanted))
             num_rows.append(rows)

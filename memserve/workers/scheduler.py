@@ -23,16 +23,11 @@ from bisect import insort
 from collections.abc import Sequence
 from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
-from memserve.workers.budget import StepTally
+from memserve.model_config import blocks_for
+from memserve.pool.allocator import BlockIds
+from memserve.workers.budget import MIN_CHUNK_TOKENS, StepTally
 from memserve.workers.request import Request, RequestState
 from memserve.workers.steps import Chunk, Refusal, StepPlan
-
-# Prompt logprobs need logits of every row: [chunk, vocab] float32 is 128 MiB at 256 rows of a 128k
-# vocabulary.
-MAX_LOGPROBS_CHUNK = 256
 
 
 class BlockSource(Protocol):
@@ -42,8 +37,8 @@ class BlockSource(Protocol):
     def num_blocks(self) -> int: ...
     @property
     def num_free(self) -> int: ...
-    def alloc_mem(self, num_blocks: int, /) -> NDArray[np.int64] | None: ...
-    def free_mem(self, block_ids: NDArray[np.int64], /) -> None: ...
+    def alloc_mem(self, num_blocks: int, /) -> BlockIds | None: ...
+    def free_mem(self, block_ids: BlockIds, /) -> None: ...
 
 
 def _arrival(request: Request) -> int:
@@ -77,7 +72,7 @@ class Scheduler:
         request.state = RequestState.RUNNING
         insort(self.running, request, key=_arrival)
 
-    def adopt(self, request: Request, block_ids: NDArray[np.int64]) -> None:
+    def adopt(self, request: Request, block_ids: BlockIds) -> None:
         """WAITING → RUNNING of a new request, with blocks that hold the KV of all its tokens but the last."""
         assert request.state is RequestState.WAITING and request.num_blocks == 0
         request.add_blocks(block_ids)
@@ -167,7 +162,10 @@ class Scheduler:
                 return False
             num_new = min(request.num_tokens - context_len, room)
             if request.prompt_logprobs is not None:
-                num_new = min(num_new, MAX_LOGPROBS_CHUNK)
+                if tally.num_logit_rows_left < min(num_new, MIN_CHUNK_TOKENS):
+                    continue  # others may go on; this one has its turn when those before it are done
+                num_new = min(num_new, tally.num_logit_rows_left)
+                tally.add_logit_rows(num_new)
             plan.chunks.append(Chunk(request, num_new))
             tally.add_chunk(num_new, context_len)
         return True
@@ -178,7 +176,7 @@ class Scheduler:
             request = self.waiting[0]
             if request.offer is None and tally.room(0) == 0:
                 return
-            num_blocks = -(-request.num_tokens // self._block_size)
+            num_blocks = blocks_for(request.num_tokens, self._block_size)
             if num_blocks > self._pool.num_blocks:
                 self.finish(request)
                 plan.refused.append(Refusal(request, self._too_long(request)))

@@ -7,6 +7,7 @@ read-only. On CUDA a worker loads its own and sizes its pool by what is then fre
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import threading
@@ -18,6 +19,7 @@ import torch
 
 from memserve.config import WorkerConfig
 from memserve.errors import EngineError, MemoryError_
+from memserve.memfd import map_bytes
 from memserve.messages import (
     ArenaGrant,
     Decode,
@@ -29,12 +31,13 @@ from memserve.messages import (
     WeightsGrant,
     pack_tokens,
 )
-from memserve.model_config import DTYPE_BYTES, KVGeometry, fingerprint
+from memserve.model_config import KVGeometry, blocks_for, fingerprint
 from memserve.models.transformer import Transformer
 from memserve.models.weights import Weights, load_weights_to_device, map_weights, write_weights
 from memserve.pool.arena import Arena, ArenaFds
-from memserve.pool.memfd import map_bytes
 from memserve.pool.mempool import MemPool
+from memserve.step_memory import cuda_pool_blocks, cuda_step_bytes
+from memserve.torch_dtypes import TORCH_DTYPES
 from memserve.workers.budget import StepBudget
 from memserve.workers.channel import Channel, Doorbell, GrantSocket, ReceivedGrant, SocketChannel
 from memserve.workers.request import Request
@@ -47,7 +50,7 @@ logger = logging.getLogger(__name__)
 # Share of a GPU's free memory that the pool takes where the user named none.
 DEFAULT_DEVICE_MEMORY_FRACTION = 0.9
 # Steps computed before the worker is ready, and the longest of them.
-NUM_WARM_UPS = 3
+NUM_WARM_UPS = 4
 MAX_WARM_UP_TOKENS = 256
 _PROGRESS_STEP = 0.01
 
@@ -56,11 +59,11 @@ def start(init: Init, channel: SocketChannel, grants: GrantSocket) -> tuple[Work
     """Make the worker that `init` describes and send `Ready`. Raises StartupError, or ChannelClosed."""
     began_at = time.monotonic()
     config = init.config
-    device, dtype = torch.device(config.device), getattr(torch, config.dtype)
+    device, dtype = torch.device(config.device), TORCH_DTYPES[config.dtype]
     geometry = KVGeometry.of(config.model, config.block_size, config.dtype)
     team = _take_cores(config)
     granted = Grants(config.instance, grants, needed=device.type == "cpu")
-    weights = _weights(init, channel, granted, device)
+    weights, digest = _weights(init, channel, granted, device)
     arena = _arena(config, geometry, granted, device)
     granted.close()
 
@@ -71,7 +74,8 @@ def start(init: Init, channel: SocketChannel, grants: GrantSocket) -> tuple[Work
     transformer = Transformer(config.model, weights, config.max_model_len, device, dtype)
     runner = ModelRunner(transformer, pool.kv, config.block_size)
     worker = Worker(config, channel, grants, pool, runner)
-    for peer in granted.peers:
+    # Those there are now are populated before the first step is timed.
+    for peer in (*granted.peers, *grants.receive()):
         worker.take_grant(peer)
     pool.populate(_Progress(channel, "memory"))
     _spread(team, config)
@@ -81,7 +85,7 @@ def start(init: Init, channel: SocketChannel, grants: GrantSocket) -> tuple[Work
             num_blocks=arena.num_blocks,
             block_size=config.block_size,
             max_model_len=config.max_model_len,
-            fingerprint=fingerprint(config.model, geometry, _digest(config)),
+            fingerprint=fingerprint(config.model, geometry, digest),
             device=config.device,
             dtype=config.dtype,
             load_s=time.monotonic() - began_at,
@@ -158,14 +162,16 @@ def _thread_ids() -> set[int]:
     return {int(name) for name in os.listdir("/proc/self/task")}
 
 
-def _weights(init: Init, channel: Channel, granted: Grants, device: torch.device) -> Weights:
+def _weights(init: Init, channel: Channel, granted: Grants, device: torch.device) -> tuple[Weights, str]:
+    """The weights, and what stands for their content: where they are shared, the manifest that all go by."""
     config = init.config
     progress = _Progress(channel, "weights")
     folder = Path(config.model_path)
     if device.type != "cpu":
-        return load_weights_to_device(
+        loaded = load_weights_to_device(
             config.model, folder, config.dtype, device, config.load_format, config.seed, progress
         )
+        return loaded, _digest(config)
     fd, num_bytes = granted.weights()
     manifest = init.weights_manifest
     if manifest is None:
@@ -174,14 +180,15 @@ def _weights(init: Init, channel: Channel, granted: Grants, device: torch.device
             config.model, folder, config.dtype, config.load_format, config.seed, buffer.data, progress
         )
         channel.send(Loaded(manifest))
-    return map_weights(config.model, manifest, map_bytes(fd, num_bytes, writable=False).data)
+    mapped = map_weights(config.model, manifest, map_bytes(fd, num_bytes, writable=False).data)
+    return mapped, hashlib.sha256(manifest).hexdigest()
 
 
 def _digest(config: WorkerConfig) -> str:
-    """Stands for the weights' content: names and sizes of the files, which are too large to be hashed."""
+    """Stands for weights that each worker loads: names and sizes of the files, too large to be hashed."""
     if config.load_format == "dummy":
         return f"dummy {config.seed}"
-    files = sorted(Path(config.model_path).glob("*.safetensors"))
+    files = sorted(file for file in Path(config.model_path).glob("*.safetensors") if file.is_file())
     return " ".join(f"{file.name} {file.stat().st_size}" for file in files)
 
 
@@ -213,26 +220,32 @@ def _arena(config: WorkerConfig, geometry: KVGeometry, granted: Grants, device: 
 
 
 def _blocks_that_fit(config: WorkerConfig, geometry: KVGeometry, device: torch.device) -> int:
-    """Blocks for the GPU's free memory, with room left for one full step's activations and logits."""
-    model = config.model
-    width = 8 * model.hidden_size + 4 * model.intermediate_size
-    activations = config.max_batch_tokens * width * DTYPE_BYTES[config.dtype]
-    logits = 4 * config.max_running * model.vocab_size * DTYPE_BYTES["float32"]
+    """Blocks for the GPU's free memory, with room left for one full step."""
+    step_bytes = cuda_step_bytes(
+        config.model,
+        config.dtype,
+        max_batch_tokens=config.max_batch_tokens,
+        max_running=config.max_running,
+        max_model_len=config.max_model_len,
+    )
     free, _ = torch.cuda.mem_get_info(device)
     fraction = config.device_memory_fraction or DEFAULT_DEVICE_MEMORY_FRACTION
-    left = int((free - activations - logits) * fraction)
-    needed = -(-config.max_model_len // config.block_size)
-    if left < needed * geometry.block_bytes:
-        lacking_gib = (needed * geometry.block_bytes - left) / 2**30
+    num_blocks = cuda_pool_blocks(int((free - step_bytes) * fraction), geometry)
+    needed = blocks_for(config.max_model_len, config.block_size)
+    if num_blocks < needed:
+        lacking_gib = (needed - num_blocks) * geometry.block_bytes / 2**30
         raise MemoryError_(
             f"the KV of one request of {config.max_model_len} tokens does not fit on {device}: "
             f"{lacking_gib:.1f} GiB are missing"
         )
-    return left // geometry.block_bytes
+    return num_blocks
 
 
 def _warm_up(config: WorkerConfig, pool: MemPool, runner: ModelRunner, budget: StepBudget) -> None:
-    """Compute a few chunks: the first pays for what is made lazily, the others teach the budget."""
+    """Compute a few chunks: the first pays for what is made lazily, the others teach the budget.
+
+    Nothing is known before the second, so it is small too; those after it are as long as the time allows.
+    """
     longest = min(MAX_WARM_UP_TOKENS, config.max_model_len, pool.num_blocks * config.block_size)
     for attempt in range(NUM_WARM_UPS):
         tally = budget.open()
@@ -251,7 +264,7 @@ def _run_once(config: WorkerConfig, pool: MemPool, runner: ModelRunner, num_toke
     token_ids = pack_tokens(np.arange(num_tokens, dtype=np.int32) % config.model.vocab_size)
     sampling = SamplingParams(max_tokens=1, seed=0)
     request = Request.of(Decode("warm-up", 0, token_ids, num_tokens, sampling), arrival=0)
-    block_ids = pool.alloc_mem(-(-num_tokens // config.block_size))
+    block_ids = pool.alloc_mem(blocks_for(num_tokens, config.block_size))
     assert block_ids is not None
     request.add_blocks(block_ids)
     (drawn,) = runner.execute([Chunk(request, num_tokens)])

@@ -36,8 +36,8 @@ from memserve.messages import (
     ToWorker,
 )
 from memserve.pool.mempool import MemPool
-from memserve.workers.budget import StepBudget
-from memserve.workers.channel import Channel, Doorbell, GrantSource, ReceivedGrant
+from memserve.workers.budget import StepBudget, pair_cost
+from memserve.workers.channel import Channel, Doorbell, GrantSource, MessageTooLong, ReceivedGrant
 from memserve.workers.gauges import Gauges
 from memserve.workers.handoff import OfferBook, Pulls
 from memserve.workers.request import Request, RequestKind, RequestState
@@ -70,7 +70,7 @@ class Worker:
         self._runner = runner
         self._clock = clock
         self._scheduler = Scheduler(pool, config.block_size, config.max_running)
-        self.budget = StepBudget(config.max_batch_tokens, config.max_step_ms)
+        self.budget = StepBudget(config.max_batch_tokens, config.max_step_ms, pair_cost(config.model))
         self._pulls = Pulls(pool, config.block_size)
         self._offers = OfferBook()
         self.gauges = Gauges(self._scheduler, self._offers, pool, clock)
@@ -139,7 +139,10 @@ class Worker:
                     os.close(fd)
 
     def close(self) -> None:
-        """Drop every request and give its blocks back; nothing is told. The pool may be closed after it."""
+        """Drop every request and give its blocks back; nothing is told. The pool is to be closed after it.
+
+        The blocks of a pull that was under way stay with it, as its copy may still write to them.
+        """
         for request in tuple(self._requests.values()):
             self._drop(request)
         for block_ids in self._offers.take_all():
@@ -274,9 +277,24 @@ class Worker:
                 Output(request.request_id, request.attempt, (token_id,), logprobs, prompt_logprobs, reason)
             )
         if outputs:
-            self._channel.send(StepOutputs(tuple(outputs), self.gauges.load()))
+            self._send_outputs(outputs)
         for request, result, reason in prefilled:
             self._tell_prefilled(request, result, reason)
+
+    def _send_outputs(self, outputs: Sequence[Output]) -> None:
+        """One message, or as many as it takes: prompt logprobs can be long. Too long for one is a failure."""
+        try:
+            self._channel.send(StepOutputs(tuple(outputs), self.gauges.load()))
+        except MessageTooLong as error:
+            if len(outputs) > 1:
+                for output in outputs:
+                    self._send_outputs((output,))
+                return
+            (output,) = outputs
+            request = self._requests.get(output.request_id)
+            if request is not None:
+                self._finish(request)
+            self._tell_failed(output.request_id, output.attempt, f"its answer is too long: {error}")
 
     def _tell_prefilled(self, request: Request, drawn: Drawn, reason: FinishReason | None) -> None:
         assert drawn.token_id is not None
@@ -289,19 +307,22 @@ class Worker:
             del self._requests[request.request_id]
         else:
             self._finish(request)
-        self._channel.send(
-            Prefilled(
-                request_id=request.request_id,
-                attempt=request.attempt,
-                token_id=drawn.token_id,
-                logprobs=drawn.logprobs,
-                prompt_logprobs=request.take_prompt_logprobs(),
-                num_cached_tokens=0,
-                finish_reason=reason,
-                offer=offer,
-                load=self.gauges.load(),
-            )
+        message = Prefilled(
+            request_id=request.request_id,
+            attempt=request.attempt,
+            token_id=drawn.token_id,
+            logprobs=drawn.logprobs,
+            prompt_logprobs=request.take_prompt_logprobs(),
+            num_cached_tokens=0,
+            finish_reason=reason,
+            offer=offer,
+            load=self.gauges.load(),
         )
+        try:
+            self._channel.send(message)
+        except MessageTooLong as error:
+            self._release(request.request_id, request.attempt)
+            self._tell_failed(request.request_id, request.attempt, f"its answer is too long: {error}")
 
     # --- ends ---
 
@@ -311,9 +332,12 @@ class Worker:
             self._scheduler.finish(request)
 
     def _fail(self, request: Request, message: str) -> None:
-        logger.error("%s: %s", request.request_id, message)
         self._finish(request)
-        self._channel.send(Failed(request.request_id, request.attempt, message))
+        self._tell_failed(request.request_id, request.attempt, message)
+
+    def _tell_failed(self, request_id: str, attempt: int, message: str) -> None:
+        logger.error("%s: %s", request_id, message)
+        self._channel.send(Failed(request_id, attempt, message))
 
     def _drop(self, request: Request) -> None:
         """Forget a request in whatever phase it is."""

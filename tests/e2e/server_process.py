@@ -20,6 +20,8 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
+# The samples of /metrics that are 0 when nothing is being done.
+BUSY = re.compile(r"memserve_(requests|instance_requests|offers|blocks)\{(?!.*state=\"(free|historical)\")")
 
 
 @dataclass
@@ -60,11 +62,10 @@ class Server:
         """Nothing runs, waits or is offered, and every block is back; workers report about once a second."""
         deadline = time.monotonic() + timeout_s
         while True:
-            busy = {
-                name: value
-                for name, value in self.gauges().items()
-                if re.match(r"memserve_(requests_(running|waiting)|offers|blocks\{.*active)", name) and value
-            }
+            samples = {name: value for name, value in self.gauges().items() if BUSY.match(name)}
+            # The router's two, and five of each of its instances that has been up
+            assert len(samples) >= 2 + 5, samples
+            busy = {name: value for name, value in samples.items() if value}
             if not busy:
                 return
             assert time.monotonic() < deadline, f"not idle: {busy}"

@@ -33,8 +33,8 @@ def prompt_of(length: int) -> list[int]:
     return [random.Random(length * 31 + i).randrange(3, 4096) for i in range(length)]
 
 
-def tokens_of(server: Server, prompt: list[int], max_tokens: int, **options: object) -> list[str]:
-    """The ids of a completion, by the one way the API shows them: logprobs with the token's own name."""
+def tokens_of(server: Server, prompt: list[int], max_tokens: int, **options: object) -> list[int]:
+    """The ids of a completion."""
     choice = server.complete(prompt, max_tokens, ignore_eos=True, return_token_ids=True, **options)
     return choice["token_ids"]  # type: ignore[return-value]
 
@@ -67,10 +67,15 @@ def test_seeded_sampling_is_the_same_in_both(disaggregated: Server, colocated: S
         assert ours == tokens_of(disaggregated, prompt, 48, **options)
 
 
-def test_pulls_did_happen_and_did_not_fail(disaggregated: Server) -> None:
-    gauges = disaggregated.gauges()
-    assert gauges["memserve_pulls_total"] > 0
-    assert gauges.get("memserve_pull_failures_total", 0) == 0
+def test_pulls_do_happen_and_do_not_fail(disaggregated: Server, colocated: Server) -> None:
+    before = disaggregated.gauges()
+    tokens_of(disaggregated, prompt_of(40), 4)
+    after = disaggregated.gauges()
+    assert after["memserve_pulls_total"] == before["memserve_pulls_total"] + 1
+    assert after["memserve_pulled_tokens_total"] > before["memserve_pulled_tokens_total"]
+    assert after["memserve_pull_failures_total"] == 0
+    tokens_of(colocated, prompt_of(40), 4)
+    assert colocated.gauges()["memserve_pulls_total"] == 0
 
 
 async def _stream_ids(

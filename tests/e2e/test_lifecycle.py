@@ -135,6 +135,7 @@ def test_ctrl_c_during_start_up(tmp_path: Path) -> None:
         (("--prefill", "1", "--colocated", "1"), "colocated"),
         (("--dtype", "int4"), "int4"),
         (("--device-memory", "1KiB"), "missing"),
+        (("--model", "~no-such-user/model"), "home directory"),
     ],
 )
 def test_mistakes_are_one_line(options: tuple[str, ...], expected: str) -> None:
@@ -144,6 +145,61 @@ def test_mistakes_are_one_line(options: tuple[str, ...], expected: str) -> None:
     assert done.returncode in (1, 2)
     assert expected in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_of_two_servers_on_a_port_the_second_is_told_at_once(tmp_path: Path) -> None:
+    first = launch(tmp_path / "log")
+    family: list[psutil.Process] = []
+    try:
+        # 1. From its first second it answers: not yet, but in a moment.
+        while True:
+            try:
+                status, answer = first.post("/v1/completions", {"prompt": "x"})
+                break
+            except OSError:
+                assert first.process.poll() is None
+                time.sleep(0.02)
+        assert (status, answer["error"]["code"]) == (503, "unavailable")  # type: ignore[index]
+        # 2. So the second sees that the port is taken, before it has loaded anything.
+        port = first.url.rpartition(":")[2]
+        second = subprocess.run(
+            [sys.executable, "-m", "memserve", "serve", "--port", port],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert second.returncode == 1
+        assert second.stderr.count("memserve: cannot listen") == 1 and "in use" in second.stderr
+        assert "Traceback" not in second.stderr
+        # 3. The first comes up undisturbed.
+        wait_ready(first)
+        family = first.family()
+        assert first.post("/v1/completions", {"prompt": "x", "max_tokens": 1})[0] == 200
+    finally:
+        assert first.stop() == 0
+    wait_gone(family)
+
+
+def test_the_server_ends_when_its_last_worker_is_lost(tmp_path: Path) -> None:
+    server = launch(tmp_path / "log", "--colocated", "1")
+    wait_ready(server)
+    # 1. A request is under way when the worker dies, and again each replacement.
+    answers: list[tuple[int, dict[str, object]]] = []
+    body = {"prompt": "def", "max_tokens": 5000, "ignore_eos": True}
+    client = threading.Thread(target=lambda: answers.append(server.post("/v1/completions", body)))
+    client.start()
+    known: set[int] = set()
+    while server.process.poll() is None:
+        for process in server.family()[1:]:
+            process.kill()
+            known.add(process.pid)
+        time.sleep(0.05)
+    # 2. No replacement got ready: the server says so, refuses the request, and ends with a failure.
+    client.join(30)
+    assert len(known) >= 3
+    assert answers[0][0] == 503, answers
+    assert server.process.returncode == 1
+    assert "no worker is left" in server.log.read_text()
 
 
 def test_port_in_use_is_one_line() -> None:

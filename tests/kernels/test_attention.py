@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from memserve.kernels import attention_plan
 from memserve.kernels.attention import paged_attention
-from memserve.kernels.attention_plan import Paging, SequenceSlice, plan_attention
+from memserve.kernels.attention_plan import AttentionPlan, Paging, SequenceSlice, plan_attention
 from memserve.kernels.kv_cache import plan_store, store_kv
 
 torch.set_num_threads(1)
@@ -63,12 +64,32 @@ def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: int, c
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_against_reference(case: Case, block_size: int, dtype: torch.dtype, joins: bool) -> None:
     """`joins` False is the path of other devices, here on a CPU."""
+    check(case, block_size, dtype, joins)
+
+
+@pytest.mark.parametrize("joins", [True, False])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_masks_of_bounded_size(case: Case, joins: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same in parts, down to one query each."""
+    monkeypatch.setattr(attention_plan, "MAX_MASK_ELEMENTS", 300)
+    plan = check(case, 4, torch.float32, joins)
+    group = case.num_heads // case.num_kv_heads
+    for chunk in plan.chunks:
+        assert len(chunk.parts) != 1 or chunk.queries.stop - chunk.queries.start < 20
+        for part in chunk.parts:
+            num_queries = part.queries.stop - part.queries.start
+            assert num_queries == 1 or num_queries * group * (part.keys.stop - part.keys.start) <= 300
+            assert (part.mask is None) != joins, "masks that wait for their layer take no memory"
+
+
+def check(case: Case, block_size: int, dtype: torch.dtype, joins: bool) -> AttentionPlan:
+    """Compare with the reference; the plan that was followed."""
     generator = torch.Generator().manual_seed(1)
     heads, kv_heads, dim = case.num_heads, case.num_kv_heads, case.head_dim
     blocks = [-(-(context + new) // block_size) for context, new in case.lengths]
     ids = np.random.default_rng(0).permutation(sum(blocks) + 3)
     kv = torch.full((len(ids), LAYERS, 2, kv_heads, block_size, dim), float("nan"), dtype=dtype)
-    paging = Paging(LAYERS, kv_heads, block_size, CPU, dtype, joins)
+    paging = Paging(LAYERS, kv_heads, block_size, CPU, dtype, joins, heads // kv_heads)
 
     pieces, slots, tails, stored, start = [], [], [], [], 0
     for (context, new), count in zip(case.lengths, blocks, strict=True):
@@ -110,3 +131,4 @@ def test_against_reference(case: Case, block_size: int, dtype: torch.dtype, join
     assert out.shape == expected.shape and out.dtype == dtype
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
     assert (out.double() - expected).abs().max() < tolerance
+    return attention

@@ -38,15 +38,22 @@ def build(block_size: int, *pieces: tuple[int, int, LogitRows], model: ModelConf
 
 @pytest.mark.parametrize("block_size", [1, 4, 16])
 def test_slots_and_positions(block_size: int) -> None:
-    step = build(block_size, (0, 5, ALL), (17, 1, LAST), (16, 16, NONE), (3, 30, LAST))
-    positions, slots = step.positions.numpy(), step.slots.numpy()
+    pieces = ((0, 5, ALL), (17, 1, LAST), (16, 16, NONE), (3, 30, LAST))
+    step = build(block_size, *pieces)
+    # The arena's rows of head_dim elements at layer 0: K of each head, then V, `block_size` slots each.
+    heads = 2 * MODEL.num_kv_heads
+    rows = step.store.rows.numpy().reshape(52, heads)
+    assert (np.diff(rows, axis=1) == block_size).all()
+    blocks, offsets = np.divmod(rows[:, 0], MODEL.num_layers * heads * block_size)
     assert step.token_ids.tolist() == list(range(52))
-    for piece in step.sequences:
-        rows = slice(piece.start, piece.start + piece.num_new)
-        expected = np.arange(piece.context_len, piece.context_len + piece.num_new)
-        assert np.array_equal(positions[rows], expected)
-        blocks = piece.block_ids[expected // block_size]
-        assert np.array_equal(slots[rows], blocks * block_size + expected % block_size)
+    ids, start = np.random.default_rng(0).permutation(4000), 0
+    for context, new, _ in pieces:
+        expected = np.arange(context, context + new)
+        own = slice(start, start + new)
+        assert np.array_equal(step.positions.numpy()[own], expected)
+        assert np.array_equal(blocks[own], ids[expected // block_size])
+        assert np.array_equal(offsets[own], expected % block_size)
+        ids, start = ids[-(-(context + new) // block_size) :], start + new
     assert step.logit_rows.tolist() == [0, 1, 2, 3, 4, 5, 51]
 
 

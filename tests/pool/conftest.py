@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from memserve import memfd
 from memserve.messages import ArenaGrant, Tier
 from memserve.model_config import KVGeometry
-from memserve.pool import memfd
 from memserve.pool.arena import Arena, ArenaFds
 from memserve.pool.mempool import MemPool
 from memserve.pool.transports.base import Pull, PullResult

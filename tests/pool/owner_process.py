@@ -11,7 +11,7 @@ import sys
 
 import numpy as np
 
-from memserve.pool import memfd
+from memserve import memfd
 from memserve.pool.allocator import BlockAllocator
 
 

@@ -24,16 +24,17 @@ def longest_run(ids: list[int]) -> int:
 
 
 class AllocatorMachine(RuleBasedStateMachine):
-    """Any order of operations; the oracle is a list of holders per block."""
+    """Any order of operations; the oracle is a list of holders per block, and the set of lost blocks."""
 
-    @initialize(num_blocks=st.integers(1, 40))
-    def start(self, num_blocks: int) -> None:
-        self.num_blocks = num_blocks
-        self.generations = np.full(num_blocks, 7, dtype=np.uint64)  # inherited from an earlier life
+    @initialize(inherited=st.lists(st.integers(6, 9), min_size=1, max_size=40))
+    def start(self, inherited: list[int]) -> None:
+        self.num_blocks = num_blocks = len(inherited)
+        self.generations = np.array(inherited, dtype=np.uint64)
+        self.lost = {block for block, generation in enumerate(inherited) if generation % 2}
         self.freed: list[int] = []
         self.allocator = BlockAllocator(num_blocks, self.generations, lambda ids: self.freed.extend(ids))
         self.counts = [0] * num_blocks
-        self.expected_generations = [7] * num_blocks
+        self.expected_generations = list(inherited)
 
     def free_blocks(self) -> list[int]:
         return [block for block, count in enumerate(self.counts) if count == 0]
@@ -44,6 +45,7 @@ class AllocatorMachine(RuleBasedStateMachine):
     def release(self, ids: list[int]) -> list[int]:
         for block in ids:
             self.counts[block] -= 1
+            self.expected_generations[block] += self.counts[block] == 0
         return sorted(block for block in ids if self.counts[block] == 0)
 
     @rule(num_wanted=st.integers(0, 45))
@@ -57,11 +59,14 @@ class AllocatorMachine(RuleBasedStateMachine):
         got = ids.tolist()
         assert got == sorted(set(got)) and len(got) == num_wanted
         assert set(got) <= set(free)
-        if 0 < num_wanted <= longest_run(free):
+        others = [block for block in free if block not in self.lost]
+        if 0 < num_wanted <= longest_run(others):
             assert longest_run(got) == num_wanted
+        assert len(self.lost & set(got)) == max(0, num_wanted - len(others)), "lost blocks come last"
         for block in got:
             self.counts[block] = 1
-            self.expected_generations[block] += 1
+            self.expected_generations[block] += 2 if block in self.lost else 1
+        self.lost -= set(got)
 
     @precondition(lambda self: any(self.counts))
     @rule(data=st.data(), by_unlock=st.booleans())
@@ -97,6 +102,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         held = [block for block, count in enumerate(self.counts) if count]
         assert self.allocator.held_blocks().tolist() == held
         assert self.generations.tolist() == self.expected_generations
+        assert self.allocator.num_lost == len(self.lost)
 
 
 AllocatorMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
@@ -109,12 +115,39 @@ def test_generation_is_new_before_the_caller_has_the_ids() -> None:
     # 1. a first life of blocks 0 and 1
     first = allocator.allocate(2)
     assert first is not None and generations.tolist() == [1, 1, 0, 0]
-    # 2. freeing changes nothing: what is there can still be read by its address
+    # 2. a lock that is not the last one changes nothing; the end of the last holder does
+    allocator.lock(first)
     allocator.free(first)
     assert generations.tolist() == [1, 1, 0, 0]
+    allocator.free(first)
+    assert generations.tolist() == [2, 2, 0, 0]
     # 3. a second life
     assert allocator.allocate(2) is not None
-    assert generations.tolist() == [2, 2, 0, 0]
+    assert generations.tolist() == [3, 3, 0, 0]
+
+
+def test_what_a_dead_owner_held_is_taken_last() -> None:
+    generations = np.zeros(6, dtype=np.uint64)
+    # 1. the first life holds blocks 0, 1 and 3 when it ends
+    first = BlockAllocator(6, generations)
+    assert first.allocate(4) is not None
+    first.free([2])
+    assert generations.tolist() == [1, 1, 2, 1, 0, 0]
+    # 2. its replacement leaves them alone as long as it can
+    second = BlockAllocator(6, generations)
+    assert (second.num_free, second.num_lost) == (6, 3)
+    ids = second.allocate(2)
+    assert ids is not None and ids.tolist() == [4, 5]
+    assert generations.tolist() == [1, 1, 2, 1, 1, 1]
+    # 3. then it takes them too, and their old addresses end
+    more = second.allocate(2)
+    assert more is not None and more.tolist() == [0, 2]
+    assert generations.tolist() == [3, 1, 3, 1, 1, 1] and second.num_lost == 2
+    # 4. what it frees is free like any other
+    second.free(more)
+    again = second.allocate(1)
+    assert again is not None and again.tolist() == [0]
+    assert second.num_lost == 2
 
 
 def test_lock_outlives_its_first_holder() -> None:

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from memserve import memfd
 from memserve.errors import MemoryError_
 from memserve.messages import ArenaGrant, Tier
 from memserve.model_config import KVGeometry
-from memserve.pool import memfd
 from memserve.pool.arena import Arena, ArenaFds, PeerArena
 
 

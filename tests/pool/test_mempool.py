@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+import threading
 
 import numpy as np
 import pytest
 import torch
 
+from memserve import memfd
 from memserve.errors import MemoryError_
 from memserve.messages import ArenaGrant, BlockRefs, Tier
 from memserve.model_config import KVGeometry
-from memserve.pool import memfd
 from memserve.pool.arena import Arena
 from memserve.pool.mempool import MemPool, PoolStats
 
@@ -47,10 +48,38 @@ def test_addresses_name_the_content(make_pool) -> None:
     expected = BlockRefs("decode-1", 1, Tier.DEVICE, (2, 0), (1, 1))
     assert pool.addresses(ids[[2, 0]]) == expected
     pool.free_mem(ids)
-    assert pool.addresses([2, 0]) == expected, "a free block keeps its content"
+    assert pool.addresses([2, 0]).generations == (2, 2)
     again = pool.alloc_mem(1)
-    assert pool.addresses([2, 0]).generations == (1, 2)
+    assert pool.addresses([2, 0]).generations == (2, 3)
     pool.free_mem(again)
+
+
+def test_what_a_dead_worker_offered_can_be_pulled_while_its_replacement_runs(make_pool) -> None:
+    dead, decode = make_pool("prefill-0", num_blocks=8), make_pool("decode-0")
+    dead.grant_to(decode)
+    # 1. the first life offers blocks, and ends without a word
+    ids = dead.pool.alloc_mem(3)
+    dead.fill(ids)
+    refs = dead.pool.addresses(ids)
+    # 2. the second one, over the same memory, warms up and serves
+    arena = Arena.map(dead.arena.geometry, 8, dead.fds)
+    second = MemPool(arena, "prefill-0", 2, lambda: None)
+    taken = second.alloc_mem(5)
+    arena.blocks[taken] = 0xFF
+    # 3. what was offered is all there
+    into = decode.pool.alloc_mem(3)
+    result = decode.finish(decode.pool.fetch(refs, into))
+    assert (result.num_blocks, result.failure) == (3, None)
+    assert decode.content(into) == dead.content(ids)
+    # 4. until room runs out: a part is gone, and known to be
+    last = second.alloc_mem(1)
+    result = decode.finish(decode.pool.fetch(refs, into))
+    assert result.num_blocks < 3 and "gone" in result.failure
+    decode.pool.free_mem(into)
+    second.free_mem([*taken, *last])
+    second.assert_idle()
+    second.close()
+    dead.pool.free_mem(ids)
 
 
 def test_a_hand_off_between_two_pools(make_pool) -> None:
@@ -122,9 +151,32 @@ def test_populate_fills_the_arena_and_tells_how_far_it_is(make_pool) -> None:
     assert memfd.resident_bytes(under_test.fds.arena) == 0
     told: list[float] = []
     under_test.pool.populate(told.append)
-    assert told[0] == 0.0
+    assert told == sorted(told) and told[0] == 0.0 and told[-1] == 1.0
     assert memfd.resident_bytes(under_test.fds.arena) == under_test.arena.kv.nbytes
     assert not under_test.pool.kv.any()
+
+
+def test_populate_includes_the_peers_there_are(make_pool, monkeypatch) -> None:
+    pool, peer, later = make_pool("decode-0"), make_pool("prefill-0"), make_pool("prefill-1")
+    threads: dict[int, str] = {}
+    populate = memfd.populate
+
+    def spy(mapped: np.ndarray, *args: object, **kwargs: object) -> bool:
+        threads[mapped.ctypes.data] = threading.current_thread().name
+        return populate(mapped, *args, **kwargs)
+
+    monkeypatch.setattr(memfd, "populate", spy)
+    # 1. nothing is done when a peer comes, all in one go before the first step
+    peer.grant_to(pool)
+    assert not threads
+    told: list[float] = []
+    pool.pool.populate(told.append)
+    assert list(threads.values()) == [threading.current_thread().name] * 2
+    assert told == sorted(told) and told[-1] == 1.0
+    # 2. one that comes later does not hold up the loop
+    later.grant_to(pool)
+    pool.pool.close()
+    assert list(threads.values())[2:] == ["memserve-populate"]
 
 
 def test_memory_that_cannot_be_populated(make_pool, monkeypatch, caplog) -> None:
@@ -133,13 +185,15 @@ def test_memory_that_cannot_be_populated(make_pool, monkeypatch, caplog) -> None
 
     pool, peer = make_pool("decode-0"), make_pool("prefill-0")
     monkeypatch.setattr(memfd, "populate", fail)
-    # 1. a peer's mapping is a matter of speed only
-    peer.grant_to(pool)
-    pool.pool.close()
-    assert "decode-0: no memory" in caplog.text
-    # 2. our own memory is needed
+    # 1. our own memory is needed
     with pytest.raises(MemoryError_):
         peer.pool.populate()
+    # 2. a peer's mapping is a matter of speed only, populated in the background once the own one is
+    with pytest.raises(MemoryError_):
+        pool.pool.populate()
+    peer.grant_to(pool)
+    pool.pool.close()
+    assert "decode-0: cannot populate the arena of prefill-0: no memory" in caplog.text
 
 
 def test_close_twice_is_close(make_pool) -> None:

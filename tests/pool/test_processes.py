@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 import memserve
+from memserve import memfd
 from memserve.messages import ArenaGrant, BlockRefs, Tier
-from memserve.pool import memfd
 from memserve.pool.transports.base import PullResult
 from memserve.pool.transports.shm import Bytes, copy_bytes
 

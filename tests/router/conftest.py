@@ -14,6 +14,7 @@ from aiohttp import web
 
 import memserve
 from memserve.config import Role
+from memserve.errors import Overloaded
 from memserve.messages import FinishReason, Load, TokenLogprobs
 from memserve.model_config import DefaultSampling
 from memserve.router.chat_template import ChatTemplate
@@ -45,6 +46,7 @@ class FakeEngine:
     requests: list[GenerateRequest] = field(default_factory=list)
     active: set[str] = field(default_factory=set)
     num_closed_early: int = 0
+    room: int = 512
 
     def __post_init__(self) -> None:
         self.gate.set()
@@ -68,6 +70,10 @@ class FakeEngine:
         finally:
             self.active.discard(request.request_id)
             self.num_closed_early += not done
+
+    def check_room(self, num_sequences: int) -> None:
+        if num_sequences > self.room:
+            raise Overloaded("no room", retry_after_s=1.0)
 
     def ready(self) -> bool:
         return self.is_ready

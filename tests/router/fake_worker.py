@@ -86,7 +86,10 @@ class FakeWorker:
             assert init.weights_manifest == b"manifest"
         num_blocks, block_size = config.num_blocks, config.block_size
         assert num_blocks is not None
-        self.send(Ready(num_blocks, block_size, config.max_model_len, "fingerprint", "cpu", "float32", 0.0))
+        other = self.mode == "other-model" and config.instance == "decode-0"
+        other = other or (self.mode == "other-model-again" and init.incarnation > 0)
+        fingerprint = "other" if other else "fingerprint"
+        self.send(Ready(num_blocks, block_size, config.max_model_len, fingerprint, "cpu", "float32", 0.0))
         return self.serve()
 
     def serve(self) -> int:

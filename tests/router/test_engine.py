@@ -8,8 +8,7 @@ from contextlib import aclosing
 import numpy as np
 import pytest
 
-from memserve.config import Role
-from memserve.errors import EngineError, Overloaded
+from memserve.errors import EngineError, Overloaded, Unavailable
 from memserve.messages import (
     Cancel,
     Decode,
@@ -17,6 +16,7 @@ from memserve.messages import (
     FinishReason,
     Load,
     Output,
+    Ready,
     SamplingParams,
     StepOutputs,
     ToWorker,
@@ -24,24 +24,29 @@ from memserve.messages import (
 from memserve.router.dispatcher import Dispatcher, DispatcherLimits
 from memserve.router.engine import ServingEngine
 from memserve.router.engine_api import Delta, GenerateRequest, InstanceState
-from memserve.router.events import WorkerDown, WorkerUp
+from memserve.router.events import Send
+from tests.router.worker_configs import make_worker
 
 
 class Rig:
-    """A serving engine whose one colocated worker is this object."""
+    """A serving engine whose workers (one, colocated, unless said otherwise) are this object."""
 
-    def __init__(self, max_waiting: int = 8) -> None:
+    def __init__(self, *instances: str, max_waiting: int = 8) -> None:
         self.sent: list[ToWorker] = []
         dispatcher = Dispatcher(limits=DispatcherLimits(max_waiting=max_waiting))
-        self.engine = ServingEngine(dispatcher, ())
-        self.engine._roles = {"colocated-0": Role.COLOCATED}
+        self.configs = {name: make_worker(name) for name in instances or ("colocated-0",)}
+        self.engine = ServingEngine(dispatcher, tuple(self.configs.values()))
         self.engine.connect(lambda instance, message: self.sent.append(message))
 
-    def up(self) -> None:
-        self.engine._feed(WorkerUp("colocated-0", Role.COLOCATED, 1, 64, 16, 8))
+    def up(self, instance: str = "colocated-0", incarnation: int = 0) -> None:
+        ready = Ready(64, 16, 128, "fingerprint", "cpu", "float32", 0.0)
+        self.engine.on_worker_up(self.configs[instance], incarnation, ready)
+
+    def down(self, instance: str = "colocated-0", incarnation: int = 0) -> None:
+        self.engine.on_worker_down(instance, incarnation, "killed")
 
     def say(self, *outputs: Output) -> None:
-        self.engine.on_worker_message("colocated-0", 1, StepOutputs(outputs, Load()))
+        self.engine.on_worker_message("colocated-0", 0, StepOutputs(outputs, Load()))
 
 
 def request(rid: str = "r", max_tokens: int = 8) -> GenerateRequest:
@@ -85,41 +90,98 @@ async def test_leaving_cancels_at_the_worker() -> None:
 
 async def test_errors_reach_the_client() -> None:
     rig = Rig(max_waiting=0)
-    with pytest.raises(Overloaded):
+    rig.up()
+    with pytest.raises(Overloaded) as refused:
         await collect(rig.engine, request())
+    assert refused.value.status == 429
     rig = Rig()
     rig.up()
     task = asyncio.create_task(collect(rig.engine, request()))
     await asyncio.sleep(0)
-    rig.engine.on_worker_message("colocated-0", 1, Failed("r", 0, "NaN"))
+    rig.engine.on_worker_message("colocated-0", 0, Failed("r", 0, "NaN"))
     with pytest.raises(EngineError, match="NaN"):
         await task
 
 
-async def test_a_repeated_request_id_is_two_requests() -> None:
+async def test_refused_until_every_role_has_a_worker_then_waiting_for_one() -> None:
+    rig = Rig("prefill-0", "prefill-1", "decode-0")
+    # 1. Starting: nobody waits for what may never come.
+    rig.up("prefill-0")
+    with pytest.raises(Unavailable, match="starting") as refused:
+        await collect(rig.engine, request())
+    assert refused.value.status == 503 and refused.value.retry_after_s >= 1
+    # 2. One of each role is enough.
+    assert not rig.engine.ready()
+    rig.up("decode-0")
+    assert rig.engine.ready()
+    # 3. When all have died a request waits for a replacement.
+    rig.down("prefill-0")
+    rig.down("decode-0")
+    assert not rig.engine.ready()
+    task = asyncio.create_task(collect(rig.engine, request()))
+    await asyncio.sleep(0)
+    assert rig.engine.status().num_waiting == 1
+    rig.up("prefill-1")
+    rig.up("decode-0", 1)
+    assert rig.sent and rig.engine.status().restarts_total == 1
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_with_the_last_instance_everything_ends() -> None:
+    rig = Rig("prefill-0", "decode-0")
+    rig.up("prefill-0")
+    rig.up("decode-0")
+    # 1. A role without instances: the others do its work, and that is ready too.
+    rig.down("prefill-0")
+    rig.engine.on_instance_lost("prefill-0")
+    assert rig.engine.ready() and not rig.engine.all_lost.is_set()
+    # 2. The last dies for good: who waits is told so, at once.
+    task = asyncio.create_task(collect(rig.engine, request()))
+    await asyncio.sleep(0)
+    rig.down("decode-0")
+    assert not task.done() and rig.engine.status().num_waiting == 1
+    rig.engine.on_instance_lost("decode-0")
+    assert rig.engine.all_lost.is_set() and not rig.engine.ready()
+    with pytest.raises(Unavailable, match="lost its workers"):
+        await task
+    assert rig.engine.status().num_waiting == 0 and not rig.engine._streams
+    # 3. Nobody is taken in any more.
+    with pytest.raises(Unavailable, match="lost its workers"):
+        await collect(rig.engine, request())
+
+
+async def test_messages_for_a_life_that_is_over_are_dropped() -> None:
     rig = Rig()
     rig.up()
-    tasks = [asyncio.create_task(collect(rig.engine, request())) for _ in range(2)]
-    await asyncio.sleep(0)
-    ids = [message.request_id for message in rig.sent if isinstance(message, Decode)]
-    assert len(set(ids)) == 2
-    rig.say(*[Output(rid, 0, (n,), finish_reason=FinishReason.LENGTH) for n, rid in enumerate(ids)])
-    first, second = await asyncio.gather(*tasks)
-    assert {first[0].token_ids, second[0].token_ids} == {(0,), (1,)}
+    rig.down()
+    rig.up(incarnation=1)
+    rig.engine._carry_out([Send("colocated-0", 0, Cancel("r", 0)), Send("colocated-0", 1, Cancel("r", 1))])
+    assert rig.sent == [Cancel("r", 1)]
 
 
-async def test_ready_states_and_drain() -> None:
+async def test_ready_states_and_drain(caplog: pytest.LogCaptureFixture) -> None:
     rig = Rig()
     assert not rig.engine.ready()
     assert rig.engine.status().instances[0].state is InstanceState.STARTING
     rig.up()
     assert rig.engine.ready()
+    assert rig.engine.status().instances[0].num_blocks == 64
     task = asyncio.create_task(collect(rig.engine, request()))
     await asyncio.sleep(0)
     assert await rig.engine.drain(0.01) == 1
+    assert "1 requests were not done" in caplog.text
+    with pytest.raises(Unavailable, match="shutting down"):
+        await collect(rig.engine, request("another"))
     assert not rig.engine.ready()
     rig.say(Output("r", 0, (1,), finish_reason=FinishReason.LENGTH))
     await task
     assert await rig.engine.drain(5) == 0
-    rig.engine._feed(WorkerDown("colocated-0", 1, "killed"))
-    assert rig.engine.status().instances[0].incarnation == 0
+    # The incarnation of one that is down is its last, as it was while it lived.
+    for incarnation in (0, 1):
+        rig.down(incarnation=incarnation)
+        row = rig.engine.status().instances[0]
+        assert (row.state, row.incarnation) == (InstanceState.DOWN, incarnation)
+        rig.up(incarnation=incarnation + 1)
+        row = rig.engine.status().instances[0]
+        assert (row.state, row.incarnation) == (InstanceState.READY, incarnation + 1)

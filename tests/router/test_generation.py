@@ -41,6 +41,9 @@ class ScriptedEngine:
         finally:
             self.running.discard(request.request_id)
 
+    def check_room(self, num_sequences: int) -> None:
+        pass
+
     def ready(self) -> bool:
         return True
 

@@ -170,7 +170,7 @@ def test_this_machine_without_torch() -> None:
     assert machine.available_bytes > 0
     code = """
 import sys
-import memserve.cli, memserve.display, memserve.model_files
+import memserve.cli, memserve.router.display, memserve.model_files
 import memserve.router.memory, memserve.router.supervisor
 from memserve.router.machine import read_machine
 read_machine()

@@ -106,8 +106,7 @@ def test_length_beyond_the_model() -> None:
         plan(ServeConfig(max_model_len=4097))
 
 
-# --- CPU pools
-# -----------------------------------------------------------------------------------------------
+# --- CPU pools -------------------------------------------------------------------------------------------
 
 
 def test_default_pool_holds_what_can_run() -> None:
@@ -172,8 +171,7 @@ def test_pool_asked_for_is_too_small_for_the_length_asked_for() -> None:
         plan(serve)
 
 
-# --- CUDA pools
-# ----------------------------------------------------------------------------------------------
+# --- CUDA pools ------------------------------------------------------------------------------------------
 
 
 def test_worker_alone_on_its_gpu_sizes_its_pool() -> None:
@@ -187,25 +185,27 @@ def test_worker_alone_on_its_gpu_sizes_its_pool() -> None:
 
 
 def test_workers_on_one_gpu_get_equal_pools() -> None:
-    prefill, decode = plan(ServeConfig(), make_machine(gpus=(70 * GIB,)))
+    prefill, decode = plan(ServeConfig(prefill=1, decode=1), make_machine(gpus=(70 * GIB,)))
     assert prefill.device == decode.device == "cuda:0"
     assert prefill.num_blocks == decode.num_blocks
-    assert 28 * GIB < tokens(prefill) * TOKEN_BYTES < 31 * GIB
+    assert 26 * GIB < tokens(prefill) * TOKEN_BYTES < 31 * GIB
     assert prefill.device_memory_fraction is None
 
 
 def test_pool_of_a_size_on_a_gpu() -> None:
-    serve = ServeConfig(worker=options(device_memory="2GiB"))
+    serve = ServeConfig(colocated=2, worker=options(device_memory="2GiB"))
     assert [tokens(config) * TOKEN_BYTES for config in plan(serve, make_machine(gpus=(70 * GIB,)))] == [
         2 * GIB
     ] * 2
     with pytest.raises(MemoryError_, match=r"available memory on GPU 0 \(H200\): .* are missing"):
-        plan(ServeConfig(worker=options(device_memory="34GiB")), make_machine(gpus=(70 * GIB,)))
+        plan(ServeConfig(colocated=2, worker=options(device_memory="34GiB")), make_machine(gpus=(70 * GIB,)))
 
 
 def test_gpu_too_small_for_the_weights() -> None:
     with pytest.raises(MemoryError_, match="2 workers with .* of weights each do not fit"):
-        plan(ServeConfig(), make_machine(gpus=(2 * GIB,)))
+        plan(ServeConfig(colocated=2), make_machine(gpus=(2 * GIB,)))
+    with pytest.raises(MemoryError_, match="1 worker with .* of weights do not fit"):
+        plan(ServeConfig(), make_machine(gpus=(1 * GIB,)))
 
 
 def test_length_on_a_gpu() -> None:
@@ -219,8 +219,16 @@ def test_length_on_a_gpu() -> None:
     assert config.max_model_len == 131072
 
 
-# --- whatever the machine
-# ------------------------------------------------------------------------------------
+def test_roles_on_gpus_are_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    plan(ServeConfig(), make_machine(gpus=(70 * GIB,) * 2))
+    plan(ServeConfig(prefill=2, decode=2), make_machine())
+    assert caplog.messages == []
+    plan(ServeConfig(prefill=2, decode=2), make_machine(gpus=(70 * GIB,) * 2))
+    assert len(caplog.messages) == 1
+    assert "--colocated 2 avoids that" in caplog.text
+
+
+# --- whatever the machine --------------------------------------------------------------------------------
 
 
 @given(

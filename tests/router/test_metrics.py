@@ -17,11 +17,21 @@ class IdleEngine:
         load = Load(num_waiting=1, num_running=2, num_free_blocks=3, num_active_blocks=4, oldest_offer_s=1.5)
         row = InstanceStatus("prefill-0", Role.PREFILL, 1, InstanceState.READY, load)
         down = InstanceStatus("decode-0", Role.DECODE, 1, InstanceState.DOWN, Load())
-        self._status = EngineStatus((row, down), num_waiting=5, pulls_total=7, pull_failures_total=1)
+        self._status = EngineStatus(
+            (row, down),
+            num_waiting=5,
+            pulls_total=7,
+            pull_failures_total=1,
+            pulled_tokens_total=8,
+            pull_ms_total=1500.0,
+        )
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
         raise AssertionError
         yield
+
+    def check_room(self, num_sequences: int) -> None:
+        pass
 
     def ready(self) -> bool:
         return True
@@ -40,6 +50,11 @@ def test_status_of_the_engine() -> None:
         'memserve_requests{state="waiting"} 5.0',
         "memserve_pulls_total 7.0",
         "memserve_pull_failures_total 1.0",
+        "memserve_pulled_tokens_total 8.0",
+        "memserve_pull_seconds_total 1.5",
+        "memserve_refused_total 0.0",
+        "memserve_abandoned_total 0.0",
+        "memserve_stale_answers_total 0.0",
         'memserve_instance_up{instance="prefill-0",role="prefill"} 1.0',
         'memserve_instance_up{instance="decode-0",role="decode"} 0.0',
         'memserve_blocks{instance="prefill-0",state="free"} 3.0',

@@ -33,16 +33,17 @@ def names(serve: ServeConfig, machine: Machine) -> list[str]:
     ("serve", "num_gpus", "expected"),
     [
         (ServeConfig(), 0, "1P 1D"),
-        (ServeConfig(), 1, "1P 1D"),
-        (ServeConfig(), 2, "1P 1D"),
-        (ServeConfig(), 5, "2P 3D"),
-        (ServeConfig(), 8, "4P 4D"),
+        (ServeConfig(), 1, "1C"),
+        (ServeConfig(), 8, "8C"),
+        (ServeConfig(prefill=1), 1, "1P 1D"),
+        (ServeConfig(decode=1), 2, "1P 1D"),
+        (ServeConfig(prefill_worker=WorkerOptions(threads=2)), 5, "2P 3D"),
         (ServeConfig(device="cpu"), 8, "1P 1D"),
         (ServeConfig(prefill=3), 0, "3P 1D"),
         (ServeConfig(prefill=3), 8, "3P 5D"),
         (ServeConfig(decode=2), 8, "6P 2D"),
         (ServeConfig(decode=9), 8, "1P 9D"),
-        (ServeConfig(worker=WorkerOptions(devices=(4, 5, 6, 7))), 8, "2P 2D"),
+        (ServeConfig(worker=WorkerOptions(devices=(4, 5, 6, 7))), 8, "4C"),
         (ServeConfig(colocated=3), 8, "3C"),
     ],
 )
@@ -82,7 +83,7 @@ def gpus(serve: ServeConfig, num_gpus: int) -> list[int | None]:
 
 
 def test_turns_on_gpus() -> None:
-    assert gpus(ServeConfig(), 1) == [0, 0]
+    assert gpus(ServeConfig(prefill=1, decode=1), 1) == [0, 0]
     assert gpus(ServeConfig(), 4) == [0, 1, 2, 3]
     assert gpus(ServeConfig(prefill=2, decode=3), 2) == [0, 1, 0, 1, 0]
     assert gpus(ServeConfig(worker=WorkerOptions(devices=(3, 1))), 4) == [3, 1]

@@ -6,13 +6,16 @@ import asyncio
 import gzip
 import io
 import json
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp import web
 
 from memserve.errors import EngineError, Overloaded, RequestError
+from memserve.router import generation
+from memserve.router import server as server_module
 from memserve.router.engine_api import Delta, GenerateRequest
 from memserve.router.limits import HttpLimits
 from memserve.router.tokenizer import Tokenizer
@@ -188,9 +191,13 @@ async def test_usage_with_every_chunk(serve: Serve, say: Say) -> None:
 @pytest.mark.parametrize(
     "fields", [{}, {"stop": "four"}, {"logprobs": 2}, {"echo": True, "logprobs": 1}, {"n": 3}]
 )
+@pytest.mark.parametrize("off_loop", [False, True])
 async def test_a_stream_says_the_same_as_the_whole(
-    serve: Serve, say: Say, fields: Mapping[str, object]
+    serve: Serve, say: Say, monkeypatch: pytest.MonkeyPatch, fields: Mapping[str, object], off_loop: bool
 ) -> None:
+    if off_loop:  # as if each prompt and list of log-probabilities were a long one
+        monkeypatch.setattr(server_module, "_INLINE_LOGPROBS", -1)
+        monkeypatch.setattr(generation, "_INLINE_TOKENS", -1)
     server = await serve(say("one two 👍🏽 three four five"))
     _, whole = await post(server, COMPLETIONS, {**PROMPT, **fields})
     events = await stream(server, COMPLETIONS, {**PROMPT, **fields})
@@ -208,6 +215,91 @@ async def test_a_stream_says_the_same_as_the_whole(
         if expected["logprobs"] is not None:
             for key, values in expected["logprobs"].items():
                 assert [v for part in parts if part["logprobs"] for v in part["logprobs"][key]] == values
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+async def test_token_ids_on_demand(
+    serve: Serve, say: Say, tiny_tokenizer: Tokenizer, path: str, n: int
+) -> None:
+    server = await serve(say("one two 👍🏽 three"))
+    drawn = [*tiny_tokenizer.encode("one two 👍🏽 three").tolist(), 2]
+    body = (PROMPT if path == COMPLETIONS else CHAT_BODY) | {"n": n}
+    # 1. only those who ask get them
+    _, answer = await post(server, path, body)
+    assert not any("token_ids" in choice for choice in answer["choices"])
+    events = await stream(server, path, body)
+    assert not any("token_ids" in choice for event in events[:-1] for choice in event["choices"])
+    # 2. whole
+    body["return_token_ids"] = True
+    _, answer = await post(server, path, body)
+    assert [choice["token_ids"] for choice in answer["choices"]] == [drawn] * n
+    # 3. streamed
+    events = await stream(server, path, body)
+    for index in range(n):
+        choices = [c for event in events[:-1] for c in event["choices"] if c["index"] == index]
+        assert [token for choice in choices for token in choice.get("token_ids", ())] == drawn
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+async def test_every_drawn_token_gives_a_chunk(
+    serve: Serve, say: Say, tiny_tokenizer: Tokenizer, path: str
+) -> None:
+    """Clients measure the time between chunks, so a token whose text is held back has one too."""
+    text = "👩‍👩‍👧‍👦 stop"  # many tokens of half a character, and the start of a stop string
+    server = await serve(say(text))
+    drawn = [*tiny_tokenizer.encode(text).tolist(), 2]
+    body = (PROMPT if path == COMPLETIONS else CHAT_BODY) | {"return_token_ids": True, "stop": "stopped"}
+    events = await stream(server, path, body)
+    choices = [event["choices"][0] for event in events[:-1]]
+    assert [choice["token_ids"] for choice in choices if "token_ids" in choice] == [[t] for t in drawn]
+
+
+async def test_a_stream_that_waits_is_kept_alive(serve: Serve, say: Say) -> None:
+    limits = HttpLimits(headers_after_s=0.02, ping_interval_s=0.02)
+    server = await serve(say("one two"), limits=limits)
+    server.engine.gate.clear()
+    # 1. headers and pings come before any token
+    async with server.session.post(CHAT, json=CHAT_BODY | {"stream": True}) as response:
+        assert response.status == 200
+        for _ in range(3):
+            assert await response.content.readuntil(b"\n\n") == b": ping\n\n"
+        # 2. then the stream, as if there had been none
+        server.engine.gate.set()
+        text = await response.text()
+    events = events_of("".join(f"{e}\n\n" for e in text.split("\n\n")[:-1] if e != ": ping"))
+    assert events[0]["choices"][0]["delta"]["role"] == "assistant"
+    assert "".join(e["choices"][0]["delta"].get("content", "") for e in events[:-1]) == "one two"
+    assert events[-1] == "[DONE]"
+
+
+async def test_an_error_after_a_ping_is_an_event(serve: Serve, say: Say) -> None:
+    limits = HttpLimits(headers_after_s=0.02, ping_interval_s=60)
+    server = await serve(say("one"), limits=limits, error=Overloaded("x", retry_after_s=1), error_after=1)
+    server.engine.gate.clear()
+    server.engine.free_deltas = 0
+    async with server.session.post(CHAT, json=CHAT_BODY | {"stream": True}) as response:
+        assert await response.content.readuntil(b"\n\n") == b": ping\n\n"
+        server.engine.gate.set()
+        events = events_of(await response.text())
+    assert events[-1]["error"]["code"] == "rate_limit_exceeded"
+
+
+async def test_a_waiting_client_that_vanishes_is_noticed_by_a_ping(
+    serve: Serve, say: Say, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(self: web.StreamResponse, data: bytes) -> None:
+        raise ConnectionResetError
+
+    server = await serve(say("one"), limits=HttpLimits(headers_after_s=0.02, ping_interval_s=0.02))
+    server.engine.gate.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(web.StreamResponse, "write", broken)
+        with pytest.raises(aiohttp.ClientError):
+            async with server.session.post(COMPLETIONS, json=PROMPT | {"stream": True}) as response:
+                await response.read()
+        await until_idle(server)
+    assert server.engine.num_closed_early == 1
 
 
 # --- errors -----------------------------------------------------------------------------------------------
@@ -289,6 +381,37 @@ async def test_too_many_requests(serve: Serve, say: Say) -> None:
     assert (await post(server, CHAT, CHAT_BODY))[0] == 200
 
 
+async def test_too_many_bytes_at_a_time(serve: Serve, say: Say) -> None:
+    server = await serve(say("x"), limits=HttpLimits(max_body_bytes=1 << 20, max_held_bytes=1 << 20))
+    server.engine.gate.clear()
+    # 1. one of half the bytes is being served: another is refused, as is one that does not tell its length
+    large = PROMPT | {"user": "u" * (1 << 19)}
+    task = asyncio.create_task(post(server, COMPLETIONS, large))
+    while not server.engine.active:
+        await asyncio.sleep(0.005)
+    assert (await post(server, COMPLETIONS, large))[0] == 429
+
+    async def of_unknown_length() -> AsyncIterator[bytes]:
+        yield b"{}"
+
+    async with server.session.post(COMPLETIONS, data=of_unknown_length(), headers=JSON) as response:
+        assert response.status == 429
+    # 2. a small one is served beside it, and all when it is done
+    server.engine.gate.set()
+    assert (await post(server, COMPLETIONS, PROMPT))[0] == 200
+    assert (await task)[0] == 200
+    assert (await post(server, COMPLETIONS, large))[0] == 200
+
+
+async def test_all_choices_are_admitted_or_none(serve: Serve, say: Say) -> None:
+    server = await serve(say("x"), room=3)
+    for streamed in (False, True):
+        async with server.session.post(COMPLETIONS, json=PROMPT | {"n": 4, "stream": streamed}) as response:
+            assert response.status == 429
+    assert not server.engine.requests
+    assert (await post(server, COMPLETIONS, PROMPT | {"n": 3}))[0] == 200
+
+
 async def test_bad_bodies(serve: Serve, say: Say, caplog: pytest.LogCaptureFixture) -> None:
     server = await serve(say("x"), limits=HttpLimits(max_body_bytes=1 << 20))
     for data, headers, status in [
@@ -336,13 +459,17 @@ async def test_request_ids(serve: Serve, say: Say) -> None:
     ]:
         async with server.session.get("/v1/models", headers={"x-request-id": sent}) as response:
             assert (response.headers["x-request-id"] == sent) == kept
-    # the engine's own ids never come from a client
-    for _ in range(3):
-        async with server.session.post(
-            COMPLETIONS, json=PROMPT, headers={"x-request-id": "same"}
-        ) as response:
+    # the engine's own ids begin with it, but differ however often a client repeats it
+    for path, body in [(COMPLETIONS, PROMPT | {"n": 2}), (CHAT, CHAT_BODY), (COMPLETIONS, PROMPT)]:
+        async with server.session.post(path, json=body, headers={"x-request-id": "same"}) as response:
             assert response.headers["x-request-id"] == "same"
-    assert len({request.request_id for request in server.engine.requests}) == 3
+            assert (await response.json())["id"] == ("chatcmpl-same" if path == CHAT else "cmpl-same")
+    ids = [request.request_id for request in server.engine.requests]
+    assert len(set(ids)) == 4
+    assert all(request_id.startswith("same.") for request_id in ids)
+    # one that the server chose is in all three places too
+    _, answer = await post(server, COMPLETIONS, PROMPT)
+    assert server.engine.requests[-1].request_id.startswith(answer["id"].removeprefix("cmpl-"))
 
 
 # --- the other routes --------------------------------------------------------------------------------------

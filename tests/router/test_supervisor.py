@@ -18,61 +18,16 @@ import psutil
 import pytest
 import uvloop
 
-from memserve.config import Role, ServeConfig, WorkerConfig
+from memserve.config import ServeConfig, WorkerConfig
 from memserve.errors import ModelError, StartupError
 from memserve.messages import Cancel, Failed, Heartbeat, Ready, ToRouter
-from memserve.model_config import ModelConfig, RopeConfig
 from memserve.router.liveness import Timing
 from memserve.router.supervisor import Supervisor
 from memserve.router.worker_process import WORKER_COMMAND
+from tests.router.worker_configs import make_worker
 
 FAKE_WORKER = Path(__file__).parent / "fake_worker.py"
 TIMING = Timing(first_restart_s=0.01, shutdown_s=5.0, terminate_s=0.2)
-
-MODEL = ModelConfig(
-    architecture="LlamaForCausalLM",
-    vocab_size=64,
-    hidden_size=16,
-    intermediate_size=32,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    rms_norm_eps=1e-5,
-    rope=RopeConfig(),
-    tie_word_embeddings=True,
-    qkv_bias=False,
-    o_bias=False,
-    mlp_bias=False,
-    qk_norm=False,
-    sliding_window=(None, None),
-    max_position_embeddings=128,
-    dtype="float32",
-    eos_token_ids=(1,),
-    bos_token_id=None,
-)
-
-
-def make_worker(instance: str, cpus: tuple[int, ...] = ()) -> WorkerConfig:
-    return WorkerConfig(
-        instance=instance,
-        role=Role(instance.split("-")[0]),
-        model_path="/nowhere",
-        model=MODEL,
-        device="cpu",
-        dtype="float32",
-        load_format="dummy",
-        seed=0,
-        block_size=16,
-        num_blocks=8,
-        device_memory_fraction=None,
-        max_model_len=128,
-        max_batch_tokens=64,
-        max_running=4,
-        max_step_ms=200.0,
-        threads=1,
-        cpus=cpus,
-    )
 
 
 class Recorder:
@@ -99,6 +54,9 @@ class Recorder:
 
     def on_worker_down(self, instance: str, incarnation: int, reason: str) -> None:
         self._add("down", instance, incarnation, reason)
+
+    def on_instance_lost(self, instance: str) -> None:
+        self._add("lost", instance)
 
     async def wait_for(self, *start: object) -> tuple[object, ...]:
         """The first event that begins with `start`, once it is there."""
@@ -256,16 +214,27 @@ async def test_given_up_after_restarts_that_come_to_nothing(caplog: pytest.LogCa
     supervisor = make_supervisor(events, "never-ready-again")
     async with running(supervisor):
         supervisor.send("decode-0", Cancel("exit", 0))
-        while "it is not started any more" not in caplog.text:
-            await asyncio.sleep(0.02)
-        assert [event[0] for event in events.of("decode-0")] == ["up", "message", "down"]
+        await events.wait_for("lost", "decode-0")
+        assert "it is not started any more" in caplog.text
+        assert [event[0] for event in events.of("decode-0")] == ["up", "message", "down", "lost"]
         assert len(workers()) == 1
         assert not supervisor.send("decode-0", Cancel("report", 0))
+
+
+async def test_replacement_with_another_model_is_not_let_in(caplog: pytest.LogCaptureFixture) -> None:
+    events = Recorder()
+    supervisor = make_supervisor(events, "other-model-again")
+    async with running(supervisor):
+        supervisor.send("decode-0", Cancel("exit", 0))
+        await events.wait_for("lost", "decode-0")
+        assert "decode-0 does not have the model or the KV layout that" in caplog.text
+        assert [event[0] for event in events.of("decode-0")] == ["up", "message", "down", "lost"]
 
 
 @pytest.mark.parametrize(
     ("mode", "error", "message"),
     [
+        ("other-model", ModelError, "(prefill|decode)-0 does not have .* (prefill|decode)-0 started with"),
         ("fatal", ModelError, "model.safetensors is truncated"),
         ("exit", StartupError, "exited with status 3 while starting"),
     ],

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
+from collections.abc import Iterator
 
 import msgspec
 import pytest
 
 from memserve.errors import RequestError
 from memserve.model_config import DefaultSampling
+from memserve.router import prompts
 from memserve.router.limits import HttpLimits
 from memserve.router.schemas import decode_chat, decode_completion
 from memserve.router.served_model import ServedModel
@@ -371,3 +374,83 @@ async def test_messages_become_the_templates_prompt(served_model: ServedModel) -
 async def test_no_chat_template(served_model: ServedModel) -> None:
     with pytest.raises(RequestError, match="no chat template"):
         await chat(dataclasses.replace(served_model, chat_template=None))
+
+
+# --- work that is bounded ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("prompt_logprobs", 0), ("truncate_prompt_tokens", 0), ("truncate_prompt_tokens", -1)],
+)
+async def test_zero_is_not_off(served_model: ServedModel, field: str, value: int) -> None:
+    with pytest.raises(RequestError, match="not supported") as caught:
+        await completion(served_model, **{field: value})
+    assert caught.value.param == field
+
+
+@pytest.mark.parametrize("field", ["prompt_logprobs", "truncate_prompt_tokens", "tools", "suffix"])
+async def test_what_is_off_is_accepted(served_model: ServedModel, field: str) -> None:
+    for value in (None, False, "", [], {}):
+        await completion(served_model, **{field: value})
+
+
+async def test_log_probabilities_of_prompts_are_bounded(served_model: ServedModel) -> None:
+    limits = HttpLimits(max_prompt_logprobs=100)
+
+    async def ask(**fields: object) -> Job:
+        body = decode_completion(json.dumps({"max_tokens": 1, "prompt": [3] * 10} | fields).encode())
+        return await plan_completion(body, "1", served_model, limits)
+
+    # 10 tokens, each with 9 others: just as many as may be
+    (plan,) = (await ask(echo=True, logprobs=9)).choices
+    assert plan.request.sampling.prompt_logprobs == 9
+    for fields in ({"logprobs": 10}, {"logprobs": 9, "n": 2}, {"logprobs": 4, "prompt": [[3] * 10] * 3}):
+        with pytest.raises(RequestError, match="at most 100") as caught:
+            await ask(echo=True, **fields)
+        assert caught.value.param == "logprobs"
+        await ask(**fields)  # without the prompt's own they are the client's to ask for
+
+
+def test_one_request_takes_a_quarter_of_the_queue_at_most() -> None:
+    for max_waiting, expected in ((512, 128), (10_000, 128), (100, 25), (1, 1)):
+        assert HttpLimits.for_queue(max_waiting).max_sequences == expected
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["word " * 200, ["word " * 10] * 4, [[3] * 200] * 4, [3] * 200, ["a", [3, 4], "b"]],
+    ids=lambda prompt: str(prompt)[:12],
+)
+@pytest.mark.parametrize("inline_chars", [0, 10**9])
+async def test_prompts_are_the_same_read_in_a_thread_or_not(
+    served_model: ServedModel, monkeypatch: pytest.MonkeyPatch, prompt: object, inline_chars: int
+) -> None:
+    monkeypatch.setattr(prompts, "_INLINE_CHARS", inline_chars)
+    threads = []
+    encode = served_model.tokenizer.encode
+
+    def spy(text: str, *, add_special_tokens: bool) -> object:
+        threads.append(threading.current_thread())
+        return encode(text, add_special_tokens=add_special_tokens)
+
+    monkeypatch.setattr(served_model.tokenizer, "encode", spy)
+    model = dataclasses.replace(served_model, max_model_len=1024)
+    job = await completion(model, prompt=prompt)
+    sources = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt  # type: ignore[index]
+    for choice, source in zip(job.choices, sources, strict=True):  # type: ignore[arg-type]
+        expected = encode(source).tolist() if isinstance(source, str) else source
+        assert choice.prompt.token_ids.tolist() == expected
+    if inline_chars == 0:  # all of them in one thread, which is not the loop's
+        assert threading.main_thread() not in threads and len(set(threads)) <= 1
+
+
+async def test_a_long_list_is_refused_before_it_is_looked_at(served_model: ServedModel) -> None:
+    class Unseen(list[int]):
+        def __iter__(self) -> Iterator[int]:
+            raise AssertionError
+
+    for prompt in (Unseen([3] * 300), Unseen([[3]] * 300), [Unseen([3] * 300)]):  # type: ignore[list-item]
+        body = msgspec.structs.replace(decode_completion(b'{"prompt": ""}'), prompt=prompt)
+        with pytest.raises(RequestError):
+            await plan_completion(body, "1", served_model, LIMITS)

@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import save_file
 
 from memserve.config import Role, WorkerConfig
+from memserve.memfd import create_memfd, reopen_readonly
 from memserve.messages import (
     ArenaGrant,
     Decode,
@@ -36,14 +37,14 @@ from memserve.messages import (
     SamplingParams,
     StepOutputs,
     Tier,
+    encode_frame,
     pack_tokens,
 )
 from memserve.model_config import KVGeometry, ModelConfig, RopeConfig, load_model_config
 from memserve.models.checkpoint import tensor_shapes
 from memserve.pool.arena import Arena, ArenaFds
-from memserve.pool.memfd import create_memfd, reopen_readonly
 from memserve.pool.mempool import MemPool
-from memserve.workers.channel import ReceivedGrant
+from memserve.workers.channel import MessageTooLong, ReceivedGrant
 from memserve.workers.steps import Chunk, Drawn
 from memserve.workers.worker import Worker
 
@@ -95,17 +96,23 @@ class HashRunner:
 
 
 class FakeChannel:
-    """Messages to the worker are put in `inbox`; what it sends piles up in `sent`."""
+    """Messages to the worker are put in `inbox`; what it sends piles up in `sent`.
+
+    `max_bytes` stands for the limit of a frame.
+    """
 
     def __init__(self) -> None:
         self.inbox: list = []
         self.sent: list = []
+        self.max_bytes: int | None = None
 
     def receive(self) -> list:
         received, self.inbox = self.inbox, []
         return received
 
     def send(self, message) -> None:
+        if self.max_bytes is not None and len(encode_frame(message, 0)) > self.max_bytes:
+            raise MessageTooLong("too long")
         self.sent.append(message)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import resource
 import socket
 import threading
 import time
@@ -28,7 +30,7 @@ from memserve.messages import (
     encode_grant,
 )
 from memserve.workers import heartbeat
-from memserve.workers.channel import ChannelClosed, Doorbell, GrantSocket, SocketChannel
+from memserve.workers.channel import ChannelClosed, Doorbell, GrantSocket, MessageTooLong, SocketChannel
 
 
 @pytest.fixture
@@ -190,3 +192,33 @@ def test_heartbeat_reports_and_ends_an_orphan(ends, monkeypatch):
         time.sleep(0.001)
     assert exits == [heartbeat.ORPHAN_STATUS]
     thread.stop()
+
+
+def test_descriptors_beyond_those_select_knows():
+    """A worker's sockets keep the numbers they had in a router of many connections."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard <= 1100:
+        pytest.skip("this process may not open so many files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1100), hard))
+    try:
+        router, worker = socket.socketpair()
+        high = socket.socket(fileno=fcntl.fcntl(worker.fileno(), fcntl.F_DUPFD_CLOEXEC, 1050))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    worker.close()
+    channel = SocketChannel(high)
+    sender = threading.Timer(0.05, router.sendall, [encode_frame(Shutdown(), 3)])
+    sender.start()
+    with pytest.raises(EngineError, match="before it had sent Init"):
+        channel.receive_init()
+    sender.join()
+    channel.close()
+    router.close()
+
+
+def test_a_message_that_no_frame_holds_is_not_sent(ends):
+    channel, router = ends
+    with pytest.raises(MessageTooLong, match="exceeds the frame limit"):
+        channel.send(Loading("x" * MAX_FRAME_BYTES, 0.5))
+    channel.send(Loading("weights", 0.5))
+    assert decode_to_router(router.recv(1000)[FRAME_HEADER.size :]) == Loading("weights", 0.5)

@@ -14,6 +14,7 @@ import msgspec
 import pytest
 
 from memserve.config import Role, WorkerConfig
+from memserve.memfd import create_memfd, reopen_readonly
 from memserve.messages import (
     FRAME_HEADER,
     ArenaGrant,
@@ -36,7 +37,6 @@ from memserve.messages import (
     encode_grant,
 )
 from memserve.model_config import KVGeometry, load_model_config, weights_bytes_upper_bound
-from memserve.pool.memfd import create_memfd, reopen_readonly
 from memserve.workers.heartbeat import ORPHAN_STATUS
 
 NUM_BLOCKS = 64
@@ -100,6 +100,16 @@ class Process:
             if not isinstance(message, Heartbeat):
                 return message
             self.num_heartbeats += 1
+
+    def receive_ready(self) -> Ready:
+        """`Ready`, after the progress of making the pool's memory there."""
+        told = []
+        while isinstance(message := self.receive(), Loading):
+            assert message.stage == "memory"
+            told.append(message.fraction)
+        assert told == sorted(told) and told[-1] == 1.0
+        assert isinstance(message, Ready)
+        return message
 
     def _frame_end(self) -> int:
         num_bytes, incarnation = FRAME_HEADER.unpack_from(self._received)
@@ -179,8 +189,8 @@ def start_loader(process: Process, memory: Memory) -> bytes:
         fractions.append(message.fraction)
     assert fractions == sorted(fractions) and fractions[-1] == 1.0
     assert isinstance(message, Loaded)
-    ready = process.receive()
-    assert isinstance(ready, Ready) and ready.num_blocks == NUM_BLOCKS and ready.device == "cpu"
+    ready = process.receive_ready()
+    assert ready.num_blocks == NUM_BLOCKS and ready.device == "cpu"
     return message.manifest
 
 
@@ -202,8 +212,7 @@ def test_handoff_between_processes_equals_a_colocated_run(spawn, config, memory,
     d.grant_arena(memory, "decode-0")
     p.grant_arena(memory, "decode-0")
     d.send(Init(d.config, INCARNATION, manifest))
-    ready = d.receive()
-    assert isinstance(ready, Ready)
+    d.receive_ready()
     assert os.sched_getaffinity(d.popen.pid) == set(config.cpus)
 
     # 2. A colocated run for comparison.

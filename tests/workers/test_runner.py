@@ -242,3 +242,29 @@ def test_a_row_that_is_not_a_number_fails_alone(make_real_rig, tools, requests, 
     assert "not a number" in tools.Transcript.of(messages, "bad").failed
     assert tools.Transcript.of(messages, name).token_ids == alone[name].token_ids
     rig.assert_idle()
+
+
+def test_an_answer_too_long_for_a_message_fails_alone(make_real_rig, tools, transformer):
+    """Prompt logprobs of several requests that end in one step, in colocated runs and in prefills."""
+    short, long = ([t % transformer.model.vocab_size for t in tools.prompt(n, n)] for n in (10, 120))
+    rig = make_real_rig(max_batch_tokens=256)
+    rig.channel.max_bytes = 5000
+    options = {"max_tokens": 2, "temperature": 0.0, "prompt_logprobs": 5}
+    # 1. Together they are too long for one message, and one of them is too long for any.
+    rig.send(*(tools.decode(f"short{i}", short, **options) for i in range(8)))
+    rig.send(tools.decode("long", long, **options), tools.decode("plain", long, max_tokens=2))
+    # 2. The same as prefills.
+    rig.send(
+        tools.prefill("prefill", long, **options), tools.prefill("ended", long, **options | {"max_tokens": 1})
+    )
+    rig.run()
+    messages = rig.take()
+    for name in ("long", "prefill", "ended"):
+        heard = tools.Transcript.of(messages, name)
+        assert "too long" in heard.failed and not heard.token_ids
+    for i in range(8):
+        heard = tools.Transcript.of(messages, f"short{i}")
+        assert len(heard.token_ids) == 2 and len(heard.outputs[0].prompt_logprobs) == 10
+    assert len(tools.Transcript.of(messages, "plain").token_ids) == 2
+    # 3. Nothing is left of any.
+    rig.assert_idle()

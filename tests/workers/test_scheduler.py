@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from memserve.messages import BlockRefs, Decode, Offer, Prefill, SamplingParams, Tier, pack_tokens
+from memserve.step_memory import MAX_LOGIT_ROWS
 from memserve.workers.budget import StepBudget
 from memserve.workers.request import Request, RequestKind, RequestState
-from memserve.workers.scheduler import MAX_LOGPROBS_CHUNK, Scheduler
+from memserve.workers.scheduler import Scheduler
 
 
 class Blocks:
@@ -87,10 +88,23 @@ def test_no_more_seats_than_max_running(make_scheduler):
     assert run_step(scheduler, budget)[1] == [(1, 1), (2, 4)]
 
 
-def test_prompt_logprobs_come_in_small_chunks(make_scheduler):
+def test_prompt_logprobs_bound_the_rows_of_logits_of_a_step(make_scheduler):
+    """Of all requests in it together; those that ask for none are not held up."""
+    scheduler, _, budget = make_scheduler(num_blocks=1000, max_tokens=2048)
+    for arrival in range(4):
+        scheduler.add(make_request(arrival, MAX_LOGIT_ROWS - 10, prompt_logprobs=1))
+    scheduler.add(make_request(4, 600))
+    scheduler.add(make_request(5, 3, prompt_logprobs=1))
+    # 1. What is left after the first is a sliver, but enough for one that needs no more.
+    assert run_step(scheduler, budget)[1] == [(0, MAX_LOGIT_ROWS - 10), (4, 600), (5, 3)]
+    # 2. One after the other; the decodes' rows are not among those counted.
+    assert run_step(scheduler, budget)[1] == [(0, 1), (4, 1), (5, 1), (1, MAX_LOGIT_ROWS - 10)]
+    scheduler.finish(scheduler.running[0])
+    assert (2, MAX_LOGIT_ROWS - 10) in run_step(scheduler, budget)[1]
+    # 3. A long prompt comes in chunks.
     scheduler, _, budget = make_scheduler(num_blocks=1000, max_tokens=2048)
     scheduler.add(make_request(0, 600, prompt_logprobs=1))
-    assert run_step(scheduler, budget)[1] == [(0, MAX_LOGPROBS_CHUNK)]
+    assert [run_step(scheduler, budget)[1] for _ in range(3)] == [[(0, 256)], [(0, 256)], [(0, 88)]]
 
 
 def test_the_youngest_is_preempted_and_comes_back_in_its_place(make_scheduler):

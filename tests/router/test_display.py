@@ -12,60 +12,33 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from memserve.config import Role, ServeConfig, WorkerConfig
-from memserve.display import Display, TokenMeter, base_url, curl_example, describe_plan
+from memserve.config import Role, ServeConfig
 from memserve.messages import Load
-from memserve.model_config import ModelConfig, RopeConfig
+from memserve.router.display import (
+    ConsoleHandler,
+    Display,
+    TokenMeter,
+    base_url,
+    curl_example,
+    describe_plan,
+)
 from memserve.router.engine_api import EngineStatus, InstanceState, InstanceStatus
+from tests.router.worker_configs import make_worker
 
-MODEL = ModelConfig(
-    architecture="LlamaForCausalLM",
-    vocab_size=64,
-    hidden_size=16,
-    intermediate_size=32,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    rms_norm_eps=1e-5,
-    rope=RopeConfig(),
-    tie_word_embeddings=True,
-    qkv_bias=False,
-    o_bias=False,
-    mlp_bias=False,
-    qk_norm=False,
-    sliding_window=(None, None),
-    max_position_embeddings=128,
-    dtype="float32",
-    eos_token_ids=(1,),
-    bos_token_id=None,
-)
-WORKER = WorkerConfig(
-    instance="prefill-0",
-    role=Role.PREFILL,
-    model_path="/nowhere",
-    model=MODEL,
-    device="cpu",
-    dtype="float32",
-    load_format="auto",
-    seed=0,
-    block_size=16,
-    num_blocks=64,
-    device_memory_fraction=None,
-    max_model_len=128,
-    max_batch_tokens=64,
-    max_running=4,
-    max_step_ms=200.0,
-    threads=3,
-    cpus=(0, 4, 1, 7),
-)
+WORKER = msgspec.structs.replace(make_worker("prefill-0", (0, 4, 1, 7)), num_blocks=64, threads=3)
 DECODE = msgspec.structs.replace(WORKER, instance="decode-0", role=Role.DECODE, threads=1, cpus=())
+READY = EngineStatus(
+    instances=(
+        InstanceStatus("prefill-0", Role.PREFILL, 0, InstanceState.READY, Load(), num_blocks=64),
+        InstanceStatus("decode-0", Role.DECODE, 0, InstanceState.READY, Load(), num_blocks=100),
+    )
+)
 
 
 def make_display(*, terminal: bool, **options: Any) -> tuple[Display, io.StringIO]:
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=terminal, width=200, color_system=None)
-    return Display(ServeConfig(), (WORKER, DECODE), "tiny", console=console, **options), stream
+    return Display(ServeConfig(), (WORKER, DECODE), "tiny", console, **options), stream
 
 
 def make_status(prompt: int, drawn: int, incarnation: int = 0, running: int = 1) -> EngineStatus:
@@ -111,7 +84,7 @@ def test_log_of_a_run_without_a_terminal(caplog: pytest.LogCaptureFixture) -> No
     with display.starting():
         for percent in range(101):
             display.on_progress("prefill-0", "weights", percent / 100)
-    display.ready(8000)
+    display.ready(8000, READY)
     # A replacement starts from the beginning again.
     display.on_progress("prefill-0", "weights", 0.0)
     display.close()
@@ -122,7 +95,10 @@ def test_log_of_a_run_without_a_terminal(caplog: pytest.LogCaptureFixture) -> No
         "prefill-0: weights 50 %",
         "prefill-0: weights 75 %",
         "prefill-0: weights 100 %",
+        "prefill-0: prefill on cpu, 3 threads on cores 0-1,4,7, 1024 tokens of KV",
+        "decode-0: decode on cpu, 1 thread, 1600 tokens of KV",
         "ready: tiny on http://127.0.0.1:8000",
+        f"try: {curl_example('http://127.0.0.1:8000', 'tiny')}".replace("\\\n  ", ""),
         "prefill-0: weights 0 %",
     ]
 
@@ -132,10 +108,22 @@ def test_terminal_shows_progress_and_an_example() -> None:
     with display.starting():
         display.on_progress("decode-0", "weights", 0.5)
     assert "decode-0 weights" in stream.getvalue()
-    display.ready(8000)
+    display.ready(8000, READY)
     display.close()
-    assert "memserve is ready on http://127.0.0.1:8000" in stream.getvalue()
-    assert curl_example("http://127.0.0.1:8000", "tiny") in stream.getvalue()
+    shown = stream.getvalue()
+    assert "tiny on http://127.0.0.1:8000" in shown
+    assert curl_example("http://127.0.0.1:8000", "tiny") in shown
+    (row,) = [line.split("│") for line in shown.splitlines() if line.startswith("│ decode-0")]
+    assert [cell.strip() for cell in row[1:-1]] == ["decode-0", "decode", "cpu", "1 thread", "1600"]
+
+
+def test_log_lines_go_above_the_bars_as_they_are() -> None:
+    display, stream = make_display(terminal=True)
+    handler = ConsoleHandler(display._console)
+    record = logging.makeLogRecord({"msg": "[bold]not markup[/bold] %s", "args": ("x" * 300,)})
+    with display.starting():
+        handler.emit(record)
+    assert f"[bold]not markup[/bold] {'x' * 300}\n" in stream.getvalue()
 
 
 def test_status_under_load_only(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,7 +1,8 @@
 """What the terminal shows: how the start-up goes, how to use the server, what it does every few seconds.
 
-On a terminal the workers' start-up is drawn with progress bars (rich); elsewhere everything is plain log
-lines. The texts are made by pure functions of configs and snapshots; `Display` only writes them.
+On a terminal the workers' start-up is drawn with progress bars and the ready server as a table (rich);
+elsewhere everything is plain log lines. Log lines go through the same console (`ConsoleHandler`), so that
+they do not tear the bars. The texts are made by pure functions of configs and snapshots.
 """
 
 from __future__ import annotations
@@ -14,16 +15,44 @@ from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
-from memserve.config import ServeConfig, WorkerConfig
+from memserve.config import LogLevel, ServeConfig, WorkerConfig
 from memserve.model_config import KVGeometry
 from memserve.router.engine_api import EngineStatus
 from memserve.sizes import format_bytes
 
 logger = logging.getLogger(__name__)
 
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 # Progress is logged each time it has got on by this much.
 LOGGED_FRACTION = 0.25
+
+
+class ConsoleHandler(logging.Handler):
+    """Writes log lines as they are through a console, above the progress bars that it may be showing."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See `logging.Handler`."""
+        try:
+            print_plain(self._console, self.format(record))
+        except Exception:
+            self.handleError(record)
+
+
+def print_plain(console: Console, text: str) -> None:
+    """Print `text` as it is."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def log_through(console: Console, level: LogLevel) -> None:
+    """Send this process's log to `console`; where that is no terminal, straight to its file."""
+    handler = ConsoleHandler(console) if console.is_terminal else logging.StreamHandler(console.file)
+    logging.basicConfig(level=level.upper(), format=LOG_FORMAT, handlers=[handler])
 
 
 class Display:
@@ -34,14 +63,14 @@ class Display:
         serve: ServeConfig,
         plan: Sequence[WorkerConfig],
         model_name: str,
+        console: Console,
         *,
-        console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._serve = serve
         self._plan = plan
         self._model_name = model_name
-        self._console = console if console is not None else Console(stderr=True)
+        self._console = console
         self._clock = clock
         self._progress: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
@@ -86,17 +115,25 @@ class Display:
             self._logged[instance, stage] = fraction
             logger.info("%s: %s %.0f %%", instance, stage, 100 * fraction)
 
-    def ready(self, port: int) -> None:
-        """The server takes requests on `port`."""
+    def ready(self, port: int, status: EngineStatus) -> None:
+        """The server takes requests on `port`; `status` has the sizes of the pools."""
         url = base_url(self._serve.host, port)
-        if self._console.is_terminal:
-            self._console.print(f"\n[bold green]memserve is ready[/] on [link={url}]{url}[/link]\n")
-            self._console.print(
-                curl_example(url, self._model_name), markup=False, highlight=False, soft_wrap=True
-            )
-            self._console.print()
-        else:
+        rows = ready_rows(self._plan, status)
+        example = curl_example(url, self._model_name)
+        if not self._console.is_terminal:
+            for row in rows:
+                logger.info("%s: %s on %s, %s, %s tokens of KV", *row)
             logger.info("ready: %s on %s", self._model_name, url)
+            logger.info("try: %s", example.replace("\\\n  ", ""))
+            return
+        table = Table(title=f"{self._model_name} on {url}", title_justify="left", title_style="bold green")
+        for name in ("instance", "role", "device", "threads"):
+            table.add_column(name)
+        table.add_column("KV tokens", justify="right")
+        for row in rows:
+            table.add_row(*row)
+        self._console.print(table)
+        print_plain(self._console, f"{example}\n")
 
     def status(self, status: EngineStatus) -> None:
         """Log what the server does, if it does anything. Call it at even intervals."""
@@ -120,6 +157,21 @@ def describe_plan(plan: Sequence[WorkerConfig], model_name: str) -> list[str]:
     for config in plan:
         lines.append(f"{config.instance}: {config.device}, {_threads(config)}, {_capacity(config)}")
     return lines
+
+
+def ready_rows(plan: Sequence[WorkerConfig], status: EngineStatus) -> list[tuple[str, str, str, str, str]]:
+    """Instance, role, device, threads and tokens of KV of every worker."""
+    num_blocks = {instance.instance: instance.num_blocks for instance in status.instances}
+    return [
+        (
+            config.instance,
+            config.role.value,
+            config.device,
+            _threads(config),
+            str(num_blocks.get(config.instance, 0) * config.block_size),
+        )
+        for config in plan
+    ]
 
 
 def _threads(config: WorkerConfig) -> str:

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import memserve
+from memserve import memfd
 from memserve.errors import MemoryError_
-from memserve.pool import memfd
 
 MIB = 1 << 20
 
@@ -128,7 +128,7 @@ def test_the_mapping_lives_as_long_as_its_last_view() -> None:
 
 
 def test_no_torch_is_needed() -> None:
-    code = "import memserve.pool.memfd, memserve.pool.allocator, sys; sys.exit('torch' in sys.modules)"
+    code = "import memserve.memfd, memserve.pool.allocator, sys; sys.exit('torch' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(Path(memserve.__file__).parents[1])}
     assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
 
