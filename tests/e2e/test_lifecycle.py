@@ -41,28 +41,6 @@ def test_the_bundled_model_chats(start: Callable[..., Server]) -> None:
     assert any("decode-0" in title for title in titles), titles
 
 
-def test_a_killed_worker_comes_back_and_no_request_is_lost(start: Callable[..., Server]) -> None:
-    server = start("--dtype", "float32")
-    calm = server.complete("import os", 200, ignore_eos=True)["text"]
-    for name in ("decode-0", "prefill-0"):
-        victim = next(p for p in server.family() if name in " ".join(p.cmdline()))
-        answers: list[object] = []
-        client = threading.Thread(
-            target=lambda into=answers: into.append(server.complete("import os", 200, ignore_eos=True))
-        )
-        client.start()
-        time.sleep(0.3)
-        victim.kill()
-        client.join(60)
-        assert answers and answers[0]["text"] == calm  # type: ignore[index]
-        deadline = time.monotonic() + 30
-        while not any(name in " ".join(p.cmdline()) for p in server.family() if p.pid != victim.pid):
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        assert server.complete("import os", 200, ignore_eos=True)["text"] == calm
-    server.wait_idle()
-
-
 def test_ctrl_c_drains_and_leaves_nothing(tmp_path: Path) -> None:
     before = leftovers()
     server = launch(tmp_path / "log")
