@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 import socket
@@ -133,6 +134,8 @@ async def serve(run: Run, sock: socket.socket, console: Console) -> int:
         await http.start(sock)
         if not await _start(supervisor, stop, display):
             return 130
+        gc.collect()
+        gc.freeze()  # modules and tables stay: collections need not walk them while requests stream
         display.ready(sock.getsockname()[1], engine.status())
         background.append(
             asyncio.create_task(_every(STATUS_INTERVAL_S, lambda: display.status(engine.status())))

@@ -7,6 +7,7 @@ read-only. On CUDA a worker loads its own and sizes its pool by what is then fre
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import logging
 import os
@@ -80,6 +81,9 @@ def start(init: Init, channel: SocketChannel, grants: GrantSocket) -> tuple[Work
     pool.populate(_Progress(channel, "memory"))
     _spread(team, config)
     _warm_up(config, pool, runner, worker.budget)
+    # What lives now lives to the end: a collection that walks all of torch's objects would stall a step.
+    gc.collect()
+    gc.freeze()
     channel.send(
         Ready(
             num_blocks=arena.num_blocks,
