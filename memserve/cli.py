@@ -19,7 +19,7 @@ import click
 import msgspec
 
 from memserve import __version__
-from memserve.config import DeviceKind, DtypeName, LoadFormat, LogLevel, ServeConfig, WorkerOptions
+from memserve.config import DeviceKind, DtypeName, LoadFormat, LogLevel, ServeConfig, Transfer, WorkerOptions
 from memserve.errors import StartupError
 from memserve.sizes import parse_memory
 
@@ -156,6 +156,11 @@ COUNT = click.IntRange(1, 64)
 @_option("--dtype", "auto: bfloat16 if the hardware has it.", type=click.Choice(get_args(DtypeName)))
 @_option("--block-size", "Tokens in a block of KV.", type=click.IntRange(1, 256))
 @_option("--max-model-len", "Most tokens of prompt and answer [default: what fits].", type=_at_least(2))
+@_option(
+    "--transfer",
+    "When a prompt's KV is pulled: after it is computed, or chunk by chunk beside it.",
+    type=click.Choice(get_args(Transfer)),
+)
 @_option(
     "--seed",
     "Makes the seeds of requests that bring none repeatable, and dummy weights [default: none].",

@@ -26,6 +26,7 @@ class Role(StrEnum):
 DeviceKind = Literal["auto", "cpu", "cuda"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "dummy"]
+Transfer = Literal["request", "chunk"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
@@ -65,6 +66,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     dtype: DtypeName = "auto"
     block_size: int = 16
     max_model_len: int | None = None
+    transfer: Transfer = "request"
     seed: int | None = None
     worker: WorkerOptions = WorkerOptions()
     prefill_worker: WorkerOptions | None = None

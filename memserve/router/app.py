@@ -121,7 +121,11 @@ def bind(host: str, port: int) -> socket.socket:
 async def serve(run: Run, sock: socket.socket, console: Console) -> int:
     """Everything after `resolve`, inside the loop; the process's exit status. Raises StartupError."""
     config = run.config
-    limits = DispatcherLimits(max_waiting=config.max_waiting, request_timeout_s=config.request_timeout_s)
+    limits = DispatcherLimits(
+        max_waiting=config.max_waiting,
+        overlap=config.transfer == "chunk",
+        request_timeout_s=config.request_timeout_s,
+    )
     display = Display(config, run.plan, run.model.name, console)
     engine = ServingEngine(Dispatcher(limits=limits), run.plan, on_progress=display.on_progress)
     relay = LogRelay(partial(print_plain, console)) if console.is_terminal else None

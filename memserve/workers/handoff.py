@@ -1,9 +1,11 @@
 """Prefill → decode: offers on one side, pulls on the other (MemServe §MemPool API, transfer).
 
     prefill worker   OfferBook   blocks of a prefilled request, owned here until Release or Cancel
-    decode worker    Pulls       copies under way into blocks of a PULLING request
+    decode worker    Pulls       copies under way into blocks of a PULLING request, or of one that will come
 
-A pull ends with a verified prefix of the offer, perhaps none of it: what is lacking is a miss and is
+Blocks of a prompt that is still being computed can be pulled *ahead*, chunk by chunk, before their `Decode`
+is there: they wait here, are claimed by the request when it comes, and then only the last chunk is left to
+copy. A pull ends with a verified prefix of the offer, perhaps none of it: what is lacking is a miss and is
 recomputed, counted and logged, never silent. The blocks of a pull that was cancelled belong to `Pulls`
 until the copy has really stopped, and only then go back to the pool.
 """
@@ -11,12 +13,17 @@ until the copy has really stopped, and only then go back to the pool.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from memserve.messages import BlockRefs, Offer, Pulled
+import msgspec
+import numpy as np
+
+from memserve.messages import BlockRefs, Offer, PullAhead, Pulled
 from memserve.model_config import blocks_for
 from memserve.pool.allocator import BlockIds
-from memserve.pool.transports.base import FailedPull, Pull
+from memserve.pool.transports.base import FailedPull, Pull, PullResult
 from memserve.workers.request import Request
 
 logger = logging.getLogger(__name__)
@@ -25,6 +32,7 @@ logger = logging.getLogger(__name__)
 class Fetcher(Protocol):
     """What a hand-off needs of a `MemPool`."""
 
+    def alloc_mem(self, num_blocks: int, /) -> BlockIds | None: ...
     def fetch(self, refs: BlockRefs, into: BlockIds, /) -> Pull: ...
     def free_mem(self, block_ids: BlockIds, /) -> None: ...
 
@@ -83,64 +91,147 @@ class Arrival(NamedTuple):
     message: Pulled
 
 
+class _Part(NamedTuple):
+    """One copy of several that make up a hand-off, in sequence order."""
+
+    pull: Pull
+    num_blocks: int
+
+
 class _Running(NamedTuple):
     request: Request
     offer: Offer
-    pull: Pull
+    parts: tuple[_Part, ...]
+
+
+@dataclass(slots=True)
+class _Ahead:
+    """What was pulled of a request that has not come. Owner of the blocks."""
+
+    attempt: int
+    parts: list[_Part] = field(default_factory=list)
+    block_ids: list[BlockIds] = field(default_factory=list)
+
+    @property
+    def num_blocks(self) -> int:
+        return sum(part.num_blocks for part in self.parts)
 
 
 class Pulls:
-    """The pulls under way, cancelled ones included."""
+    """The pulls under way, cancelled ones and those ahead of their request included."""
 
     def __init__(self, pool: Fetcher, block_size: int) -> None:
         self._pool = pool
         self._block_size = block_size
         self._running: dict[Request, _Running] = {}
-        self._cancelled: list[tuple[Pull, BlockIds]] = []
+        self._ahead: dict[str, _Ahead] = {}
+        self._claimed: dict[Request, list[_Part]] = {}
+        self._cancelled: list[tuple[Sequence[_Part], BlockIds]] = []
 
     def __bool__(self) -> bool:
         """Whether `poll` has anything to look at."""
         return bool(self._running or self._cancelled)
 
+    # --- ahead of the request ---
+
+    def begin_ahead(self, message: PullAhead) -> None:
+        """Start on blocks of a request that will come. What does not fit or follow is left to its
+        `Decode`.
+        """
+        ahead = self._ahead.get(message.request_id)
+        if ahead is not None and ahead.attempt < message.attempt:
+            self.drop_ahead(message.request_id, ahead.attempt)
+            ahead = None
+        if ahead is None:
+            ahead = _Ahead(message.attempt)
+        num_blocks = len(message.refs.blocks)
+        if ahead.attempt != message.attempt or ahead.num_blocks != message.first_block or not num_blocks:
+            return
+        block_ids = self._pool.alloc_mem(num_blocks)
+        if block_ids is None:
+            return
+        self._ahead[message.request_id] = ahead
+        ahead.parts.append(_Part(self._pool.fetch(message.refs, block_ids), num_blocks))
+        ahead.block_ids.append(block_ids)
+
+    def claim(self, request: Request) -> None:
+        """The request has come: what was pulled ahead for this attempt is its first blocks from now on."""
+        ahead = self._ahead.get(request.request_id)
+        if ahead is None or ahead.attempt != request.attempt:
+            return
+        if request.offer is None or ahead.num_blocks > len(request.offer.refs.blocks):
+            self.drop_ahead(request.request_id, request.attempt)
+            return
+        del self._ahead[request.request_id]
+        for block_ids in ahead.block_ids:
+            request.add_blocks(block_ids)
+        self._claimed[request] = ahead.parts
+
+    def drop_ahead(self, request_id: str, attempt: int) -> None:
+        """No request will claim this attempt, or an older one: give the blocks back."""
+        ahead = self._ahead.get(request_id)
+        if ahead is not None and ahead.attempt <= attempt:
+            del self._ahead[request_id]
+            self._stop(ahead.parts, np.concatenate(ahead.block_ids))
+
+    def unclaim(self, request: Request) -> None:
+        """A waiting request gives up what was pulled ahead for it; all of its offer is pulled when it
+        runs.
+        """
+        parts = self._claimed.pop(request, None)
+        if parts is not None:
+            self._stop(parts, request.take_blocks())
+
+    def drop_all_ahead(self) -> None:
+        """Nothing will come any more."""
+        for request_id, ahead in tuple(self._ahead.items()):
+            self.drop_ahead(request_id, ahead.attempt)
+
+    def make_room(self) -> bool:
+        """Give up the last pull ahead: its blocks may be what an earlier request waits for. False = nothing
+        can be given up, or what was has not stopped yet.
+        """
+        if self._cancelled:
+            return False
+        if self._ahead:
+            request_id = next(reversed(self._ahead))
+            self.drop_ahead(request_id, self._ahead[request_id].attempt)
+        elif self._claimed:
+            self.unclaim(next(reversed(self._claimed)))
+        else:
+            return False
+        return True
+
+    # --- with the request ---
+
     def begin(self, request: Request) -> None:
         """Start filling the blocks of a request that has just become PULLING. Never fails: `poll` tells."""
         offer = request.offer
         assert offer is not None
+        parts = self._claimed.pop(request, [])
         fault = self._fault_of(offer, request)
-        pull: Pull
         if fault is None:
-            pull = self._pool.fetch(offer.refs, request.block_ids(len(offer.refs.blocks)))
-        else:
-            pull = FailedPull(fault)
-        self._running[request] = _Running(request, offer, pull)
+            done = sum(part.num_blocks for part in parts)
+            refs = offer.refs
+            lacking = msgspec.structs.replace(
+                refs, blocks=refs.blocks[done:], generations=refs.generations[done:]
+            )
+            if lacking.blocks:
+                into = request.block_ids(len(refs.blocks))[done:]
+                parts.append(_Part(self._pool.fetch(lacking, into), len(lacking.blocks)))
+        else:  # nothing counts, but the copies of what was pulled ahead must have stopped all the same
+            parts.insert(0, _Part(FailedPull(fault), 1))
+        self._running[request] = _Running(request, offer, tuple(parts))
 
     def poll(self) -> list[Arrival]:
         """The pulls that ended since the last call; frees the blocks of cancelled ones that have stopped."""
         arrivals: list[Arrival] = []
-        for request, offer, pull in tuple(self._running.values()):
-            result = pull.poll()
-            if result is None:
-                continue
-            del self._running[request]
-            num_tokens = min(result.num_blocks * self._block_size, offer.num_tokens)
-            if result.failure is not None:
-                logger.warning(
-                    "%s: pulled %d of %d tokens from %s, recomputing the rest: %s",
-                    request.request_id,
-                    num_tokens,
-                    offer.num_tokens,
-                    offer.refs.instance,
-                    result.failure,
-                )
-            message = Pulled(
-                request_id=request.request_id,
-                attempt=request.attempt,
-                num_tokens=num_tokens,
-                num_bytes=result.num_bytes,
-                pull_ms=result.elapsed_ms,
-                failure=result.failure,
-            )
-            arrivals.append(Arrival(request, num_tokens, message))
+        for running in tuple(self._running.values()):
+            results = [part.pull.poll() for part in running.parts]
+            ended = [result for result in results if result is not None]
+            if len(ended) == len(results):
+                del self._running[running.request]
+                arrivals.append(self._arrive(running, ended))
         if self._cancelled:
             self._cancelled = [entry for entry in self._cancelled if not self._reclaim(*entry)]
         return arrivals
@@ -148,11 +239,46 @@ class Pulls:
     def cancel(self, request: Request) -> None:
         """Give a pull up. Its blocks leave the request now and reach the pool when the copy has stopped."""
         running = self._running.pop(request)
-        running.pull.cancel()
-        self._cancelled.append((running.pull, request.take_blocks()))
+        self._stop(running.parts, request.take_blocks())
 
-    def _reclaim(self, pull: Pull, block_ids: BlockIds) -> bool:
-        if pull.poll() is None:
+    # --- inside ---
+
+    def _arrive(self, running: _Running, results: Sequence[PullResult]) -> Arrival:
+        """Parts count up to the first that lacks a block: what is verified is a prefix."""
+        request, offer, parts = running
+        num_blocks, failure = 0, None
+        for part, result in zip(parts, results, strict=True):
+            num_blocks += result.num_blocks
+            if result.num_blocks < part.num_blocks:
+                failure = result.failure or "blocks are lacking"
+                break
+        num_tokens = min(num_blocks * self._block_size, offer.num_tokens)
+        if failure is not None:
+            logger.warning(
+                "%s: pulled %d of %d tokens from %s, recomputing the rest: %s",
+                request.request_id,
+                num_tokens,
+                offer.num_tokens,
+                offer.refs.instance,
+                failure,
+            )
+        message = Pulled(
+            request_id=request.request_id,
+            attempt=request.attempt,
+            num_tokens=num_tokens,
+            num_bytes=sum(result.num_bytes for result in results),
+            pull_ms=results[-1].elapsed_ms,
+            failure=failure,
+        )
+        return Arrival(request, num_tokens, message)
+
+    def _stop(self, parts: Sequence[_Part], block_ids: BlockIds) -> None:
+        for part in parts:
+            part.pull.cancel()
+        self._cancelled.append((parts, block_ids))
+
+    def _reclaim(self, parts: Sequence[_Part], block_ids: BlockIds) -> bool:
+        if any(part.pull.poll() is None for part in parts):
             return False
         self._pool.free_mem(block_ids)
         return True

@@ -72,6 +72,8 @@ class Request:
     state: RequestState = RequestState.WAITING
     num_computed_tokens: int = 0
     num_blocks: int = 0
+    overlap: bool = False
+    num_told_blocks: int = 0
     _tokens: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32), repr=False)
     _block_ids: BlockIds = field(default_factory=lambda: np.empty(0, np.int64), repr=False)
 
@@ -96,6 +98,7 @@ class Request:
             output_ids=tokens[message.num_prompt_tokens :].tolist(),
             stop_ids=frozenset(sampling.stop_token_ids),
             prompt_logprobs=[None] if reports_prompt else None,
+            overlap=isinstance(message, Prefill) and message.overlap,
             _tokens=tokens,
         )
 
@@ -170,7 +173,7 @@ class Request:
     def restart(self) -> None:
         """Everything is to be computed again, after the blocks were taken. Tokens drawn stay drawn."""
         assert self.num_blocks == 0
-        self.num_computed_tokens = 0
+        self.num_computed_tokens = self.num_told_blocks = 0
         if self.prompt_logprobs is not None:
             self.prompt_logprobs = [None]
 

@@ -60,8 +60,11 @@ class Scheduler:
     # --- transitions ---
 
     def add(self, request: Request) -> None:
-        """A new request waits for its turn."""
-        assert request.state is RequestState.WAITING and request.num_blocks == 0
+        """A new request waits for its turn. It may bring blocks that were pulled ahead for it
+        (`Pulls.claim`).
+        """
+        assert request.state is RequestState.WAITING
+        assert request.num_blocks == 0 or request.offer is not None
         insort(self.waiting, request, key=_arrival)
 
     def pulled(self, request: Request, num_tokens: int) -> None:
@@ -101,6 +104,11 @@ class Scheduler:
         request.state = RequestState.FINISHED
 
     # --- planning ---
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether requests wait and none here will give its blocks back."""
+        return bool(self.waiting) and not self.running and not self.pulling
 
     def schedule(self, tally: StepTally) -> StepPlan:
         """Fill `tally` with the next step. Takes and frees blocks; the caller then runs the plan's chunks."""
@@ -181,11 +189,13 @@ class Scheduler:
                 self.finish(request)
                 plan.refused.append(Refusal(request, self._too_long(request)))
                 continue
-            if self._pool.num_free < num_blocks + len(self.running):
+            num_lacking = num_blocks - request.num_blocks
+            if self._pool.num_free < num_lacking + len(self.running):
                 return
-            block_ids = self._pool.alloc_mem(num_blocks)
-            assert block_ids is not None
-            request.add_blocks(block_ids)
+            if num_lacking:
+                block_ids = self._pool.alloc_mem(num_lacking)
+                assert block_ids is not None
+                request.add_blocks(block_ids)
             del self.waiting[0]
             if request.offer is None:
                 request.state = RequestState.RUNNING

@@ -28,11 +28,13 @@ from memserve.messages import (
     Output,
     Prefill,
     Prefilled,
+    PullAhead,
     Pulled,
     Release,
     RevokeGrant,
     Shutdown,
     StepOutputs,
+    Stored,
     ToWorker,
 )
 from memserve.pool.mempool import MemPool
@@ -107,6 +109,8 @@ class Worker:
             for request in plan.pulls:
                 self._pulls.begin(request)
         if not plan.chunks:
+            if self._scheduler.is_stuck and not plan.pulls:
+                return self._pulls.make_room()
             return bool(plan.pulls)  # a pull that could not begin has ended already, and rings no bell
         self.gauges.begin_step()
         drawn = self._execute(plan.chunks)
@@ -145,6 +149,7 @@ class Worker:
         """
         for request in tuple(self._requests.values()):
             self._drop(request)
+        self._pulls.drop_all_ahead()
         for block_ids in self._offers.take_all():
             self._pool.free_mem(block_ids)
 
@@ -154,6 +159,9 @@ class Worker:
         match message:
             case Prefill() | Decode():
                 self._take(message)
+            case PullAhead():
+                self._receive_grants()
+                self._pulls.begin_ahead(message)
             case Cancel():
                 self._cancel(message.request_id, message.attempt)
             case Release():
@@ -184,6 +192,7 @@ class Worker:
         if request.offer is not None and request.offer.refs.instance == self._config.instance:
             self._take_own_offer(request, request.offer)
         else:
+            self._pulls.claim(request)
             self._scheduler.add(request)
 
     def _take_own_offer(self, request: Request, offer: Offer) -> None:
@@ -210,6 +219,7 @@ class Worker:
         request = self._requests.get(request_id)
         if request is not None and request.attempt <= attempt:
             self._drop(request)
+        self._pulls.drop_ahead(request_id, attempt)
         self._release(request_id, attempt)
 
     def _release(self, request_id: str, attempt: int) -> None:
@@ -263,6 +273,7 @@ class Worker:
                 continue
             token_id = result.token_id
             if token_id is None:
+                self._tell_stored(request)
                 continue
             request.append(token_id)
             reason = request.finish_reason(self._config.max_model_len)
@@ -296,6 +307,14 @@ class Worker:
                 self._finish(request)
             self._tell_failed(output.request_id, output.attempt, f"its answer is too long: {error}")
 
+    def _tell_stored(self, request: Request) -> None:
+        """The blocks that a chunk has completed can be pulled while the next one is computed."""
+        first, end = request.num_told_blocks, request.num_computed_tokens // self._config.block_size
+        if request.overlap and end > first:
+            request.num_told_blocks = end
+            refs = self._pool.addresses(request.block_ids(end)[first:])
+            self._channel.send(Stored(request.request_id, request.attempt, first, refs))
+
     def _tell_prefilled(self, request: Request, drawn: Drawn, reason: FinishReason | None) -> None:
         assert drawn.token_id is not None
         offer = None
@@ -328,6 +347,7 @@ class Worker:
 
     def _finish(self, request: Request) -> None:
         del self._requests[request.request_id]
+        self._pulls.unclaim(request)
         if request.state is not RequestState.FINISHED:  # the scheduler has let go of a refused one
             self._scheduler.finish(request)
 

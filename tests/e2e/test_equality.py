@@ -25,6 +25,13 @@ def disaggregated(start: Callable[..., Server], random_model: Path) -> Server:
 
 
 @pytest.fixture(scope="module")
+def in_chunks(start: Callable[..., Server], random_model: Path) -> Server:
+    """Prompts in chunks of at most 64 tokens, pulled one by one while the next is computed."""
+    options = ("--transfer", "chunk", "--max-batch-tokens", "64", "--max-running", "16")
+    return start("--model", str(random_model), *options, *OPTIONS)
+
+
+@pytest.fixture(scope="module")
 def colocated(start: Callable[..., Server], random_model: Path) -> Server:
     return start("--model", str(random_model), "--colocated", "1", *OPTIONS)
 
@@ -39,7 +46,9 @@ def tokens_of(server: Server, prompt: list[int], max_tokens: int, **options: obj
     return choice["token_ids"]  # type: ignore[return-value]
 
 
-def test_greedy_equals_transformers(disaggregated: Server, colocated: Server, random_model: Path) -> None:
+def test_greedy_equals_transformers(
+    disaggregated: Server, in_chunks: Server, colocated: Server, random_model: Path
+) -> None:
     model = LlamaForCausalLM.from_pretrained(random_model, dtype=torch.float32)
     model.generation_config.eos_token_id = None
     for length in LENGTHS:
@@ -55,6 +64,7 @@ def test_greedy_equals_transformers(disaggregated: Server, colocated: Server, ra
             )
         expected = out[0, length:].tolist()
         assert tokens_of(disaggregated, prompt, 64) == expected, length
+        assert tokens_of(in_chunks, prompt, 64) == expected, length
         assert tokens_of(colocated, prompt, 64) == expected, length
 
 
@@ -93,7 +103,7 @@ async def _stream_ids(
     return ids
 
 
-@pytest.mark.parametrize("kind", ["disaggregated", "colocated"])
+@pytest.mark.parametrize("kind", ["disaggregated", "in_chunks", "colocated"])
 def test_64_at_once_with_disconnects(kind: str, request: pytest.FixtureRequest) -> None:
     server: Server = request.getfixturevalue(kind)
     rng = random.Random(3)
