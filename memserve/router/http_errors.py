@@ -14,7 +14,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 from multidict import CIMultiDict
 
-from memserve.errors import Overloaded, RequestError
+from memserve.errors import EngineError, Overloaded, RequestError
 from memserve.router.metrics import Metrics
 from memserve.router.openai import ErrorBody, ErrorObject, to_json
 
@@ -42,7 +42,10 @@ def error_object(error: BaseException, request_id: str) -> tuple[int, ErrorObjec
         return error.status, _object(error.status, str(error), error.param, error.code)
     if isinstance(error, web.HTTPException):
         return error.status, _object(error.status, _http_message(error), None, None)
-    logger.error("request %s failed", request_id, exc_info=error)
+    if isinstance(error, EngineError):  # known, and its own words say what happened
+        logger.error("request %s failed: %s", request_id, error)
+    else:
+        logger.error("request %s failed", request_id, exc_info=error)
     return 500, _object(500, f"the server failed at this request (id {request_id})", None, "internal_error")
 
 
