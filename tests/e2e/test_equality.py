@@ -109,8 +109,8 @@ def test_64_at_once_with_disconnects(kind: str, request: pytest.FixtureRequest) 
     rng = random.Random(3)
     bodies: list[dict[str, object]] = []
     for i in range(64):
-        # cool, because a random model's flat distributions put many draws within rounding of an edge, and prompts
-        # are cut into other chunks alone than in company
+        # cool, because a random model's flat distributions put many draws within rounding of an edge, and
+        # prompts are cut into other chunks alone than in company
         sampled = {"temperature": 0.25, "seed": i} if i % 3 == 0 else {"temperature": 0}
         bodies.append(
             {
