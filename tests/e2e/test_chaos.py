@@ -105,7 +105,15 @@ async def client(url: str, body: Body, expected: list[int], tally: Tally, stop: 
 def workers_of(server: Server) -> list[psutil.Process]:
     """Those that have a title: a process has none in its first moments."""
     children = psutil.Process(server.process.pid).children()
-    return [child for child in children if any(role in " ".join(child.cmdline()) for role in ROLES)]
+    return [child for child in children if any(role in title_of(child) for role in ROLES)]
+
+
+def title_of(process: psutil.Process) -> str:
+    """What `ps` shows; nothing of one that has just died."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
 
 
 async def disturb(server: Server, rng: random.Random) -> None:
