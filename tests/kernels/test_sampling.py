@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from memserve.kernels.sampling import SamplingRow, sample, token_logprobs, uniform
+from memserve.kernels.sampling import SamplingRow, exponentials, sample, token_logprobs
 from memserve.messages import SamplingParams, TokenLogprobs
 
 
@@ -89,20 +89,51 @@ SETTINGS = {
 PAST = {"prompt": (4, 9, 9, 21), "output": (11, 11, 5, 4)}
 
 
+def assert_each_wins_its_race(token_ids: list[int], probs: np.ndarray, rows: list[SamplingRow]) -> None:
+    """Each row's token is of the block of 64 that is first by its sum, and the first within that block.
+
+    Where the two fastest arrive within rounding of each other either may win; that must be rare.
+    """
+    vocab_size = len(probs)
+    padded = np.zeros(-(-vocab_size // 64) * 64)
+    padded[:vocab_size] = probs
+    sums = padded.reshape(-1, 64).sum(axis=1)
+    seeds, positions = [row.params.seed for row in rows], [row.position for row in rows]
+    counters = torch.arange(vocab_size + len(sums)).expand(len(rows), -1)
+    waits = exponentials(seeds, positions, counters).numpy()
+    num_close = 0
+    for token, wait in zip(token_ids, waits, strict=True):
+        assert probs[token] > 0
+        with np.errstate(divide="ignore"):
+            block_times = wait[vocab_size:] / sums
+            times = np.where(np.arange(vocab_size) // 64 == token // 64, wait[:vocab_size] / probs, np.inf)
+        assert block_times[token // 64] <= block_times.min() * 1.0001
+        assert times[token] <= times.min() * 1.0001
+        num_close += (np.sort(block_times)[:2] / block_times.min() < 1.0001).sum() > 1
+        num_close += (times < times.min() * 1.0001).sum() > 1
+    assert num_close <= 1
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("vocab_size", [50, 64, 333])
-def test_each_setting_inverts_the_reference_distribution(name: str, vocab_size: int) -> None:
+def test_each_setting_races_over_the_reference_distribution(name: str, vocab_size: int) -> None:
     logits = make_logits(1, vocab_size, seed=vocab_size).repeat(100, 1)
     rows = [make_row(seed=seed, position=seed % 7, **SETTINGS[name], **PAST) for seed in range(100)]
-    ends = np.cumsum(reference_probs(logits[0], rows[0]))
-    numbers = uniform((row.params.seed for row in rows), (row.position for row in rows))
     sampled = sample(logits, rows)
     assert sampled.bad_rows == []
-    expected = np.searchsorted(ends, numbers * ends[-1], side="right")
-    # A number within rounding of the border between two tokens may fall to either side.
-    at_border = np.abs(ends[:, None] - numbers).min(axis=0) < 1e-5
-    assert (at_border | (np.array(sampled.token_ids) == expected)).all()
-    assert at_border.mean() < 0.1
+    assert_each_wins_its_race(sampled.token_ids, reference_probs(logits[0], rows[0]), rows)
+
+
+@pytest.mark.parametrize("setting", [{}, {"top_p": 0.95}, {"top_k": 700}, {"min_p": 0.3}])
+def test_rounding_of_the_logits_hardly_ever_changes_a_draw(setting: dict[str, float]) -> None:
+    """Nearly flat over a thousand tokens: a cumulative distribution changes many times as many."""
+    num_draws, vocab_size = 4_000, 1_000
+    logits = make_logits(num_draws, vocab_size, scale=0.5, seed=3)
+    noise = make_logits(num_draws, vocab_size, scale=1e-4, seed=4)
+    rows = [make_row(seed=seed, position=seed % 11, **setting) for seed in range(num_draws)]
+    exact, rounded = sample(logits, rows).token_ids, sample(logits + noise, rows).token_ids
+    assert len(set(exact)) > 500
+    assert sum(a != b for a, b in zip(exact, rounded, strict=True)) <= 3
 
 
 @pytest.mark.parametrize("name", ["plain", "hot", "top_k top_p", "all cuts", "penalties"])
@@ -178,14 +209,6 @@ def test_what_cannot_be_is_never_drawn(setting: dict[str, float]) -> None:
     assert all(token % 2 == 1 and token < 101 for token in sampled.token_ids)
 
 
-def test_the_ends_of_the_number_line_draw_tokens_of_the_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    logits = torch.tensor([[-torch.inf, 1.0, 0.3, -3.0, -torch.inf]])
-    for number, token in ((0.0, 1), (1 - 2.0**-53, 3)):
-        monkeypatch.setattr("memserve.kernels.sampling.uniform", lambda *_, number=number: np.array([number]))
-        for setting in ({}, {"top_k": 4}, {"top_p": 0.9999999}):
-            assert sample(logits, [make_row(**setting)]).token_ids == [token]
-
-
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("setting", [{"temperature": 0.0}, {}, {"top_p": 0.9}, {"top_k": 3}])
 def test_bad_rows_are_reported(bad: float, setting: dict[str, float]) -> None:
@@ -224,29 +247,42 @@ def test_ids_beyond_the_vocabulary_are_ignored() -> None:
     assert sample(logits, [row, row, row]).token_ids == logits.argmax(dim=1).tolist()
 
 
-def test_numbers_depend_on_seed_and_position_and_are_spread_evenly() -> None:
-    seeds = np.repeat(np.arange(100), 100)
-    positions = np.tile(np.arange(100), 100)
-    numbers = uniform(seeds.tolist(), positions.tolist())
-    assert len(np.unique(numbers)) == 10_000
-    assert numbers.min() >= 0 and numbers.max() < 1
+def test_waits_depend_on_seed_position_and_counter_and_are_exponential() -> None:
+    seeds = np.repeat(np.arange(40), 40)
+    positions = np.tile(np.arange(40), 40)
+    counters = torch.arange(40).expand(1600, -1)
+    waits = exponentials(seeds.tolist(), positions.tolist(), counters).numpy()
+    assert len(np.unique(waits)) == 64_000
+    assert waits.min() > 0 and np.isfinite(waits).all()
+    numbers = np.exp(-waits)  # evenly spread over (0, 1)
     counts, _ = np.histogram(numbers, bins=20, range=(0, 1))
-    assert (np.abs(counts - 500) < 5 * math.sqrt(500)).all()
-    # neither neighbouring seeds nor neighbouring positions go together
-    grid = numbers.reshape(100, 100) - 0.5
-    for shifted in (grid[1:] * grid[:-1], grid[:, 1:] * grid[:, :-1], grid[1:, 1:] * grid[:-1, :-1]):
-        assert abs(shifted.mean()) < 5 / 12 / math.sqrt(shifted.size)
+    assert (np.abs(counts - 3200) < 5 * math.sqrt(3200)).all()
+    # no two neighbours along any axis go together
+    grid = numbers.reshape(40, 40, 40) - 0.5
+    for axis in range(3):
+        moved = np.moveaxis(grid, axis, 0)
+        assert abs((moved[1:] * moved[:-1]).mean()) < 5 / 12 / math.sqrt(grid.size)
+
+
+def test_waits_never_vanish() -> None:
+    """A wait of 0 would let a token of probability 0 win: the largest hash must stay below 1."""
+    largest = ((torch.tensor([2**52 - 1]).double() + 0.5) * 2.0**-52).log().neg()
+    assert largest.item() > 0
 
 
 @pytest.mark.parametrize("seed", [0, -1, 2**63, 2**64 - 1, 2**64 + 5])
 def test_any_seed_will_do(seed: int) -> None:
-    assert uniform([seed], [1 << 20]) == uniform([seed % 2**64], [1 << 20])
+    counters = torch.arange(5).unsqueeze(0)
+    waits = exponentials([seed], [1 << 20], counters)
+    assert torch.equal(waits, exponentials([seed % 2**64], [1 << 20], counters))
 
 
-def test_numbers_are_pinned() -> None:
+def test_waits_are_pinned() -> None:
     """A replay on another version or machine draws the same, so these may never change."""
-    expected = [0.6524484863740322, 0.9435642308648544, 0.3021786340999765]
-    assert uniform([0, 1, 12345], [0, 1, 4096]).tolist() == expected
+    waits = exponentials([0, 1, 12345], [0, 1, 4096], torch.tensor([[0, 1], [2, 131071], [7, 1 << 20]]))
+    expected = [[1.975374108645118, 0.029323684598536848], [0.7669923088344223, 0.4017507515158747]]
+    expected.append([3.425763399104018, 0.7534092436896082])
+    assert waits.numpy() == pytest.approx(np.array(expected), rel=1e-14)
 
 
 def test_logprobs_are_of_the_raw_model() -> None:
@@ -303,8 +339,4 @@ def test_transformers_keep_the_same_tokens(name: str) -> None:
     expected = torch.softmax(processor(past, logits.clone()), dim=1)[0].double().numpy()
     rows = [make_row(seed=seed, **setting, **PAST) for seed in range(500)]
     sampled = sample(logits.expand(500, -1), rows)
-    ends = np.cumsum(expected)
-    numbers = uniform((row.params.seed for row in rows), (row.position for row in rows))
-    wanted = np.searchsorted(ends, numbers * ends[-1], side="right")
-    at_border = np.abs(ends[:, None] - numbers).min(axis=0) < 1e-5
-    assert (at_border | (np.array(sampled.token_ids) == wanted)).all()
+    assert_each_wins_its_race(sampled.token_ids, expected, rows)
