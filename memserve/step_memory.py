@@ -10,23 +10,22 @@ from memserve.model_config import DTYPE_BYTES, KVGeometry, ModelConfig
 # Prompt logprobs need logits of every row of a chunk: at most so many in a step, of all such chunks together.
 # [256, vocab] float32 is 128 MiB for a vocabulary of 128k. A step's other rows with logits are one a request.
 MAX_LOGIT_ROWS = 256
-# Of an attention mask, and so of the scores of one key head where a kernel keeps them: queries * keys, with
-# the query heads that share a key head folded into the queries. A chunk with more is computed in parts.
-MAX_MASK_ELEMENTS = 1 << 25
+# Scores that attention holds at once: heads * queries * keys. A chunk with more is computed in parts.
+MAX_SCORE_ELEMENTS = 1 << 25
 
 
 def cuda_step_bytes(
     model: ModelConfig, dtype: str, *, max_batch_tokens: int, max_running: int, max_model_len: int
 ) -> int:
-    """Bytes of a full step's activations, logits, masks, and of one gathered context; the rotations too."""
+    """Bytes of a full step's activations, logits, scores, and of one gathered context; the rotations too."""
     element = DTYPE_BYTES[dtype]
     activations = max_batch_tokens * (8 * model.hidden_size + 4 * model.intermediate_size) * element
     # Sampling keeps up to four float32 forms of its rows; logprobs are taken of a few rows at a time.
     logits = model.vocab_size * (16 * max_running + (4 + element) * MAX_LOGIT_ROWS)
-    # As bool, once more with the heads folded in, and as the kernel adds it to scores.
-    mask = MAX_MASK_ELEMENTS * (2 + element)
+    # Before and after the softmax, and the mask that is added.
+    scores = MAX_SCORE_ELEMENTS * 3 * element
     context = max_model_len * model.head_dim * (2 * model.num_kv_heads * element + 4)
-    return activations + logits + mask + context
+    return activations + logits + scores + context
 
 
 def cuda_pool_blocks(num_bytes: int, geometry: KVGeometry) -> int:

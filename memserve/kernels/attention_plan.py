@@ -8,7 +8,7 @@ shifts the arena's view instead of the ids (`kv_cache.block_rows`). One `index_s
 
 Sequences with one new token are batched into `DecodeGroup`s of similar length, so that one long context
 does not make every short one pay for its padding; each longer sequence is a `ChunkPlan` of its own. All ids
-are int64. No mask has more than MAX_MASK_ELEMENTS, whatever chunk and context are.
+are int64. No call makes more than MAX_SCORE_ELEMENTS scores, whatever chunk and context are.
 """
 
 from __future__ import annotations
@@ -16,18 +16,25 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from memserve.step_memory import MAX_MASK_ELEMENTS
+from memserve.step_memory import MAX_SCORE_ELEMENTS
 
 # Groups of decodes differ by a factor of two in context, except the short ones: below this many tokens the
 # padding is cheaper than another call per layer (~50 us against ~0.2 us a token of gathered context).
 SHORT_CONTEXT = 256
+
+# Queries of a part: the fewer, the less is computed above the diagonal; the more, the fewer calls. On a
+# CPU scores should also stay in its cache, and below the size from which each allocation means fresh pages.
+PART_QUERIES = 1024
+PART_QUERIES_CPU = 128
+SCORE_ELEMENTS_CPU = 1 << 22
+MIN_PART_QUERIES = 16
 
 # From this many queries on, torch's flash kernel works on tiles of 256 of them, not 64.
 LONG_TILE_QUERIES = 768
@@ -77,28 +84,16 @@ class MaskedPart:
     """Consecutive queries of a chunk, and the keys that any of them sees.
 
     Attributes:
-        queries: rows among the chunk's queries; the first of them is at `first_position` of the sequence.
-        keys: columns among the chunk's gathered keys; the first of them is at `first_key`.
-        window: the last tokens a query sees, itself included; None = all.
-        mask: [queries, keys] of the model's dtype, 0 or -inf; None = to be made when needed (`visible`).
+        queries: rows among the chunk's queries.
+        keys: columns among the chunk's gathered keys.
+        first_masked: the first of those columns that some query does not see.
+        mask: [queries, columns from `first_masked` on] of the model's dtype, 0 or -inf.
     """
 
     queries: slice
     keys: slice
-    first_position: int
-    first_key: int
-    window: int | None
-    mask: Tensor | None
-
-    def visible(self, device: torch.device) -> Tensor:
-        """Which query sees which key: bool [queries, keys], made on `device` without anything larger."""
-        num_queries, num_keys = self.queries.stop - self.queries.start, self.keys.stop - self.keys.start
-        positions = torch.arange(self.first_position, self.first_position + num_queries, device=device)
-        keys = torch.arange(self.first_key, self.first_key + num_keys, device=device)
-        visible = keys <= positions[:, None]
-        if self.window is not None:
-            visible &= keys > (positions - self.window)[:, None]
-        return visible
+    first_masked: int
+    mask: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +113,8 @@ class ChunkPlan:
     """One sequence with several queries.
 
     Without parts its keys are the `num_keys` stored ones, all visible, then its own new ones, causally; where
-    attention cannot join the two (`Paging.joins`), `num_keys` is 0. With parts they are the `num_keys` stored
-    ones alone (the step's own are stored by then), some hidden.
+    there is no context `num_keys` is 0. With parts they are the `num_keys` stored ones alone (the step's own
+    are stored by then), some hidden.
 
         gathered blocks:  |skip|<------ num_keys ------>|unused slots of the last block|
 
@@ -127,8 +122,7 @@ class ChunkPlan:
         queries: rows among the queries given to attention.
         new: rows among the step's new keys and values.
         block_rows: int64 [2 * num_kv_heads * num_blocks]; None where num_keys is 0.
-        parts: as above.
-        joins: `Paging.joins`.
+        parts: as above; empty where the two softmaxes are joined instead (`Paging.joins`).
         own_parts: the own part in runs of queries; empty = by the kernel's own causal order.
     """
 
@@ -139,7 +133,6 @@ class ChunkPlan:
     num_keys: int
     block_rows: Tensor | None
     parts: tuple[MaskedPart, ...]
-    joins: bool
     own_parts: tuple[OwnPart, ...]
 
 
@@ -155,7 +148,7 @@ class AttentionPlan:
 class Paging:
     """The fixed facts a plan depends on.
 
-    `joins`: attention joins two parts of one softmax (`attention.joins`); where it cannot, a mask does all.
+    `joins`: attention joins two parts of one softmax (`attention.joins`); elsewhere a mask does all.
     `group`: query heads that share a key head.
     """
 
@@ -221,7 +214,7 @@ def _plan_chunk(row: int, piece: SequenceSlice, window: int | None, paging: Pagi
     context, total = piece.context_len, piece.context_len + piece.num_new
     is_windowed = window is not None and window < total
     first_key = max(context + 1 - window, 0) if window is not None else 0
-    masked = is_windowed or (context > 0 and not paging.joins)
+    masked = is_windowed or not paging.joins
     last_key = total if masked else context
     first_block, end_block = first_key // paging.block_size, -(-last_key // paging.block_size)
     num_blocks = end_block - first_block
@@ -233,34 +226,52 @@ def _plan_chunk(row: int, piece: SequenceSlice, window: int | None, paging: Pagi
         num_keys=last_key - first_key,
         block_rows=_arena_rows(piece.block_ids[None, first_block:end_block], paging) if num_blocks else None,
         parts=tuple(_parts(piece, first_key, window if is_windowed else None, paging)) if masked else (),
-        joins=paging.joins,
         own_parts=tuple(_own_parts(piece.num_new, paging)) if paging.joins and not masked else (),
     )
 
 
 def _parts(piece: SequenceSlice, first_key: int, window: int | None, paging: Paging) -> Iterator[MaskedPart]:
-    """The chunk's queries in runs whose masks are small enough. Gathered keys begin at `first_key`."""
+    """The chunk's queries in runs whose scores are few enough. Gathered keys begin at `first_key`."""
     context, num_new = piece.context_len, piece.num_new
-    num_rows = max(1, MAX_MASK_ELEMENTS // (paging.group * (context + num_new - first_key)))
+    num_rows = _part_queries(context + num_new - first_key, window, paging)
+    masks: dict[tuple[int, int], Tensor] = {}  # most parts have the same one
     for start in range(0, num_new, num_rows):
         stop = min(start + num_rows, num_new)
         first = first_key if window is None else max(context + start + 1 - window, first_key)
-        part = MaskedPart(
+        # Only what lies above the diagonal is hidden, unless a window hides on its left too.
+        masked = context + start if window is None else first
+        shape = (stop - start, context + start - masked)
+        if shape not in masks:
+            masks[shape] = _mask(*shape, window, paging)
+        yield MaskedPart(
             queries=slice(start, stop),
             keys=slice(first - first_key, context + stop - first_key),
-            first_position=context + start,
-            first_key=first,
-            window=window,
-            mask=None,
+            first_masked=masked - first,
+            mask=masks[shape],
         )
-        # On a CPU a mask costs some of the attention's own time, and is made once for all layers; a window
-        # bounds it. Elsewhere it is memory that is dear.
-        yield replace(part, mask=_additive_of(part, paging.dtype)) if paging.joins else part
 
 
-def _additive_of(part: MaskedPart, dtype: torch.dtype) -> Tensor:
-    hidden = part.visible(torch.device("cpu")).logical_not_()
-    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
+def _part_queries(total_keys: int, window: int | None, paging: Paging) -> int:
+    on_cpu = paging.device.type == "cpu"
+    most = PART_QUERIES_CPU if on_cpu else PART_QUERIES
+    num_keys = total_keys if window is None else min(total_keys, window - 1 + most)
+    num_heads = paging.num_kv_heads * paging.group
+    fitting = MAX_SCORE_ELEMENTS // (num_heads * num_keys)
+    if on_cpu:
+        fitting = min(fitting, max(MIN_PART_QUERIES, SCORE_ELEMENTS_CPU // (num_heads * num_keys)))
+    return max(1, min(most, fitting))
+
+
+def _mask(num_queries: int, num_before: int, window: int | None, paging: Paging) -> Tensor:
+    """Who sees whom among `num_queries` tokens and the `num_before` in front of them: 0 or -inf."""
+    positions = torch.arange(num_before, num_before + num_queries, device=paging.device)[:, None]
+    keys = torch.arange(num_before + num_queries, device=paging.device)
+    hidden = keys > positions
+    if window is not None:
+        hidden |= keys <= positions - window
+    return torch.zeros(hidden.shape, dtype=paging.dtype, device=paging.device).masked_fill_(
+        hidden, -torch.inf
+    )
 
 
 def _own_parts(num_new: int, paging: Paging) -> Iterator[OwnPart]:

@@ -73,7 +73,9 @@ def build_step(
     """
     pieces = tuple(piece for _, piece, _ in sequences)
     group = model.num_heads // model.num_kv_heads
-    paging = Paging(model.num_layers, model.num_kv_heads, block_size, device, dtype, joins(device), group)
+    paging = Paging(
+        model.num_layers, model.num_kv_heads, block_size, device, dtype, joins(device, dtype), group
+    )
     lengths = np.array([piece.num_new for piece in pieces], dtype=np.int64)
     contexts = np.array([piece.context_len for piece in pieces], dtype=np.int64)
     ends = np.cumsum(lengths)

@@ -29,9 +29,6 @@ from memserve.model_config import ModelConfig
 from memserve.step_memory import MAX_LOGIT_ROWS
 
 MIN_CHUNK_TOKENS = 16
-# From this many rows on, attention's kernel takes its long tiles where two query heads share a key head
-# (`attention_plan.LONG_TILE_QUERIES`): a chunk is lifted to it if that is predicted to stay within the bound.
-LONG_CHUNK_TOKENS = 384
 
 # Share of `max_step_ms` that is aimed at: a step's time scatters by about 15 % on a machine that does other
 # things beside.
@@ -158,12 +155,8 @@ class StepTally:
         return 0 if self.num_chunk_tokens else MIN_CHUNK_TOKENS
 
     def _room_in_time(self, context_len: int, max_step_ms: float) -> int:
-        budget = self._budget
-        spent_ms = budget.cost_ms(self.num_tokens, self.num_pairs)
-        room = budget.fitting_tokens(context_len, _AIM * max_step_ms - spent_ms)
-        if room < LONG_CHUNK_TOKENS <= budget.fitting_tokens(context_len, max_step_ms - spent_ms):
-            return LONG_CHUNK_TOKENS
-        return room
+        spent_ms = self._budget.cost_ms(self.num_tokens, self.num_pairs)
+        return self._budget.fitting_tokens(context_len, _AIM * max_step_ms - spent_ms)
 
 
 def _weighted_median(values: NDArray[np.float64], weights: NDArray[np.float64]) -> float:

@@ -142,10 +142,10 @@ def test_float32_logits_are_the_cpus(folder: Path) -> None:
     assert (found - expected).abs().max() < 2e-3
 
 
-def test_masks_in_parts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_in_parts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     transformer = load(folder, torch.device(DEVICE), "float32")
     expected = all_logits(transformer)
-    monkeypatch.setattr(attention_plan, "MAX_MASK_ELEMENTS", 2000)
+    monkeypatch.setattr(attention_plan, "MAX_SCORE_ELEMENTS", 2000)
     assert (all_logits(transformer) - expected).abs().max() < 2e-3
 
 

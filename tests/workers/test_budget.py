@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from memserve.model_config import parse_model_config
-from memserve.workers.budget import LONG_CHUNK_TOKENS, MIN_CHUNK_TOKENS, StepBudget, pair_cost
+from memserve.workers.budget import MIN_CHUNK_TOKENS, StepBudget, pair_cost
 
 
 def test_without_a_time_limit_only_tokens_count():
@@ -80,16 +80,6 @@ def test_decodes_take_from_the_time_of_chunks():
     for _ in range(50):
         tally.add_decode(0)
     assert tally.room(0) == pytest.approx(whole - 50, abs=2)
-
-
-def test_a_chunk_is_lifted_to_the_length_of_quick_attention_if_there_is_time():
-    budget = StepBudget(4096, 200.0, pair_cost=1e-9)
-    for ms_per_token, room in ((200 / 390, LONG_CHUNK_TOKENS), (200 / 370, 325)):
-        for _ in range(5):
-            tally = budget.open()
-            tally.add_chunk(300, 0)
-            budget.observe(tally, 300 * ms_per_token)
-        assert budget.open().room(0) == pytest.approx(room, abs=2)
 
 
 def test_the_first_guess_of_a_pair_is_the_models_arithmetic():
