@@ -90,13 +90,14 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, chunk: ChunkPlan, scale: float) -> 
     _, num_heads, head_dim = q.shape
     kv_heads = k.shape[0]
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    nothing = q.new_empty((1, 1, 1))
     for part in chunk.parts:
         keys, values = k[:, part.keys], v[:, part.keys]
         num_queries = part.queries.stop - part.queries.start
         shape = (num_queries, kv_heads, num_heads // kv_heads, head_dim)
         folded = q[part.queries].view(shape).permute(1, 2, 0, 3).reshape(kv_heads, -1, head_dim)
-        scores = torch.baddbmm(nothing, folded, keys.transpose(1, 2), beta=0, alpha=scale)
+        # in place, because what it would add is copied first, even for a beta of 0
+        scores = q.new_empty((kv_heads, folded.shape[1], keys.shape[1]))
+        scores.baddbmm_(folded, keys.transpose(1, 2), beta=0, alpha=scale)
         scores.view(kv_heads, -1, num_queries, keys.shape[1])[..., part.first_masked :].add_(part.mask)
         found = torch.bmm(scores.softmax(dim=-1), values)
         out[part.queries].view(shape).copy_(
