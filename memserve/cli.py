@@ -19,7 +19,16 @@ import click
 import msgspec
 
 from memserve import __version__
-from memserve.config import DeviceKind, DtypeName, LoadFormat, LogLevel, ServeConfig, Transfer, WorkerOptions
+from memserve.config import (
+    Caching,
+    DeviceKind,
+    DtypeName,
+    LoadFormat,
+    LogLevel,
+    ServeConfig,
+    Transfer,
+    WorkerOptions,
+)
 from memserve.errors import StartupError
 from memserve.sizes import parse_memory
 
@@ -160,6 +169,12 @@ COUNT = click.IntRange(1, 64)
     "--transfer",
     "When a prompt's KV is pulled: after it is computed, or chunk by chunk beside it.",
     type=click.Choice(get_args(Transfer)),
+)
+@_option(
+    "--caching",
+    "Where the KV of finished requests is kept for reuse: nowhere, on prefill workers, on both sides, or on "
+    "both and what was generated goes back to the prefill side.",
+    type=click.Choice(get_args(Caching)),
 )
 @_option(
     "--seed",

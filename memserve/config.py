@@ -27,6 +27,8 @@ DeviceKind = Literal["auto", "cpu", "cuda"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "dummy"]
 Transfer = Literal["request", "chunk"]
+# The paper's milestones PD-Basic, PD-Caching-1, -2 and -3.
+Caching = Literal["off", "prefill", "both", "full"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
@@ -67,6 +69,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     block_size: int = 16
     max_model_len: int | None = None
     transfer: Transfer = "request"
+    caching: Caching = "full"
     seed: int | None = None
     worker: WorkerOptions = WorkerOptions()
     prefill_worker: WorkerOptions | None = None
@@ -87,7 +90,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     `num_blocks` is None on CUDA only (the worker profiles its GPU's memory and reports in `Ready`);
     `device` is "cpu" or "cuda:N". `max_batch_tokens` bounds one step; on a CPU `max_step_ms` does too, so
-    that a cancel never waits long. `cpus`: the cores this worker is pinned to (empty = not pinned).
+    that a cancel never waits long. `cpus`: the cores this worker is pinned to (empty = not pinned). `caches`:
+    the KV of finished requests is kept and reused.
     """
 
     instance: str
@@ -107,4 +111,5 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_step_ms: float | None
     threads: int
     cpus: tuple[int, ...] = ()
+    caches: bool = True
     log_level: LogLevel = "info"

@@ -95,12 +95,12 @@ class BlockRefs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Offer(msgspec.Struct, frozen=True, array_like=True):
-    """KV of the first `num_tokens` tokens of a request, to be pulled from `refs`; locked there until
-    `Release`.
+    """KV of the first `num_tokens` tokens of a request: `refs` are its blocks from `first_block` on. Those of a prefill are locked there until `Release`; others are good while their generations are.
     """
 
     refs: BlockRefs
     num_tokens: int
+    first_block: int = 0
 
 
 class Load(msgspec.Struct, frozen=True, array_like=True):
@@ -141,8 +141,9 @@ class Prefill(_Message, frozen=True, array_like=True, tag=True):
     `Release`.
 
     `token_ids` are the prompt and, on a replay, the tokens drawn so far; `num_prompt_tokens` says where the
-    prompt ends (penalties, max_tokens and logprobs count from there). With `overlap` every block is told by
-    `Stored` as soon as it is complete, so that it can be pulled while the rest is computed.
+    prompt ends (penalties, max_tokens and logprobs count from there). With `tell_blocks` every block is told
+    by `Stored` as soon as it is complete, so that it can be pulled while the rest is computed. `offer` is KV
+    to be had elsewhere.
     """
 
     request_id: str
@@ -151,13 +152,24 @@ class Prefill(_Message, frozen=True, array_like=True, tag=True):
     num_prompt_tokens: int
     sampling: SamplingParams
     cache_salt: str = ""
-    overlap: bool = False
+    tell_blocks: bool = False
+    offer: Offer | None = None
+
+
+class Reserve(_Message, frozen=True, array_like=True, tag=True):
+    """A request with these tokens is being prefilled elsewhere and will decode here: keep what is cached of
+    it, and expect `PullAhead` of the rest. Only a hint; ended by its `Decode` or by `Cancel`.
+    """
+
+    request_id: str
+    attempt: int
+    token_ids: bytes
+    cache_salt: str = ""
 
 
 class PullAhead(_Message, frozen=True, array_like=True, tag=True):
-    """Blocks of a request whose `Decode` will come: start to pull them, from block `first_block` of the
-    sequence on. Only a hint: what is not pulled ahead is pulled, or recomputed, with the `Decode`; ended by
-    `Cancel`.
+    """Blocks of a request that was reserved: start to pull them, from block `first_block` of the sequence on.
+    Only a hint: what is not pulled ahead is pulled, or recomputed, with the `Decode`.
     """
 
     request_id: str
@@ -169,7 +181,8 @@ class PullAhead(_Message, frozen=True, array_like=True, tag=True):
 class Decode(_Message, frozen=True, array_like=True, tag=True):
     """Run a request to its end: pull what `offer` holds, compute what is lacking, stream the rest.
 
-    Without an offer it is a colocated run (prefill and decode in one place), or a replay.
+    Without an offer it is a colocated run (prefill and decode in one place), or a replay. With `tell_blocks`
+    every block is told by `Stored` once it is complete.
     """
 
     request_id: str
@@ -178,7 +191,21 @@ class Decode(_Message, frozen=True, array_like=True, tag=True):
     num_prompt_tokens: int
     sampling: SamplingParams
     cache_salt: str = ""
+    tell_blocks: bool = False
     offer: Offer | None = None
+
+
+class PullBack(_Message, frozen=True, array_like=True, tag=True):
+    """Another instance has computed what continues a prefix cached here: pull it, if there is room, and cache
+    it too (MemServe §Context caching, PD-Caching-3). `token_ids` are whole blocks, `refs` those from block
+    `first_block` on; nothing keeps them but their generations. Answered by `PulledBack`.
+    """
+
+    request_id: str
+    token_ids: bytes
+    cache_salt: str
+    first_block: int
+    refs: BlockRefs
 
 
 class Cancel(_Message, frozen=True, array_like=True, tag=True):
@@ -261,9 +288,9 @@ class Prefilled(_Message, frozen=True, array_like=True, tag=True):
 
 
 class Stored(_Message, frozen=True, array_like=True, tag=True):
-    """Blocks of a `Prefill` that is not done yet are complete, from block `first_block` of the sequence on.
+    """More blocks of a request are complete, from block `first_block` of the sequence on.
 
-    They are locked as long as the prefill goes on and its offer stands.
+    They are kept as long as the request runs here and its offer stands; after that their generations tell.
     """
 
     request_id: str
@@ -273,17 +300,27 @@ class Stored(_Message, frozen=True, array_like=True, tag=True):
 
 
 class Pulled(_Message, frozen=True, array_like=True, tag=True):
-    """A `Decode`'s offer was dealt with: the router may release it at its source.
+    """An offer was dealt with: the router may release it at its source.
 
-    `num_tokens` arrived and were verified; the rest is recomputed here because of `failure` (None when all
-    came).
+    The KV of `num_tokens` tokens is here now, `num_cached_tokens` of them because it was before; the rest is
+    recomputed because of `failure` (None when all came).
     """
 
     request_id: str
     attempt: int
     num_tokens: int
+    num_cached_tokens: int
     num_bytes: int
     pull_ms: float
+    failure: str | None
+
+
+class PulledBack(_Message, frozen=True, array_like=True, tag=True):
+    """What became of a `PullBack`: so many tokens more are cached here. `failure` says why not all are."""
+
+    request_id: str
+    num_tokens: int
+    num_bytes: int
     failure: str | None
 
 
@@ -314,8 +351,20 @@ class Failed(_Message, frozen=True, array_like=True, tag=True):
     message: str
 
 
-ToWorker = Init | Prefill | PullAhead | Decode | Cancel | Release | Shutdown
-ToRouter = Loading | Loaded | Ready | Fatal | Heartbeat | Stored | Prefilled | Pulled | StepOutputs | Failed
+ToWorker = Init | Prefill | Reserve | PullAhead | Decode | PullBack | Cancel | Release | Shutdown
+ToRouter = (
+    Loading
+    | Loaded
+    | Ready
+    | Fatal
+    | Heartbeat
+    | Stored
+    | Prefilled
+    | Pulled
+    | PulledBack
+    | StepOutputs
+    | Failed
+)
 
 
 # --- descriptors, over the second socketpair ---
@@ -387,6 +436,11 @@ def decode_grant(body: bytes) -> Grant:
 def pack_tokens(token_ids: NDArray[np.int32] | list[int] | tuple[int, ...]) -> bytes:
     """Token ids as little-endian int32 bytes."""
     return np.asarray(token_ids, dtype="<i4").tobytes()
+
+
+def num_packed(data: bytes) -> int:
+    """How many tokens `pack_tokens` packed."""
+    return len(data) // 4
 
 
 def unpack_tokens(data: bytes) -> NDArray[np.int32]:

@@ -109,6 +109,10 @@ class Index:
         self._num_candidates = 0
         self._serial = itertools.count()
 
+    def blocks(self) -> BlockIds:
+        """Every block that the index owns, in no order. For tests and statistics: it walks the tree."""
+        return np.concatenate([_NO_BLOCKS, *(node.payload.blocks for node in self._tree)])
+
     # --- match and lock ---
 
     def match(self, namespace: str, tokens: bytes, now: float) -> Prefix:

@@ -1,18 +1,22 @@
-"""The pool of one instance behind the paper's API (MemServe §MemPool API): its blocks, and pulls from peers.
+"""The pool of one instance behind the paper's API (MemServe §MemPool API): its blocks, what they cache, and
+pulls from peers.
 
-    free ── alloc_mem ──► active (a request's) ── free_mem ──► free      lock, unlock: other holders, offers
+    free ── alloc_mem ──► active ── insert, publish ──► historical ── delete, eviction ──► free
+      ▲──────── free_mem ────┘                             └─ match, acquire: kept by a lock while in use
 
-Owned by the worker's loop and called from its thread alone. A block is freed when its last holder lets go;
-the destination of a pull counts as written until the pull has a result. Memory and layout are arena.py's,
-who holds what allocator.py's, how bytes move the transports'. Peers come and go by grants of the
-supervisor.
+Owned by the worker's loop and called from its thread alone. A block has one owner: whoever allocated it, or
+the index. `alloc_mem` evicts what nobody uses when no block is free. The destination of a pull counts as
+written until the pull has a result. Memory and layout are arena.py's, who holds what allocator.py's and
+index.py's, how bytes move the transports'. Peers come and go by grants of the supervisor.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +30,8 @@ from memserve.errors import MemserveError
 from memserve.messages import ArenaGrant, BlockRefs, Tier
 from memserve.pool.allocator import BlockAllocator, BlockIds
 from memserve.pool.arena import Arena, ArenaFds, PeerArena
+from memserve.pool.block_table import BlockTable
+from memserve.pool.index import Index
 from memserve.pool.transports.base import FailedPull, Pull
 from memserve.pool.transports.shm import Copy, ShmTransfer, copy_bytes
 
@@ -36,7 +42,7 @@ _POPULATE_NICENESS = 10
 
 @dataclass(frozen=True, slots=True)
 class PoolStats:
-    """Blocks by state; they add up to the arena. `historical`: kept by the index for reuse."""
+    """Blocks by state; they add up to the arena. `historical`: cached, and in nobody's use now."""
 
     free: int
     active: int
@@ -50,6 +56,8 @@ class MemPool:
         arena: the memory, owned from now on.
         instance, incarnation: who we are, as part of every address given out.
         wake: called after each pull's end, from any thread, until `close` returns (see `ShmTransfer`).
+        index: keeps the blocks of finished sequences for reuse; None = nothing is kept.
+        clock: seconds, for the order of eviction.
         on_free: told which blocks have become free (tests poison them; no generation tells of such a write).
         copy: how the bytes of a pull are copied (tests inject faults).
     """
@@ -61,10 +69,14 @@ class MemPool:
         incarnation: int,
         wake: Callable[[], None],
         *,
+        index: Index | None = None,
+        clock: Callable[[], float] = time.monotonic,
         on_free: Callable[[BlockIds], None] | None = None,
         copy: Copy = copy_bytes,
     ) -> None:
         self._arena = arena
+        self._index = index
+        self._clock = clock
         self._instance = instance
         self._incarnation = incarnation
         self._wake = wake
@@ -87,9 +99,9 @@ class MemPool:
         return self._allocator.num_blocks
 
     @property
-    def num_free(self) -> int:
-        """Blocks that `alloc_mem` could give now."""
-        return self._allocator.num_free
+    def num_available(self) -> int:
+        """Blocks that `alloc_mem` could give now: the free ones, and those that it would evict."""
+        return self._allocator.num_free + (0 if self._index is None else self._index.num_evictable)
 
     @property
     def block_size(self) -> int:
@@ -99,26 +111,104 @@ class MemPool:
     # --- memory blocks -----------------------------------------------------------------------------------
 
     def alloc_mem(self, num_blocks: int) -> BlockIds | None:
-        """Take blocks: int64 ids, ascending, held by the caller, with whatever content they had before.
+        """Take blocks: int64 ids, ascending, the caller's, with whatever content they had before.
 
-        None, and nothing taken, if there are not enough.
+        Historical blocks are evicted where the free ones do not suffice, the least useful first. None, and
+        nothing taken or evicted, if there are not enough of both.
         """
+        num_lacking = num_blocks - self._allocator.num_free
+        if num_lacking > 0 and self._index is not None and num_lacking <= self._index.num_evictable:
+            self._allocator.free(self._index.evict(num_lacking))
         return self._allocator.allocate(num_blocks)
 
     def free_mem(self, ids: ArrayLike) -> None:
-        """Give blocks back; those that somebody locked stay until they are unlocked."""
+        """Give back blocks that `alloc_mem` gave and nobody published."""
         self._allocator.free(ids)
 
-    def lock(self, ids: ArrayLike) -> None:
-        """Hold blocks beside whoever holds them already."""
-        self._allocator.lock(ids)
+    # --- the index -----------------------------------------------------------------------------------------
 
-    def unlock(self, ids: ArrayLike) -> None:
-        """Let go of what `lock` held."""
-        self._allocator.unlock(ids)
+    def match(self, tokens: bytes, salt: str = "") -> int:
+        """Tokens of the longest cached prefix of `tokens` (little-endian int32): whole blocks. Counts as a
+        use.
+        """
+        if self._index is None:
+            return 0
+        return self._index.match(salt, tokens, self._clock()).num_blocks * self.block_size
+
+    def insert(self, tokens: bytes, ids: ArrayLike, salt: str = "") -> BlockIds:
+        """Publish a sequence (active → historical): `ids` hold the KV of `tokens`, whole blocks.
+
+        Returns the ids under which it is cached from now on: where the same tokens were cached before, those,
+        and the blocks given for them are free. Without an index everything is free.
+        """
+        blocks = np.asarray(ids, dtype=np.int64)
+        if self._index is None:
+            self._allocator.free(blocks)
+            return blocks[:0]
+        extended = self._index.insert(salt, tokens, blocks, self._clock())
+        self._allocator.free(extended.duplicates)
+        return extended.blocks
+
+    def delete(self, tokens: bytes, salt: str = "") -> int:
+        """Forget a cached prefix with all that continues it; what is in use stays. Returns the blocks
+        freed.
+        """
+        if self._index is None:
+            return 0
+        freed = self._index.delete(salt, tokens)
+        self._allocator.free(freed)
+        return len(freed)
+
+    def flush(self) -> int:
+        """Forget all that is cached and not in use. Returns the blocks freed."""
+        return self.expire(math.inf)
+
+    def expire(self, before: float) -> int:
+        """Forget what was not used since `before`, by the pool's clock (time to live). Returns the blocks
+        freed.
+        """
+        if self._index is None:
+            return 0
+        freed = self._index.expire(before)
+        self._allocator.free(freed)
+        return len(freed)
+
+    # --- sequences -----------------------------------------------------------------------------------------
+
+    def acquire(self, tokens: bytes, salt: str = "") -> BlockTable:
+        """A table that begins with what is cached of `tokens` (whole blocks), kept until `release`."""
+        if self._index is None:
+            return BlockTable()
+        prefix = self._index.match(salt, tokens, self._clock())
+        blocks = prefix.blocks()
+        return BlockTable(blocks, self._index.lock(prefix))
+
+    def publish(self, table: BlockTable, tokens: bytes) -> None:
+        """The table's next own blocks hold the KV of `tokens`, whole blocks: they become shared.
+
+        Visible to `match` from now on, so the KV must be there. Where another sequence has published the same
+        tokens, the table gets its blocks, and its own are free.
+        """
+        if self._index is None or table.lock is None or not tokens:
+            return
+        stop = table.num_shared + len(tokens) // (4 * self.block_size)
+        own = table.ids(stop)[table.num_shared :].copy()
+        extended = self._index.extend(table.lock, tokens, own, self._clock())
+        table.share(extended.blocks)
+        self._allocator.free(extended.duplicates)
+
+    def release(self, table: BlockTable) -> None:
+        """The sequence is over: its own blocks are free, the shared ones historical. The table is empty."""
+        own = table.ids(table.num_blocks)[table.num_shared :].copy()
+        table.num_blocks = table.num_shared = 0
+        self._allocator.free(own)
+        if table.lock is not None:
+            assert self._index is not None
+            self._index.unlock(table.lock)
+            table.lock = None
 
     def addresses(self, ids: ArrayLike) -> BlockRefs:
-        """Where our blocks `ids` can be pulled from; good until they are freed, so lock them."""
+        """Where our blocks `ids` can be pulled from; good until they are freed."""
         blocks = np.asarray(ids, dtype=np.int64)
         return BlockRefs(
             instance=self._instance,
@@ -190,15 +280,23 @@ class MemPool:
         tell(num_parts - 1, 1.0)
 
     def stats(self) -> PoolStats:
-        """Blocks by state, now."""
-        free = self._allocator.num_free
-        return PoolStats(free=free, active=self._allocator.num_blocks - free, historical=0)
+        """Blocks by state, now; from any thread."""
+        free, total = self._allocator.num_free, self._allocator.num_blocks
+        historical = 0 if self._index is None else self._index.num_evictable
+        return PoolStats(free=free, active=total - free - historical, historical=historical)
 
     def assert_idle(self) -> None:
-        """AssertionError naming the blocks, unless every block is free (DESIGN invariant 2; for tests)."""
-        held = self._allocator.held_blocks()
-        if len(held) or self.num_free != self.num_blocks:
-            raise AssertionError(f"{len(held)} blocks are still held ({self.num_free} free): {held}")
+        """AssertionError naming the blocks, unless each is free or cached and in nobody's use (DESIGN
+        invariant 2; for tests).
+        """
+        held = set(self._allocator.held_blocks().tolist())
+        cached: set[int] = set()
+        if self._index is not None:
+            assert self._index.num_evictable == self._index.num_blocks, "cached blocks are still locked"
+            cached = set(self._index.blocks().tolist())
+            assert len(cached) == self._index.num_blocks, "blocks are cached twice"
+        if held != cached:
+            raise AssertionError(f"held and not cached: {held - cached}; cached and free: {cached - held}")
 
     def close(self) -> None:
         """End every pull and background thread. The memory goes when the last view of `kv` does."""

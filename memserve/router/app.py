@@ -3,7 +3,8 @@
     resolve   model folder, config, tokenizer, the port: all that can be refused before a process exists
     start     HTTP, which answers 503; then the workers, while the display shows how far they are
     serve     on one uvloop, until SIGINT or SIGTERM, or until the last worker is lost for good (status 1)
-    drain     /health says 503, running requests may finish; a second signal, or the time limit, ends that
+    drain     /health says 503, running requests may finish; the time limit, or a second signal (then with
+              status 130), ends that
     stop      HTTP, workers, descriptors; nothing stays
 
 Errors at start-up are `StartupError`s, for one line on the terminal.
@@ -50,6 +51,8 @@ from memserve.router.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 STATUS_INTERVAL_S = 5.0
+# Exit status where a signal cut work off, as shells have it for SIGINT.
+INTERRUPTED = 130
 # For a client to begin a request: the first, by when its headers are here, or another on the same connection.
 IDLE_CONNECTION_S = 75.0
 LISTEN_BACKLOG = 1024
@@ -124,6 +127,7 @@ async def serve(run: Run, sock: socket.socket, console: Console) -> int:
     limits = DispatcherLimits(
         max_waiting=config.max_waiting,
         overlap=config.transfer == "chunk",
+        pull_back=config.caching == "full",
         request_timeout_s=config.request_timeout_s,
     )
     display = Display(config, run.plan, run.model.name, console)
@@ -137,7 +141,7 @@ async def serve(run: Run, sock: socket.socket, console: Console) -> int:
     try:
         await http.start(sock)
         if not await _start(supervisor, stop, display):
-            return 130
+            return INTERRUPTED
         gc.collect()
         gc.freeze()  # modules and tables stay: collections need not walk them while requests stream
         display.ready(sock.getsockname()[1], engine.status())
@@ -148,8 +152,8 @@ async def serve(run: Run, sock: socket.socket, console: Console) -> int:
             logger.error("no worker is left, and none will be started: the server ends")
             return 1
         logger.info("draining: no new requests; press Ctrl-C again to stop at once")
-        await stop.or_second(engine.drain(config.drain_timeout_s))
-        return 0
+        drained = await stop.or_second(engine.drain(config.drain_timeout_s))
+        return 0 if drained else INTERRUPTED
     finally:
         for task in background:
             task.cancel()
@@ -169,7 +173,6 @@ class HttpSite:
             create_app(engine, model, limits),
             handler_cancellation=True,
             access_log=None,
-            keepalive_timeout=IDLE_CONNECTION_S,
             shutdown_timeout=1.0,
         )
         self._listening: asyncio.Server | None = None
@@ -180,7 +183,7 @@ class HttpSite:
         server = self._runner.server
         assert server is not None
         self._listening = await asyncio.get_running_loop().create_server(
-            bounded(server, max_connections()), sock=sock, backlog=LISTEN_BACKLOG
+            bounded(server, max_connections(), IDLE_CONNECTION_S), sock=sock, backlog=LISTEN_BACKLOG
         )
 
     async def stop(self) -> None:

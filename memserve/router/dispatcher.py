@@ -33,12 +33,16 @@ from memserve.messages import (
     Decode,
     Failed,
     Heartbeat,
+    Offer,
     Output,
     Prefill,
     Prefilled,
     PullAhead,
+    PullBack,
     Pulled,
+    PulledBack,
     Release,
+    Reserve,
     StepOutputs,
     Stored,
     ToWorker,
@@ -59,7 +63,7 @@ from memserve.router.events import (
 )
 from memserve.router.fleet import Fleet, Seat
 from memserve.router.policy import Placement, WorkerView, blocks_for, choose, choose_decode
-from memserve.router.request_state import DepartureRate, Phase, RequestState
+from memserve.router.request_state import DepartureRate, Origin, Phase, RequestState, StoredBlocks
 
 logger = logging.getLogger(__name__)
 
@@ -68,13 +72,15 @@ logger = logging.getLogger(__name__)
 class DispatcherLimits:
     """Bounds. A request is given up as a killer of workers when more than `max_deaths` died under it, or more
     than `max_deaths_in_vain` in a row without its getting on by a single token. `overlap`: finished chunks of
-    a prompt are pulled while the next is computed.
+    a prompt are pulled while the next is computed. `pull_back`: what was generated goes back to the worker
+    that had prefilled the prompt (PD-Caching-3).
     """
 
     max_waiting: int = 512
     max_deaths: int = 10
     max_deaths_in_vain: int = 3
     overlap: bool = False
+    pull_back: bool = False
     request_timeout_s: float = 3600.0
 
 
@@ -93,6 +99,11 @@ class DispatcherCounters:
     pulled_tokens: int = 0
     pulled_bytes: int = 0
     pull_ms: float = 0.0
+    salvaged_tokens: int = 0
+    pull_backs: int = 0
+    pull_back_misses: int = 0
+    pulled_back_tokens: int = 0
+    pulled_back_bytes: int = 0
 
 
 Policy = Callable[[Sequence[WorkerView], int, int], Placement | None]
@@ -194,26 +205,36 @@ class Dispatcher:
             placement.prefill, num_tokens=num_tokens, outstanding_tokens=num_tokens
         )
         request.phase = Phase.PREFILLING
+        overlaps = self.limits.overlap and request.decode is not None
+        token_ids = pack_tokens(request.tokens)
         self._send(
             request.prefill,
             Prefill(
                 request_id=request.request_id,
                 attempt=request.attempt,
-                token_ids=pack_tokens(request.tokens),
+                token_ids=token_ids,
                 num_prompt_tokens=request.num_prompt_tokens,
                 sampling=request.sampling,
                 cache_salt=request.cache_salt,
-                overlap=self.limits.overlap and request.decode is not None,
+                tell_blocks=overlaps,
+                offer=request.salvage,
             ),
         )
+        if overlaps:
+            assert request.decode is not None
+            request.is_reserved = True
+            reserve = Reserve(request.request_id, request.attempt, token_ids, request.cache_salt)
+            self._send(request.decode, reserve)
 
     def _send_decode(self, request: RequestState) -> None:
         """Start the decode side: with the offer if there is one, else from nothing."""
-        assert request.decode is not None
-        request.pulls_ahead = False
+        seat = request.decode
+        assert seat is not None
+        request.is_reserved = False
+        request.stored = StoredBlocks(seat.instance, seat.incarnation)
         request.phase = Phase.DECODING if request.offer is None else Phase.HANDOFF
         self._send(
-            request.decode,
+            seat,
             Decode(
                 request_id=request.request_id,
                 attempt=request.attempt,
@@ -221,7 +242,8 @@ class Dispatcher:
                 num_prompt_tokens=request.num_prompt_tokens,
                 sampling=request.sampling,
                 cache_salt=request.cache_salt,
-                offer=request.offer,
+                tell_blocks=True,
+                offer=request.offer if request.offer is not None else request.salvage,
             ),
         )
 
@@ -243,6 +265,8 @@ class Dispatcher:
                 self._on_stored(event, message)
             case Pulled():
                 self._on_pulled(event, message)
+            case PulledBack():
+                self._on_pulled_back(message)
             case Failed():
                 self._on_failed(event, message)
             case Heartbeat():
@@ -251,15 +275,16 @@ class Dispatcher:
                 logger.warning("%s sent an unexpected %s", event.instance, type(message).__name__)
 
     def _on_stored(self, event: FromWorker, stored: Stored) -> None:
-        """Let the decode worker pull a finished chunk while the next is computed."""
+        """Let the decode worker pull a finished chunk while the next is computed; note where its own are."""
         request = self._asked(stored.request_id, stored.attempt)
-        if request is None or request.phase is not Phase.PREFILLING or not _sits(request.prefill, event):
+        if request is not None and request.phase is Phase.PREFILLING and _sits(request.prefill, event):
+            if request.is_reserved and request.decode is not None:
+                ahead = PullAhead(stored.request_id, stored.attempt, stored.first_block, stored.refs)
+                self._send(request.decode, ahead)
+        elif request is not None and request.stored is not None and _sits(request.decode, event):
+            request.stored.add(stored.first_block, stored.refs)
+        else:
             self.counters.stale += 1
-            return
-        if request.decode is not None:
-            request.pulls_ahead = True
-            ahead = PullAhead(stored.request_id, stored.attempt, stored.first_block, stored.refs)
-            self._send(request.decode, ahead)
 
     def _on_prefilled(self, event: FromWorker, done: Prefilled, now: float) -> None:
         request = self._asked(done.request_id, done.attempt)
@@ -281,6 +306,11 @@ class Dispatcher:
         if self._deliver(request, output, now):
             return
         request.offer, request.offer_attempt = done.offer, request.attempt
+        if done.offer is not None:
+            num_blocks = len(done.offer.refs.blocks) - (
+                done.offer.num_tokens % self.fleet.views[event.instance].block_size > 0
+            )
+            request.origin = Origin(event.instance, event.incarnation, num_blocks)
         self._decode_anywhere(request)
 
     def _decode_anywhere(self, request: RequestState) -> None:
@@ -298,24 +328,35 @@ class Dispatcher:
 
     def _on_pulled(self, event: FromWorker, pulled: Pulled) -> None:
         request = self._asked(pulled.request_id, pulled.attempt)
-        if request is None or request.phase is not Phase.HANDOFF or not _sits(request.decode, event):
+        if request is None or not (_sits(request.prefill, event) or _sits(request.decode, event)):
             self.counters.stale += 1
             return
+        num_pulled = pulled.num_tokens - pulled.num_cached_tokens
         self.counters.pulls += 1
-        self.counters.pulled_tokens += pulled.num_tokens
+        self.counters.pulled_tokens += num_pulled
         self.counters.pulled_bytes += pulled.num_bytes
         self.counters.pull_ms += pulled.pull_ms
         if pulled.failure is not None:
             self.counters.failed_pulls += 1
             logger.warning(
-                "%s: %s got %d tokens of KV and recomputes the rest: %s",
+                "%s: %s has %d tokens of KV and recomputes the rest: %s",
                 request.request_id,
                 event.instance,
                 pulled.num_tokens,
                 pulled.failure,
             )
-        request.phase = Phase.DECODING
-        self._release_offer(request)
+        if request.phase is Phase.HANDOFF and _sits(request.decode, event):
+            request.phase = Phase.DECODING
+            self._release_offer(request)
+        elif request.salvage is not None:
+            request.salvage = None
+            self.counters.salvaged_tokens += num_pulled
+            logger.info("%s: %d tokens of KV outlived their worker", request.request_id, num_pulled)
+
+    def _on_pulled_back(self, answer: PulledBack) -> None:
+        self.counters.pulled_back_tokens += answer.num_tokens
+        self.counters.pulled_back_bytes += answer.num_bytes
+        self.counters.pull_back_misses += answer.failure is not None
 
     def _on_output(self, event: FromWorker, output: Output, now: float) -> None:
         request = self._asked(output.request_id, output.attempt)
@@ -382,18 +423,40 @@ class Dispatcher:
         if request.phase is not Phase.QUEUED and seat is not None:
             self._send(seat, Cancel(request.request_id, request.attempt))
 
-    def _drop_pulls_ahead(self, request: RequestState) -> None:
+    def _drop_reservation(self, request: RequestState) -> None:
         """No `Decode` of this attempt will come: the decode worker need not keep what it pulled for it."""
-        if request.pulls_ahead and request.decode is not None:
+        if request.is_reserved and request.decode is not None:
             self._send(request.decode, Cancel(request.request_id, request.attempt))
-        request.pulls_ahead = False
+        request.is_reserved = False
 
     def _forget(self, request: RequestState) -> None:
-        self._drop_pulls_ahead(request)
+        self._drop_reservation(request)
+        self._pull_back(request)
         self._leave_workers(request)
         if request.phase is Phase.QUEUED:
             self._queue.remove(request.request_id)
         del self.requests[request.request_id]
+
+    def _pull_back(self, request: RequestState) -> None:
+        """What was generated goes back to where the prompt is cached, for the conversation's next turn."""
+        origin, stored = request.origin, request.stored
+        if not self.limits.pull_back or origin is None or stored is None:
+            return
+        num_blocks = len(stored.blocks)
+        view = self.fleet.views.get(origin.instance)
+        if view is None or view.incarnation != origin.incarnation or stored.instance == origin.instance:
+            return
+        if num_blocks <= origin.num_blocks:
+            return
+        self.counters.pull_backs += 1
+        message = PullBack(
+            request_id=request.request_id,
+            token_ids=pack_tokens(request.tokens[: num_blocks * view.block_size]),
+            cache_salt=request.cache_salt,
+            first_block=origin.num_blocks,
+            refs=stored.refs(origin.num_blocks),
+        )
+        self._actions.append(Send(origin.instance, origin.incarnation, message))
 
     # --- a worker dies ---
 
@@ -416,7 +479,7 @@ class Dispatcher:
                 return
         elif _sits(request.decode, dead) and request.phase is Phase.PREFILLING:
             # only reserved: another is chosen when the first token is there
-            request.decode, request.pulls_ahead = None, False
+            request.decode, request.is_reserved = None, False
             if not _sits(request.prefill, dead):
                 return
         request.num_deaths += 1
@@ -428,7 +491,8 @@ class Dispatcher:
             self._refuse(request, error)
             return
         if not _sits(request.decode, dead):
-            self._drop_pulls_ahead(request)
+            self._drop_reservation(request)
+        request.salvage = _what_is_left(request, dead)
         self.counters.replayed += 1
         logger.warning("%s: replayed from token %d", request.request_id, len(request.tokens))
         request.attempt += 1
@@ -447,6 +511,7 @@ class Dispatcher:
         self.fleet.leave(request.prefill)
         self.fleet.leave(request.decode)
         request.prefill = request.decode = None
+        request.stored = None
 
     def _release_offer(self, request: RequestState) -> None:
         """The offer is no longer needed: unlock it at its source, and leave that worker."""
@@ -459,6 +524,15 @@ class Dispatcher:
 
     def _send(self, seat: Seat, message: ToWorker) -> None:
         self._actions.append(Send(seat.instance, seat.incarnation, message))
+
+
+def _what_is_left(request: RequestState, dead: WorkerView) -> Offer | None:
+    """The memory of a dead worker outlives it: what it held of a request, while its generations verify."""
+    stored = request.stored
+    if stored is None or stored.instance != dead.instance or not stored.blocks:
+        return None
+    num_tokens = len(stored.blocks) * dead.block_size
+    return Offer(stored.refs(), num_tokens) if num_tokens < len(request.tokens) else None
 
 
 def _sits(seat: Seat | None, place: FromWorker | WorkerView) -> bool:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from memserve.config import Role, ServeConfig, WorkerConfig
+from memserve.config import Caching, Role, ServeConfig, WorkerConfig
 from memserve.errors import ConfigError, MemoryError_
 from memserve.model_config import KVGeometry, ModelConfig, weights_bytes_upper_bound
 from memserve.router.machine import Gpu, Machine
@@ -99,10 +99,16 @@ def plan_workers(
             max_step_ms=CPU_MAX_STEP_MS if seat.gpu is None else None,
             threads=seat.threads,
             cpus=seat.cpus,
+            caches=_caches(serve.caching, seat.role),
             log_level=serve.log_level,
         )
         for seat, pool in zip(seats, pools, strict=True)
     )
+
+
+def _caches(caching: Caching, role: Role) -> bool:
+    """Whether a worker keeps what it computed: of the decode side only from PD-Caching-2 on."""
+    return caching != "off" and (role is not Role.DECODE or caching != "prefill")
 
 
 def _max_batch_tokens(seat: Seat) -> int:

@@ -5,10 +5,11 @@ Plain state: the transitions are the dispatcher's.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import NamedTuple
 
-from memserve.messages import Offer, SamplingParams
+from memserve.messages import BlockRefs, Offer, SamplingParams, Tier
 from memserve.router.fleet import Seat
 
 # Tokens of growth reserved on a decode worker beside the prompt. More would leave the pool empty when clients
@@ -26,12 +27,45 @@ class Phase(Enum):
     DECODING = auto()
 
 
+class Origin(NamedTuple):
+    """Who prefilled a request, and how many whole blocks of it are there."""
+
+    instance: str
+    incarnation: int
+    num_blocks: int
+
+
+@dataclass(slots=True)
+class StoredBlocks:
+    """Addresses of a request's blocks on one instance, from the first on, as it told them."""
+
+    instance: str
+    incarnation: int
+    tier: Tier = Tier.DEVICE
+    blocks: list[int] = field(default_factory=list)
+    generations: list[int] = field(default_factory=list)
+
+    def add(self, first_block: int, refs: BlockRefs) -> None:
+        """Take more; what leaves a gap, or comes from elsewhere, is ignored."""
+        place = (refs.instance, refs.incarnation, refs.tier)
+        if first_block == len(self.blocks) and place == (self.instance, self.incarnation, self.tier):
+            self.blocks.extend(refs.blocks)
+            self.generations.extend(refs.generations)
+
+    def refs(self, start: int = 0) -> BlockRefs:
+        """The addresses from block `start` on."""
+        blocks, generations = tuple(self.blocks[start:]), tuple(self.generations[start:])
+        return BlockRefs(self.instance, self.incarnation, self.tier, blocks, generations)
+
+
 @dataclass(slots=True)
 class RequestState:
     """One request between admission and its end. `tokens` are the prompt and what was drawn so far.
 
-    While `offer` is set, `prefill` is the seat of the worker that holds it. `pulls_ahead`: the decode worker
-    was told of blocks of this attempt before its `Decode`.
+    While `offer` is set, `prefill` is the seat of the worker that holds it. `is_reserved`: the decode worker
+    was told of this attempt before its `Decode`. `origin`: the instance and incarnation that prefilled it,
+    and how many whole blocks it has. `stored`: where the decode worker holds it, from the first block on.
+    `salvage`: what a dead worker held of it, to be pulled as long as its memory is not used again.
     """
 
     request_id: str
@@ -48,7 +82,10 @@ class RequestState:
     decode: Seat | None = None
     offer: Offer | None = None
     offer_attempt: int = 0
-    pulls_ahead: bool = False
+    is_reserved: bool = False
+    origin: Origin | None = None
+    stored: StoredBlocks | None = None
+    salvage: Offer | None = None
 
     @property
     def num_remaining(self) -> int:

@@ -3,11 +3,12 @@
     prefill worker   OfferBook   blocks of a prefilled request, owned here until Release or Cancel
     decode worker    Pulls       copies under way into blocks of a PULLING request, or of one that will come
 
-Blocks of a prompt that is still being computed can be pulled *ahead*, chunk by chunk, before their `Decode`
-is there: they wait here, are claimed by the request when it comes, and then only the last chunk is left to
-copy. A pull ends with a verified prefix of the offer, perhaps none of it: what is lacking is a miss and is
-recomputed, counted and logged, never silent. The blocks of a pull that was cancelled belong to `Pulls`
-until the copy has really stopped, and only then go back to the pool.
+Only what the receiver's own pool lacks is copied: the delta. Blocks of a prompt that is still being computed
+can be pulled *ahead*, chunk by chunk, before their `Decode` is there: a `Reserve` opens the account, and the
+request claims it when it comes, so that only the last chunk is left to copy. A pull ends with a verified
+prefix of the offer, perhaps none of it: what is lacking is a miss and is recomputed, counted and logged,
+never silent. The blocks of a pull that was cancelled belong to `Pulls` until the copy has really stopped, and
+only then go back to the pool.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import msgspec
-import numpy as np
 
-from memserve.messages import BlockRefs, Offer, PullAhead, Pulled
+from memserve.messages import BlockRefs, Offer, PullAhead, Pulled, Reserve, num_packed
 from memserve.model_config import blocks_for
 from memserve.pool.allocator import BlockIds
+from memserve.pool.block_table import BlockTable
 from memserve.pool.transports.base import FailedPull, Pull, PullResult
 from memserve.workers.request import Request
 
@@ -33,14 +34,14 @@ class Fetcher(Protocol):
     """What a hand-off needs of a `MemPool`."""
 
     def alloc_mem(self, num_blocks: int, /) -> BlockIds | None: ...
+    def acquire(self, tokens: bytes, salt: str, /) -> BlockTable: ...
+    def release(self, table: BlockTable, /) -> None: ...
     def fetch(self, refs: BlockRefs, into: BlockIds, /) -> Pull: ...
-    def free_mem(self, block_ids: BlockIds, /) -> None: ...
 
 
 class _Entry(NamedTuple):
     attempt: int
-    block_ids: BlockIds
-    num_tokens: int
+    table: BlockTable
     offered_at: float
 
 
@@ -63,24 +64,22 @@ class OfferBook:
     def add(self, request: Request, now: float) -> None:
         """Take over the blocks of a request that has just been offered."""
         assert request.request_id not in self._entries
-        num_tokens = request.num_computed_tokens
-        entry = _Entry(request.attempt, request.take_blocks(), num_tokens, now)
-        self._entries[request.request_id] = entry
+        self._entries[request.request_id] = _Entry(request.attempt, request.take_table(), now)
         if self.oldest_at is None:
             self.oldest_at = now
 
-    def take(self, request_id: str, attempt: int) -> BlockIds | None:
+    def take(self, request_id: str, attempt: int) -> BlockTable | None:
         """End the offer of this attempt or an older one: its blocks, now the caller's; None = no offer."""
         entry = self._entries.get(request_id)
         if entry is None or entry.attempt > attempt:
             return None
         del self._entries[request_id]
         self.oldest_at = next((e.offered_at for e in self._entries.values()), None)
-        return entry.block_ids
+        return entry.table
 
-    def take_all(self) -> list[BlockIds]:
+    def take_all(self) -> list[BlockTable]:
         """End every offer."""
-        return [self._entries.pop(request_id).block_ids for request_id in tuple(self._entries)]
+        return [self._entries.pop(request_id).table for request_id in tuple(self._entries)]
 
 
 class Arrival(NamedTuple):
@@ -99,22 +98,21 @@ class _Part(NamedTuple):
 
 
 class _Running(NamedTuple):
+    """`num_shared` blocks were the pool's own when it began."""
+
     request: Request
     offer: Offer
+    num_shared: int
     parts: tuple[_Part, ...]
 
 
 @dataclass(slots=True)
 class _Ahead:
-    """What was pulled of a request that has not come. Owner of the blocks."""
+    """What was pulled of a request that has not come. Owner of the table."""
 
     attempt: int
+    table: BlockTable
     parts: list[_Part] = field(default_factory=list)
-    block_ids: list[BlockIds] = field(default_factory=list)
-
-    @property
-    def num_blocks(self) -> int:
-        return sum(part.num_blocks for part in self.parts)
 
 
 class Pulls:
@@ -126,7 +124,7 @@ class Pulls:
         self._running: dict[Request, _Running] = {}
         self._ahead: dict[str, _Ahead] = {}
         self._claimed: dict[Request, list[_Part]] = {}
-        self._cancelled: list[tuple[Sequence[_Part], BlockIds]] = []
+        self._cancelled: list[tuple[Sequence[_Part], BlockTable]] = []
 
     def __bool__(self) -> bool:
         """Whether `poll` has anything to look at."""
@@ -134,37 +132,47 @@ class Pulls:
 
     # --- ahead of the request ---
 
+    def reserve(self, message: Reserve) -> None:
+        """A request will come: keep what the pool has of it, so that only the delta is pulled ahead."""
+        known = self._ahead.get(message.request_id)
+        if known is not None:
+            if known.attempt >= message.attempt:
+                return
+            self.drop_ahead(message.request_id, known.attempt)
+        num_blocks = num_packed(message.token_ids) // self._block_size
+        tokens = message.token_ids[: num_blocks * self._block_size * 4]
+        self._ahead[message.request_id] = _Ahead(
+            message.attempt, self._pool.acquire(tokens, message.cache_salt)
+        )
+
     def begin_ahead(self, message: PullAhead) -> None:
         """Start on blocks of a request that will come. What does not fit or follow is left to its
         `Decode`.
         """
         ahead = self._ahead.get(message.request_id)
-        if ahead is not None and ahead.attempt < message.attempt:
-            self.drop_ahead(message.request_id, ahead.attempt)
-            ahead = None
-        if ahead is None:
-            ahead = _Ahead(message.attempt)
-        num_blocks = len(message.refs.blocks)
-        if ahead.attempt != message.attempt or ahead.num_blocks != message.first_block or not num_blocks:
+        if ahead is None or ahead.attempt != message.attempt:
             return
-        block_ids = self._pool.alloc_mem(num_blocks)
+        done = ahead.table.num_blocks - message.first_block
+        if not 0 <= done < len(message.refs.blocks):
+            return
+        refs = _tail(message.refs, done)
+        block_ids = self._pool.alloc_mem(len(refs.blocks))
         if block_ids is None:
             return
-        self._ahead[message.request_id] = ahead
-        ahead.parts.append(_Part(self._pool.fetch(message.refs, block_ids), num_blocks))
-        ahead.block_ids.append(block_ids)
+        ahead.table.append(block_ids)
+        ahead.parts.append(_Part(self._pool.fetch(refs, block_ids), len(block_ids)))
 
     def claim(self, request: Request) -> None:
         """The request has come: what was pulled ahead for this attempt is its first blocks from now on."""
         ahead = self._ahead.get(request.request_id)
         if ahead is None or ahead.attempt != request.attempt:
             return
-        if request.offer is None or ahead.num_blocks > len(request.offer.refs.blocks):
+        offer = request.offer
+        if offer is None or offer.first_block or ahead.table.num_blocks > len(offer.refs.blocks):
             self.drop_ahead(request.request_id, request.attempt)
             return
         del self._ahead[request.request_id]
-        for block_ids in ahead.block_ids:
-            request.add_blocks(block_ids)
+        request.table = ahead.table
         self._claimed[request] = ahead.parts
 
     def drop_ahead(self, request_id: str, attempt: int) -> None:
@@ -172,7 +180,7 @@ class Pulls:
         ahead = self._ahead.get(request_id)
         if ahead is not None and ahead.attempt <= attempt:
             del self._ahead[request_id]
-            self._stop(ahead.parts, np.concatenate(ahead.block_ids))
+            self._stop(ahead.parts, ahead.table)
 
     def unclaim(self, request: Request) -> None:
         """A waiting request gives up what was pulled ahead for it; all of its offer is pulled when it
@@ -180,7 +188,7 @@ class Pulls:
         """
         parts = self._claimed.pop(request, None)
         if parts is not None:
-            self._stop(parts, request.take_blocks())
+            self._stop(parts, request.take_table())
 
     def drop_all_ahead(self) -> None:
         """Nothing will come any more."""
@@ -208,20 +216,19 @@ class Pulls:
         """Start filling the blocks of a request that has just become PULLING. Never fails: `poll` tells."""
         offer = request.offer
         assert offer is not None
+        num_shared = request.table.num_shared
         parts = self._claimed.pop(request, [])
         fault = self._fault_of(offer, request)
         if fault is None:
-            done = sum(part.num_blocks for part in parts)
-            refs = offer.refs
-            lacking = msgspec.structs.replace(
-                refs, blocks=refs.blocks[done:], generations=refs.generations[done:]
-            )
-            if lacking.blocks:
-                into = request.block_ids(len(refs.blocks))[done:]
-                parts.append(_Part(self._pool.fetch(lacking, into), len(lacking.blocks)))
+            done = num_shared + sum(part.num_blocks for part in parts)
+            end = offer.first_block + len(offer.refs.blocks)
+            if done < end:
+                into = request.table.ids(end)[done:].copy()
+                lacking = _tail(offer.refs, done - offer.first_block)
+                parts.append(_Part(self._pool.fetch(lacking, into), len(into)))
         else:  # nothing counts, but the copies of what was pulled ahead must have stopped all the same
             parts.insert(0, _Part(FailedPull(fault), 1))
-        self._running[request] = _Running(request, offer, tuple(parts))
+        self._running[request] = _Running(request, offer, num_shared, tuple(parts))
 
     def poll(self) -> list[Arrival]:
         """The pulls that ended since the last call; frees the blocks of cancelled ones that have stopped."""
@@ -239,23 +246,25 @@ class Pulls:
     def cancel(self, request: Request) -> None:
         """Give a pull up. Its blocks leave the request now and reach the pool when the copy has stopped."""
         running = self._running.pop(request)
-        self._stop(running.parts, request.take_blocks())
+        self._stop(running.parts, request.take_table())
 
     # --- inside ---
 
     def _arrive(self, running: _Running, results: Sequence[PullResult]) -> Arrival:
         """Parts count up to the first that lacks a block: what is verified is a prefix."""
-        request, offer, parts = running
-        num_blocks, failure = 0, None
+        request, offer, num_shared, parts = running
+        num_blocks, failure = num_shared, None
         for part, result in zip(parts, results, strict=True):
             num_blocks += result.num_blocks
             if result.num_blocks < part.num_blocks:
                 failure = result.failure or "blocks are lacking"
                 break
-        num_tokens = min(num_blocks * self._block_size, offer.num_tokens)
+        num_tokens = num_blocks * self._block_size
+        if num_blocks > num_shared:
+            num_tokens = min(num_tokens, offer.num_tokens)
         if failure is not None:
             logger.warning(
-                "%s: pulled %d of %d tokens from %s, recomputing the rest: %s",
+                "%s: has %d of the %d tokens offered by %s, recomputing the rest: %s",
                 request.request_id,
                 num_tokens,
                 offer.num_tokens,
@@ -266,28 +275,36 @@ class Pulls:
             request_id=request.request_id,
             attempt=request.attempt,
             num_tokens=num_tokens,
+            num_cached_tokens=num_shared * self._block_size,
             num_bytes=sum(result.num_bytes for result in results),
-            pull_ms=results[-1].elapsed_ms,
+            pull_ms=results[-1].elapsed_ms if results else 0.0,
             failure=failure,
         )
         return Arrival(request, num_tokens, message)
 
-    def _stop(self, parts: Sequence[_Part], block_ids: BlockIds) -> None:
+    def _stop(self, parts: Sequence[_Part], table: BlockTable) -> None:
         for part in parts:
             part.pull.cancel()
-        self._cancelled.append((parts, block_ids))
+        self._cancelled.append((parts, table))
 
-    def _reclaim(self, parts: Sequence[_Part], block_ids: BlockIds) -> bool:
+    def _reclaim(self, parts: Sequence[_Part], table: BlockTable) -> bool:
         if any(part.pull.poll() is None for part in parts):
             return False
-        self._pool.free_mem(block_ids)
+        self._pool.release(table)
         return True
 
     def _fault_of(self, offer: Offer, request: Request) -> str | None:
         """Why an offer cannot be pulled at all, judged by its numbers alone."""
-        num_blocks = blocks_for(offer.num_tokens, self._block_size)
+        num_blocks = blocks_for(offer.num_tokens, self._block_size) - offer.first_block
         if not 0 < offer.num_tokens < request.num_tokens:
             return f"an offer of {offer.num_tokens} tokens for a request of {request.num_tokens}"
         if len(offer.refs.blocks) != num_blocks or len(offer.refs.generations) != num_blocks:
-            return f"an offer of {len(offer.refs.blocks)} blocks for {offer.num_tokens} tokens"
+            return f"an offer of {len(offer.refs.blocks)} blocks for {num_blocks}"
+        if not 0 <= offer.first_block <= request.table.num_shared:
+            return f"the offer begins at block {offer.first_block}, and those before it are not here"
         return None
+
+
+def _tail(refs: BlockRefs, start: int) -> BlockRefs:
+    """The addresses from the `start`th on."""
+    return msgspec.structs.replace(refs, blocks=refs.blocks[start:], generations=refs.generations[start:])

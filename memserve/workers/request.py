@@ -3,11 +3,11 @@
     WAITING ──► RUNNING ──► FINISHED    a run to its end, or a prefill that ends on its first token
        │         │ ▲ └────► OFFERED     a prefill: its blocks stay until the router's Release
        │         └─┼──────► WAITING     preempted: no blocks, nothing computed, tokens kept
-       └► PULLING ─┘                    a decode with an offer: its blocks are being filled
+       └► PULLING ─┘                    with KV to be had elsewhere: its blocks are being filled
 
-Invariant: `num_computed_tokens` tokens have their KV in `block_ids` in order; at least one token is
-always left to compute, because logits come only from computing. The transitions are the scheduler's; this
-file only holds the state.
+Invariant: `num_computed_tokens` tokens have their KV in `table` in order; at least one token is always left
+to compute, because logits come only from computing. The transitions are the scheduler's; this file only
+holds the state.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from memserve.messages import (
     TokenLogprobs,
     unpack_tokens,
 )
-from memserve.pool.allocator import BlockIds
+from memserve.pool.block_table import BlockTable
 
 
 class RequestKind(Enum):
@@ -55,7 +55,10 @@ class Request:
     `arrival` counts the worker's requests: it is the order of service, and preemption takes the largest
     first. `num_tokens` counts the prompt and everything drawn so far; `output_ids` is the part after the
     prompt. `prompt_logprobs` collects what is reported with the first token, and is None if nothing is
-    (any more).
+    (any more). `num_cached_tokens` were found in the pool when the request was first admitted (None before).
+    `offer` is KV to be pulled; None when there is none, or no longer. `leader` computes or pulls the first
+    `num_common_tokens` of a waiting request, which is admitted when they are there. `tell_blocks`: the router
+    hears of each block as it fills, `num_told_blocks` so far.
     """
 
     request_id: str
@@ -70,12 +73,15 @@ class Request:
     stop_ids: frozenset[int]
     prompt_logprobs: list[TokenLogprobs | None] | None
     state: RequestState = RequestState.WAITING
+    cache_salt: str = ""
     num_computed_tokens: int = 0
-    num_blocks: int = 0
-    overlap: bool = False
+    num_cached_tokens: int | None = None
+    table: BlockTable = field(default_factory=BlockTable)
+    leader: Request | None = None
+    num_common_tokens: int = 0
+    tell_blocks: bool = False
     num_told_blocks: int = 0
     _tokens: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32), repr=False)
-    _block_ids: BlockIds = field(default_factory=lambda: np.empty(0, np.int64), repr=False)
 
     @classmethod
     def of(cls, message: Prefill | Decode, arrival: int) -> Request:
@@ -94,11 +100,12 @@ class Request:
             num_prompt_tokens=message.num_prompt_tokens,
             num_tokens=len(tokens),
             arrival=arrival,
-            offer=message.offer if isinstance(message, Decode) else None,
+            offer=message.offer,
             output_ids=tokens[message.num_prompt_tokens :].tolist(),
             stop_ids=frozenset(sampling.stop_token_ids),
             prompt_logprobs=[None] if reports_prompt else None,
-            overlap=isinstance(message, Prefill) and message.overlap,
+            cache_salt=message.cache_salt,
+            tell_blocks=message.tell_blocks,
             _tokens=tokens,
         )
 
@@ -121,6 +128,10 @@ class Request:
         """Token ids [start, stop): a view, good until the next `append`."""
         assert 0 <= start <= stop <= self.num_tokens
         return self._tokens[start:stop]
+
+    def token_bytes(self, start: int, stop: int) -> bytes:
+        """Token ids [start, stop) as the pool's index wants them: little-endian int32."""
+        return self.tokens(start, stop).astype("<i4", copy=False).tobytes()
 
     @property
     def prompt_ids(self) -> NDArray[np.int32]:
@@ -146,33 +157,19 @@ class Request:
             return FinishReason.LENGTH
         return None
 
-    # --- blocks ---
+    def is_behind(self, num_tokens: int) -> bool:
+        """Whether it gets on, and has not got so far yet."""
+        at_work = self.state is RequestState.RUNNING or self.state is RequestState.PULLING
+        return at_work and self.num_computed_tokens < num_tokens
 
-    def block_ids(self, num_blocks: int) -> BlockIds:
-        """The first `num_blocks` block ids in sequence order: a view, good until the blocks change."""
-        assert num_blocks <= self.num_blocks
-        return self._block_ids[:num_blocks]
-
-    def add_blocks(self, block_ids: BlockIds) -> None:
-        """Append blocks that now belong to this request."""
-        count = self.num_blocks + len(block_ids)
-        if count > len(self._block_ids):
-            grown = np.empty(max(8, count + count // 2), np.int64)
-            grown[: self.num_blocks] = self._block_ids[: self.num_blocks]
-            self._block_ids = grown
-        self._block_ids[self.num_blocks : count] = block_ids
-        self.num_blocks = count
-
-    def take_blocks(self) -> BlockIds:
-        """All blocks, which the caller now owns; the KV in them is no longer the request's."""
-        taken = self._block_ids[: self.num_blocks]
-        self._block_ids = np.empty(0, np.int64)
-        self.num_blocks = 0
+    def take_table(self) -> BlockTable:
+        """Its blocks, which the caller now owns."""
+        taken, self.table = self.table, BlockTable()
         return taken
 
     def restart(self) -> None:
         """Everything is to be computed again, after the blocks were taken. Tokens drawn stay drawn."""
-        assert self.num_blocks == 0
+        assert self.table.num_blocks == 0
         self.num_computed_tokens = self.num_told_blocks = 0
         if self.prompt_logprobs is not None:
             self.prompt_logprobs = [None]

@@ -57,7 +57,7 @@ class ModelRunner:
                 wanted, rows = LogitRows.LAST, 1
             else:
                 wanted, rows = LogitRows.NONE, 0
-            block_ids = request.block_ids(blocks_for(stop, self._block_size))
+            block_ids = request.table.ids(blocks_for(stop, self._block_size))
             piece = SequenceSlice(start, num_new, context_len, block_ids)
             pieces.append((request.tokens(context_len, stop), piece, wanted))
             num_rows.append(rows)

@@ -5,29 +5,37 @@ in order of arrival. Blocks:
 
 - A waiting request is admitted when there are blocks for all the tokens it has, and one for each running
   request to grow by; it gets them at once, so that only a decode that crosses a block boundary can find
-  the pool empty.
-- Then the youngest running request is preempted: its blocks are freed, it waits again at its place of
-  arrival and is recomputed. The oldest running request is never preempted for another, so there is always
-  progress.
+  the pool empty. What the pool has cached of its tokens it shares, and computes only the rest.
+- While another computes or pulls a long prefix that it needs too, it waits for it, holding nothing, and
+  those behind it may pass: a burst on one cold prefix computes it once.
+- If a decode finds the pool empty, the youngest running request is preempted: it waits again at its place of
+  arrival, and what the pool no longer has of it by then is recomputed. The oldest running request is never
+  preempted for another, so there is always progress.
 - Pulling and offered requests keep their blocks: a copy may be reading or writing them. If those alone
   stand in the way, the request waits: pulls end by themselves, offers by the router's Release.
 - A request that does not fit the whole pool is refused.
 
-Owner of the blocks of WAITING (none), RUNNING and PULLING requests; a pull cancelled in flight and an
-offer take theirs over (`handoff`).
+Owner of the tables of WAITING (empty, or pulled ahead), RUNNING and PULLING requests; a pull cancelled in
+flight and an offer take theirs over (`handoff`).
 """
 
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
+
+import numpy as np
 
 from memserve.model_config import blocks_for
 from memserve.pool.allocator import BlockIds
+from memserve.pool.block_table import BlockTable
 from memserve.workers.budget import MIN_CHUNK_TOKENS, StepTally
 from memserve.workers.request import Request, RequestState
 from memserve.workers.steps import Chunk, Refusal, StepPlan
+
+# A common prefix shorter than this is computed twice rather than waited for.
+MIN_FOLLOWED_TOKENS = 64
 
 
 class BlockSource(Protocol):
@@ -36,9 +44,10 @@ class BlockSource(Protocol):
     @property
     def num_blocks(self) -> int: ...
     @property
-    def num_free(self) -> int: ...
+    def num_available(self) -> int: ...
     def alloc_mem(self, num_blocks: int, /) -> BlockIds | None: ...
-    def free_mem(self, block_ids: BlockIds, /) -> None: ...
+    def acquire(self, tokens: bytes, salt: str, /) -> BlockTable: ...
+    def release(self, table: BlockTable, /) -> None: ...
 
 
 def _arrival(request: Request) -> int:
@@ -46,12 +55,20 @@ def _arrival(request: Request) -> int:
 
 
 class Scheduler:
-    """Queues of the requests that are not finished or offered; each list is in order of arrival."""
+    """Queues of the requests that are not finished or offered; each list is in order of arrival.
 
-    def __init__(self, pool: BlockSource, block_size: int, max_running: int) -> None:
+    Args:
+        pool: where blocks come from.
+        block_size: tokens of one.
+        max_running: seats, of running and pulling requests together.
+        caches: whether the pool keeps what was computed, so that it is worth waiting for.
+    """
+
+    def __init__(self, pool: BlockSource, block_size: int, max_running: int, *, caches: bool = False) -> None:
         self._pool = pool
         self._block_size = block_size
         self._max_running = max_running
+        self._caches = caches
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.pulling: list[Request] = []
@@ -64,7 +81,7 @@ class Scheduler:
         (`Pulls.claim`).
         """
         assert request.state is RequestState.WAITING
-        assert request.num_blocks == 0 or request.offer is not None
+        assert request.table.num_blocks == 0 or request.offer is not None
         insort(self.waiting, request, key=_arrival)
 
     def pulled(self, request: Request, num_tokens: int) -> None:
@@ -75,10 +92,10 @@ class Scheduler:
         request.state = RequestState.RUNNING
         insort(self.running, request, key=_arrival)
 
-    def adopt(self, request: Request, block_ids: BlockIds) -> None:
+    def adopt(self, request: Request, table: BlockTable) -> None:
         """WAITING → RUNNING of a new request, with blocks that hold the KV of all its tokens but the last."""
-        assert request.state is RequestState.WAITING and request.num_blocks == 0
-        request.add_blocks(block_ids)
+        assert request.state is RequestState.WAITING and request.table.num_blocks == 0
+        request.table = table
         request.num_computed_tokens = request.num_tokens - 1
         request.state = RequestState.RUNNING
         insort(self.running, request, key=_arrival)
@@ -92,7 +109,7 @@ class Scheduler:
         """WAITING or RUNNING → FINISHED: its blocks are free."""
         if request.state is RequestState.RUNNING:
             self.running.remove(request)
-            self._pool.free_mem(request.take_blocks())
+            self._pool.release(request.table)
         else:
             assert request.state is RequestState.WAITING
             self.waiting.remove(request)
@@ -131,7 +148,7 @@ class Scheduler:
             num_computed = request.num_computed_tokens
             if request.num_tokens - num_computed > 1:
                 prefilling.append(request)
-            elif request.num_tokens <= request.num_blocks * block_size or self._grow(request, plan):
+            elif request.num_tokens <= request.table.num_blocks * block_size or self._grow(request, plan):
                 chunks.append(Chunk(request, 1))
                 tally.add_decode(num_computed)
         # The youngest may have been preempted after it was put in the list.
@@ -139,7 +156,7 @@ class Scheduler:
 
     def _grow(self, request: Request, plan: StepPlan) -> bool:
         """Give a decode its next block, preempting from the youngest down. False = it sits this step out."""
-        if request.num_blocks == self._pool.num_blocks:
+        if request.table.num_blocks == self._pool.num_blocks:
             self.finish(request)
             plan.refused.append(Refusal(request, self._too_long(request)))
             return False
@@ -150,12 +167,12 @@ class Scheduler:
                     self._preempt(request)
                 return False  # alone: pulls and offers hold the rest, and will end
             self._preempt(youngest)
-        request.add_blocks(block_ids)
+        request.table.append(block_ids)
         return True
 
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)
-        self._pool.free_mem(request.take_blocks())
+        self._pool.release(request.table)
         request.restart()
         request.state = RequestState.WAITING
         insort(self.waiting, request, key=_arrival)
@@ -180,24 +197,22 @@ class Scheduler:
 
     def _admit(self, plan: StepPlan, tally: StepTally) -> None:
         """Let waiting requests in, in order of arrival, until the step, the blocks or the seats are full."""
-        while self.waiting and len(self.running) + len(self.pulling) < self._max_running:
-            request = self.waiting[0]
+        for request in tuple(self.waiting):
+            if len(self.running) + len(self.pulling) >= self._max_running:
+                return
             if request.offer is None and tally.room(0) == 0:
                 return
-            num_blocks = blocks_for(request.num_tokens, self._block_size)
-            if num_blocks > self._pool.num_blocks:
+            if self._follows(request):
+                continue
+            if blocks_for(request.num_tokens, self._block_size) > self._pool.num_blocks:
                 self.finish(request)
                 plan.refused.append(Refusal(request, self._too_long(request)))
                 continue
-            num_lacking = num_blocks - request.num_blocks
-            if self._pool.num_free < num_lacking + len(self.running):
+            if not self._take_blocks(request):
                 return
-            if num_lacking:
-                block_ids = self._pool.alloc_mem(num_lacking)
-                assert block_ids is not None
-                request.add_blocks(block_ids)
-            del self.waiting[0]
+            self.waiting.remove(request)
             if request.offer is None:
+                request.num_computed_tokens = request.table.num_shared * self._block_size
                 request.state = RequestState.RUNNING
                 insort(self.running, request, key=_arrival)
                 self._plan_chunks((request,), plan, tally)
@@ -205,6 +220,64 @@ class Scheduler:
                 request.state = RequestState.PULLING
                 self.pulling.append(request)
                 plan.pulls.append(request)
+
+    def _take_blocks(self, request: Request) -> bool:
+        """Blocks for all the tokens that a waiting request has, cached ones first. False = not now."""
+        is_new = request.table.num_blocks == 0
+        if is_new:
+            request.table = self._pool.acquire(self._cacheable(request), request.cache_salt)
+        num_lacking = blocks_for(request.num_tokens, self._block_size) - request.table.num_blocks
+        if self._pool.num_available < num_lacking + len(self.running):
+            if is_new:
+                self._pool.release(request.table)
+            return False
+        if num_lacking:
+            block_ids = self._pool.alloc_mem(num_lacking)
+            assert block_ids is not None
+            request.table.append(block_ids)
+        if request.num_cached_tokens is None:
+            request.num_cached_tokens = request.table.num_shared * self._block_size
+        return True
+
+    def _cacheable(self, request: Request) -> bytes:
+        """The tokens that need not be computed if the pool has them: whole blocks, never the last token, and
+        none of a prompt whose log-probabilities are asked for.
+        """
+        if request.prompt_logprobs is not None:
+            return b""
+        return request.token_bytes(0, (request.num_tokens - 1) // self._block_size * self._block_size)
+
+    def _follows(self, request: Request) -> bool:
+        """Whether another is about to have much of what this one needs, so that it is better to wait.
+
+        It waits for one that runs or pulls, and so gets on: nobody waits for ever.
+        """
+        if not self._caches or request.prompt_logprobs is not None or request.table.num_blocks:
+            return False
+        if request.leader is not None and request.leader.is_behind(request.num_common_tokens):
+            return True
+        request.leader = None
+        for other in self._producers():
+            if other.cache_salt != request.cache_salt:
+                continue
+            num_common = self._common_tokens(request, other)
+            if num_common - other.num_computed_tokens >= MIN_FOLLOWED_TOKENS:
+                request.leader, request.num_common_tokens = other, num_common
+                return True
+        return False
+
+    def _producers(self) -> Iterator[Request]:
+        """Requests whose prompt is being computed or pulled."""
+        yield from self.pulling
+        yield from (r for r in self.running if r.num_tokens - r.num_computed_tokens > 1)
+
+    def _common_tokens(self, request: Request, other: Request) -> int:
+        """Length of the common prefix that `other` will publish and `request` can use: whole blocks."""
+        size = min(request.num_tokens - 1, other.num_tokens - 1)
+        differ = request.tokens(0, size) != other.tokens(0, size)
+        first = int(np.argmax(differ)) if size else 0
+        num_common = first if size and differ[first] else size
+        return num_common // self._block_size * self._block_size
 
     def _too_long(self, request: Request) -> str:
         capacity = self._pool.num_blocks * self._block_size

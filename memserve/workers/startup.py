@@ -36,6 +36,7 @@ from memserve.model_config import KVGeometry, blocks_for, fingerprint
 from memserve.models.transformer import Transformer
 from memserve.models.weights import Weights, load_weights_to_device, map_weights, write_weights
 from memserve.pool.arena import Arena, ArenaFds
+from memserve.pool.index import Index
 from memserve.pool.mempool import MemPool
 from memserve.step_memory import cuda_pool_blocks, cuda_step_bytes
 from memserve.torch_dtypes import TORCH_DTYPES
@@ -71,7 +72,8 @@ def start(init: Init, channel: SocketChannel, grants: GrantSocket) -> tuple[Work
     doorbell = Doorbell()
     doorbell.watch(channel.fileno())
     doorbell.watch(grants.fileno())
-    pool = MemPool(arena, config.instance, init.incarnation, doorbell.ring)
+    index = Index(config.block_size) if config.caches else None
+    pool = MemPool(arena, config.instance, init.incarnation, doorbell.ring, index=index)
     transformer = Transformer(config.model, weights, config.max_model_len, device, dtype)
     runner = ModelRunner(transformer, pool.kv, config.block_size)
     worker = Worker(config, channel, grants, pool, runner)
@@ -270,8 +272,8 @@ def _run_once(config: WorkerConfig, pool: MemPool, runner: ModelRunner, num_toke
     request = Request.of(Decode("warm-up", 0, token_ids, num_tokens, sampling), arrival=0)
     block_ids = pool.alloc_mem(blocks_for(num_tokens, config.block_size))
     assert block_ids is not None
-    request.add_blocks(block_ids)
+    request.table.append(block_ids)
     (drawn,) = runner.execute([Chunk(request, num_tokens)])
-    pool.free_mem(request.take_blocks())
+    pool.release(request.table)
     if drawn.error is not None:
         raise EngineError(f"the first step failed: {drawn.error}")

@@ -29,8 +29,10 @@ from memserve.messages import (
     Prefill,
     Prefilled,
     PullAhead,
+    PullBack,
     Pulled,
     Release,
+    Reserve,
     RevokeGrant,
     Shutdown,
     StepOutputs,
@@ -42,6 +44,7 @@ from memserve.workers.budget import StepBudget, pair_cost
 from memserve.workers.channel import Channel, Doorbell, GrantSource, MessageTooLong, ReceivedGrant
 from memserve.workers.gauges import Gauges
 from memserve.workers.handoff import OfferBook, Pulls
+from memserve.workers.pull_backs import PullBacks
 from memserve.workers.request import Request, RequestKind, RequestState
 from memserve.workers.scheduler import Scheduler
 from memserve.workers.steps import Chunk, Drawn, Runner
@@ -71,9 +74,10 @@ class Worker:
         self._pool = pool
         self._runner = runner
         self._clock = clock
-        self._scheduler = Scheduler(pool, config.block_size, config.max_running)
+        self._scheduler = Scheduler(pool, config.block_size, config.max_running, caches=config.caches)
         self.budget = StepBudget(config.max_batch_tokens, config.max_step_ms, pair_cost(config.model))
         self._pulls = Pulls(pool, config.block_size)
+        self._pull_backs = PullBacks(pool, config.block_size)
         self._offers = OfferBook()
         self.gauges = Gauges(self._scheduler, self._offers, pool, clock)
         self._requests: dict[str, Request] = {}
@@ -97,7 +101,12 @@ class Worker:
         if self._pulls:
             for request, num_tokens, pulled in self._pulls.poll():
                 self._scheduler.pulled(request, num_tokens)
+                self._publish(request)
+                self._tell_stored(request)
                 self._channel.send(pulled)
+        if self._pull_backs:
+            for answer in self._pull_backs.poll():
+                self._channel.send(answer)
         if self._stopping:
             return False
         tally = self.budget.open()
@@ -150,8 +159,9 @@ class Worker:
         for request in tuple(self._requests.values()):
             self._drop(request)
         self._pulls.drop_all_ahead()
-        for block_ids in self._offers.take_all():
-            self._pool.free_mem(block_ids)
+        self._pull_backs.cancel_all()
+        for table in self._offers.take_all():
+            self._pool.release(table)
 
     # --- messages ---
 
@@ -159,9 +169,16 @@ class Worker:
         match message:
             case Prefill() | Decode():
                 self._take(message)
+            case Reserve():
+                self._pulls.reserve(message)
             case PullAhead():
                 self._receive_grants()
                 self._pulls.begin_ahead(message)
+            case PullBack():
+                self._receive_grants()
+                answer = self._pull_backs.begin(message)
+                if answer is not None:
+                    self._channel.send(answer)
             case Cancel():
                 self._cancel(message.request_id, message.attempt)
             case Release():
@@ -189,8 +206,10 @@ class Worker:
             self._channel.send(Failed(request.request_id, request.attempt, fault))
             return
         self._requests[request.request_id] = request
-        if request.offer is not None and request.offer.refs.instance == self._config.instance:
-            self._take_own_offer(request, request.offer)
+        offer = request.offer
+        is_own = offer is not None and offer.refs.instance == self._config.instance
+        if offer is not None and is_own and request.kind is RequestKind.DECODE:
+            self._take_own_offer(request, offer)
         else:
             self._pulls.claim(request)
             self._scheduler.add(request)
@@ -201,19 +220,20 @@ class Worker:
         To wait for room and copy would never end in a pool whose blocks the offer itself holds.
         """
         request.offer = None
-        block_ids = self._offers.take(request.request_id, request.attempt)
+        table = self._offers.take(request.request_id, request.attempt)
         failure: str | None = None
         num_tokens = offer.num_tokens
-        stands = block_ids is not None and tuple(block_ids.tolist()) == offer.refs.blocks
+        stands = table is not None and tuple(table.ids(table.num_blocks).tolist()) == offer.refs.blocks
         if stands and num_tokens == request.num_tokens - 1:
-            assert block_ids is not None
-            self._scheduler.adopt(request, block_ids)
+            assert table is not None
+            self._scheduler.adopt(request, table)
         else:
             failure, num_tokens = "the offer does not stand any more", 0
-            if block_ids is not None:
-                self._pool.free_mem(block_ids)
+            if table is not None:
+                self._pool.release(table)
             self._scheduler.add(request)
-        self._channel.send(Pulled(request.request_id, request.attempt, num_tokens, 0, 0.0, failure))
+        pulled = Pulled(request.request_id, request.attempt, num_tokens, num_tokens, 0, 0.0, failure)
+        self._channel.send(pulled)
 
     def _cancel(self, request_id: str, attempt: int) -> None:
         request = self._requests.get(request_id)
@@ -223,9 +243,9 @@ class Worker:
         self._release(request_id, attempt)
 
     def _release(self, request_id: str, attempt: int) -> None:
-        block_ids = self._offers.take(request_id, attempt)
-        if block_ids is not None:
-            self._pool.free_mem(block_ids)
+        table = self._offers.take(request_id, attempt)
+        if table is not None:
+            self._pool.release(table)
 
     def _receive_grants(self) -> None:
         """Peers that came or went. Read before every pull and when idle: only pulls need them."""
@@ -269,11 +289,13 @@ class Worker:
             if result.prompt_logprobs:
                 request.add_prompt_logprobs(result.prompt_logprobs)
             if result.error is not None:
-                self._fail(request, result.error)
+                self._fail(request, result.error)  # and what it has computed is shown to nobody
                 continue
+            self._publish(request)
             token_id = result.token_id
+            if token_id is None or request.kind is RequestKind.DECODE:
+                self._tell_stored(request)  # a prefill that is done tells of all its blocks in its offer
             if token_id is None:
-                self._tell_stored(request)
                 continue
             request.append(token_id)
             reason = request.finish_reason(self._config.max_model_len)
@@ -285,7 +307,15 @@ class Worker:
             logprobs = None if result.logprobs is None else (result.logprobs,)
             prompt_logprobs = request.take_prompt_logprobs()
             outputs.append(
-                Output(request.request_id, request.attempt, (token_id,), logprobs, prompt_logprobs, reason)
+                Output(
+                    request_id=request.request_id,
+                    attempt=request.attempt,
+                    token_ids=(token_id,),
+                    logprobs=logprobs,
+                    prompt_logprobs=prompt_logprobs,
+                    finish_reason=reason,
+                    num_cached_tokens=request.num_cached_tokens or 0,
+                )
             )
         if outputs:
             self._send_outputs(outputs)
@@ -307,20 +337,28 @@ class Worker:
                 self._finish(request)
             self._tell_failed(output.request_id, output.attempt, f"its answer is too long: {error}")
 
+    def _publish(self, request: Request) -> None:
+        """The blocks that are complete now are shared."""
+        block_size, table = self._config.block_size, request.table
+        end = request.num_computed_tokens // block_size
+        if end > table.num_shared and table.lock is not None:
+            tokens = request.token_bytes(table.num_shared * block_size, end * block_size)
+            self._pool.publish(table, tokens)
+
     def _tell_stored(self, request: Request) -> None:
-        """The blocks that a chunk has completed can be pulled while the next one is computed."""
+        """Complete blocks can be pulled while the next ones are computed, and after this worker's death."""
         first, end = request.num_told_blocks, request.num_computed_tokens // self._config.block_size
-        if request.overlap and end > first:
+        if request.tell_blocks and end > first:
             request.num_told_blocks = end
-            refs = self._pool.addresses(request.block_ids(end)[first:])
+            refs = self._pool.addresses(request.table.ids(end)[first:])
             self._channel.send(Stored(request.request_id, request.attempt, first, refs))
 
     def _tell_prefilled(self, request: Request, drawn: Drawn, reason: FinishReason | None) -> None:
         assert drawn.token_id is not None
         offer = None
         if reason is None:
-            num_tokens = request.num_computed_tokens
-            offer = Offer(self._pool.addresses(request.block_ids(request.num_blocks)), num_tokens)
+            table, num_tokens = request.table, request.num_computed_tokens
+            offer = Offer(self._pool.addresses(table.ids(table.num_blocks)), num_tokens)
             self._scheduler.offer(request)
             self._offers.add(request, self._clock())
             del self._requests[request.request_id]
@@ -332,7 +370,7 @@ class Worker:
             token_id=drawn.token_id,
             logprobs=drawn.logprobs,
             prompt_logprobs=request.take_prompt_logprobs(),
-            num_cached_tokens=0,
+            num_cached_tokens=request.num_cached_tokens or 0,
             finish_reason=reason,
             offer=offer,
             load=self.gauges.load(),

@@ -43,7 +43,7 @@ BOTH: dict[str, dict[str, Any]] = {
     "seed": {"temperature": 1, "seed": 123456789},
     "negative seed": {"temperature": 1, "seed": -5},
     "stop strings": SAMPLED | {"stop": [" ", "e", "a", "o"]},
-    "one stop string": SAMPLED | {"stop": "e"},
+    "one stop string": SAMPLED | {"stop": "e", "max_tokens": 64},
     "stop_token_ids": {"temperature": 0, "logit_bias": {"100": 100}, "stop_token_ids": [100]},
     "min_tokens": {"temperature": 0, "logit_bias": {"100": 100}, "stop_token_ids": [100], "min_tokens": 5},
     "min_tokens before a stop string": SAMPLED | {"stop": ["e", "a", " "], "min_tokens": 9},

@@ -28,8 +28,10 @@ from memserve.messages import (
     Prefill,
     Prefilled,
     PullAhead,
+    PullBack,
     Pulled,
     Release,
+    Reserve,
     SamplingParams,
     StepOutputs,
     Stored,
@@ -68,15 +70,20 @@ class FakeWorker:
         self.running: dict[tuple[str, int], tuple[list[int], Decode]] = {}
         self.cancelled: set[tuple[str, int]] = set()
         self.num_stored: dict[tuple[str, int], int] = {}
+        self.pull_backs: list[PullBack] = []
 
     def tell(self, message: ToWorker) -> None:
         match message:
             case Prefill(request_id=rid, attempt=attempt):
                 assert (rid, attempt) not in self.prefills
                 self.prefills[rid, attempt] = message
-            case PullAhead(request_id=rid, attempt=attempt, first_block=first_block):
+            case Reserve(request_id=rid, attempt=attempt):
                 assert (rid, attempt) not in self.cancelled
-                assert first_block == self.ahead.get((rid, attempt), 0), "chunks come in order"
+                self.ahead[rid, attempt] = 0
+            case PullBack():
+                self.pull_backs.append(message)
+            case PullAhead(request_id=rid, attempt=attempt, first_block=first_block):
+                assert first_block == self.ahead[rid, attempt], "chunks come in order, after the Reserve"
                 self.ahead[rid, attempt] = first_block + len(message.refs.blocks)
             case Decode(request_id=rid, attempt=attempt, offer=offer):
                 self.ahead.pop((rid, attempt), None)
@@ -100,7 +107,7 @@ class FakeWorker:
     def store(self, key: tuple[str, int]) -> Stored:
         """A chunk of one block was computed."""
         message = self.prefills[key]
-        assert message.overlap
+        assert message.tell_blocks
         first_block = self.num_stored.get(key, 0)
         self.num_stored[key] = first_block + 1
         refs = BlockRefs(self.instance, self.incarnation, Tier.DEVICE, (first_block,), (1,))
@@ -133,7 +140,7 @@ class FakeWorker:
     def finish_pull(self, key: tuple[str, int], failure: str | None = None) -> Pulled:
         message = self.pulls.pop(key)
         self.running[key] = (unpack_tokens(message.token_ids).tolist(), message)
-        return Pulled(key[0], key[1], 0 if failure else 1, 8, 0.1, failure)
+        return Pulled(key[0], key[1], 0 if failure else 1, 0, 8, 0.1, failure)
 
     def step(self) -> StepOutputs:
         outputs = []
@@ -293,7 +300,7 @@ def test_finished_chunks_are_pulled_ahead() -> None:
     world.assert_idle()
     # 3. nobody is told where no Decode will follow
     world.submit("one", [1, 2, 3], 1)
-    assert not p.prefills["one", 0].overlap
+    assert not p.prefills["one", 0].tell_blocks and not d.ahead
     world.run_out()
 
 
@@ -539,10 +546,10 @@ class DispatcherMachine(RuleBasedStateMachine):
 
     @rule(pick=st.integers(0, 9), which=st.integers(0, 9))
     def store(self, pick: int, which: int) -> None:
-        workers = [w for w in self.world.workers.values() if any(m.overlap for m in w.prefills.values())]
+        workers = [w for w in self.world.workers.values() if any(m.tell_blocks for m in w.prefills.values())]
         if workers:
             worker = workers[pick % len(workers)]
-            keys = [key for key, message in worker.prefills.items() if message.overlap]
+            keys = [key for key, message in worker.prefills.items() if message.tell_blocks]
             self.world.hear(worker, worker.store(keys[which % len(keys)]))
 
     @rule(pick=st.integers(0, 9), fails=st.booleans())

@@ -43,6 +43,7 @@ from memserve.messages import (
 from memserve.model_config import KVGeometry, ModelConfig, RopeConfig, load_model_config
 from memserve.models.checkpoint import tensor_shapes
 from memserve.pool.arena import Arena, ArenaFds
+from memserve.pool.index import Index
 from memserve.pool.mempool import MemPool
 from memserve.workers.channel import MessageTooLong, ReceivedGrant
 from memserve.workers.steps import Chunk, Drawn
@@ -80,7 +81,7 @@ class HashRunner:
         assert num_new > 0
         start = request.num_computed_tokens
         stop = start + num_new
-        table = request.block_ids(-(-stop // self.block_size))
+        table = request.table.ids(-(-stop // self.block_size))
         slots = table[np.arange(stop) // self.block_size], np.arange(stop) % self.block_size
         lane = self.kv[:, 0, 0, 0, :, 0]
         lane[slots[0][start:], slots[1][start:]] = torch.from_numpy(
@@ -181,6 +182,7 @@ def make_worker_config(**changes) -> WorkerConfig:
         "max_running": 8,
         "max_step_ms": None,
         "threads": 1,
+        "caches": False,
     }
     return WorkerConfig(**{**fields, **changes})
 
@@ -211,10 +213,13 @@ class Rig:
         """Step until there is nothing to do, waiting for pulls that are under way."""
         for _ in range(max_steps):
             if not self.worker.step():
-                if not self.worker._scheduler.pulling and not self.worker._pulls:
+                if not self.worker._scheduler.pulling and not self._is_pulling():
                     return
                 time.sleep(0.001)
         raise AssertionError(f"still busy after {max_steps} steps")
+
+    def _is_pulling(self) -> bool:
+        return bool(self.worker._pulls or self.worker._pull_backs)
 
     def grant_to(self, other: Rig, incarnation: int = 0) -> None:
         """Let another worker read this one's arena."""
@@ -227,7 +232,7 @@ class Rig:
         """No request, no offer, no block in use."""
         load = self.worker.gauges.load()
         assert (load.num_waiting, load.num_running, load.num_pulling, load.num_offers) == (0, 0, 0, 0)
-        assert not self.worker._requests and not self.worker._pulls
+        assert not self.worker._requests and not self._is_pulling()
         self.pool.assert_idle()
 
 
@@ -257,8 +262,11 @@ class Rigs:
             arena.kv[torch.from_numpy(np.asarray(block_ids))] = torch.nan
 
         options = {} if copy is None else {"copy": copy}
-        pool = MemPool(arena, config.instance, 0, lambda: None, on_free=poison, **options)
         channel, grants, clock = FakeChannel(), FakeGrants(), Clock()
+        index = Index(config.block_size) if config.caches else None
+        pool = MemPool(
+            arena, config.instance, 0, lambda: None, index=index, clock=clock, on_free=poison, **options
+        )
         runner = runner_of(pool.kv, config.block_size)
         worker = Worker(config, channel, grants, pool, runner, clock)
         rig = Rig(config, worker, channel, grants, pool, runner, clock, fds)

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from memserve.messages import Cancel, Prefill, PullAhead, Release, Stored
+from memserve.messages import Cancel, Prefill, PullAhead, Release, Reserve, Stored
 
 BLOCK_SIZES = (1, 4, 16)
 
@@ -35,7 +35,8 @@ class Pair:
     ):
         """Run the prefill step by step, handing every finished chunk on; what was heard."""
         message = self.tools.prefill(request_id, prompt, **sampling)
-        self.p.send(msgspec.structs.replace(message, overlap=True))
+        self.p.send(msgspec.structs.replace(message, tell_blocks=True))
+        self.d.send(Reserve(request_id, message.attempt, message.token_ids))
         heard = []
         while self.p.worker.step():
             for said in self.p.take():
@@ -145,13 +146,14 @@ def test_a_chunk_that_fails_ends_what_counts(make_rig, tools, good_blocks):
 def test_chunks_that_do_not_follow_are_left_to_the_decode(make_rig, tools):
     pair = Pair(make_rig, tools)
     prompt = tools.prompt(100)
-    message = msgspec.structs.replace(tools.prefill("a", prompt, max_tokens=6), overlap=True)
+    message = msgspec.structs.replace(tools.prefill("a", prompt, max_tokens=6), tell_blocks=True)
     assert isinstance(message, Prefill)
     pair.p.send(message)
     pair.p.run()
     said = pair.p.take()
     # the second chunk first: it is not taken, nor is what comes after it
     stored = [item for item in said if isinstance(item, Stored)]
+    pair.d.send(Reserve("a", 0, message.token_ids))
     for item in stored[1:]:
         pair.d.send(PullAhead("a", 0, item.first_block, item.refs))
     pair.d.run()
@@ -167,12 +169,14 @@ def test_a_newer_attempt_replaces_what_was_pulled(make_rig, tools):
     pair = Pair(make_rig, tools)
     prompt = tools.prompt(60)
     pair.prefill("a", prompt)
-    old = pair.d.worker._pulls._ahead["a"].num_blocks
+    old = pair.d.worker._pulls._ahead["a"].table.num_blocks
     assert old == 12
     refs = pair.p.pool.addresses(np.arange(2))
+    tokens = tools.prefill("a", prompt).token_ids
+    pair.d.send(Reserve("a", 1, tokens), Reserve("a", 0, tokens))
     pair.d.send(PullAhead("a", 1, 0, refs), PullAhead("a", 0, old, refs))
     pair.d.run()
-    assert pair.d.worker._pulls._ahead["a"].num_blocks == 2
+    assert pair.d.worker._pulls._ahead["a"].table.num_blocks == 2
     pair.d.send(Cancel("a", 1))
     pair.p.send(Release("a", 0))
     pair.p.run()
@@ -185,7 +189,7 @@ def test_blocks_pulled_ahead_give_way(make_rig, tools):
     prompt = tools.prompt(60, 1)
     # 1. 12 of D's 20 blocks are taken ahead of b
     first = pair.prefill("b", prompt, max_tokens=8)
-    assert pair.d.pool.num_free == 8
+    assert pair.d.pool.num_available == 8
     # 2. a needs 13
     other = tools.prompt(50, 2)
     pair.d.send(tools.decode("a", other, max_tokens=4))

@@ -258,12 +258,12 @@ def test_cancel_during_the_copy_frees_the_blocks_only_when_it_has_stopped(pair, 
         d.send(Cancel("a", 0))
         d.worker.step()
         assert d.worker.gauges.load().num_pulling == 0
-        assert d.pool.num_free == 64 - 8
+        assert d.pool.num_available == 64 - 8
         # 2. The same request may come again meanwhile, and gets other blocks.
         tokens = prompt + tools.expected(prompt, 1)
         d.send(tools.decode("a", tokens, num_prompt=30, max_tokens=10, attempt=1))
         d.worker.step()
-        assert d.pool.num_free == 64 - 16
+        assert d.pool.num_available == 64 - 16
     finally:
         go_on.set()
     # 3. The copy ends, and with the request everything is free.

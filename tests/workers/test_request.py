@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from memserve.messages import FinishReason, TokenLogprobs
 from memserve.workers.request import Request, RequestKind, RequestState
 
@@ -21,17 +19,6 @@ def test_tokens_grow(tools):
         request.append(token_id)
     assert request.tokens(0, request.num_tokens).tolist() == [1, 2, 3, *range(500)]
     assert request.output_ids == list(range(500)) and request.prompt_ids.tolist() == [1, 2, 3]
-
-
-def test_blocks_grow_and_are_taken(tools):
-    request = Request.of(tools.decode("a", [1]), 0)
-    for block in range(100):
-        request.add_blocks(np.array([block, block + 1000]))
-    assert request.num_blocks == 200 and request.block_ids(3).tolist() == [0, 1000, 1]
-    taken = request.take_blocks()
-    assert len(taken) == 200 and request.num_blocks == 0
-    request.add_blocks(np.array([7]))
-    assert taken[0] == 0, "what was taken is not written to any more"
 
 
 def test_finish_counts_from_the_prompt(tools):

@@ -236,7 +236,7 @@ def test_a_row_that_is_not_a_number_fails_alone(make_real_rig, tools, requests, 
     )
     rig.worker.step()
     bad = rig.worker._requests["bad"]
-    rig.pool.kv[int(bad.block_ids(1)[0])] = torch.nan
+    rig.pool.kv[int(bad.table.ids(1)[0])] = torch.nan
     rig.run()
     messages = rig.take()
     assert "not a number" in tools.Transcript.of(messages, "bad").failed

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from memserve.messages import BlockRefs, Decode, Offer, Prefill, SamplingParams, Tier, pack_tokens
+from memserve.pool.block_table import BlockTable
 from memserve.step_memory import MAX_LOGIT_ROWS
 from memserve.workers.budget import StepBudget
 from memserve.workers.request import Request, RequestKind, RequestState
@@ -23,7 +24,7 @@ class Blocks:
         self.free = set(range(num_blocks))
 
     @property
-    def num_free(self) -> int:
+    def num_available(self) -> int:
         return len(self.free)
 
     def alloc_mem(self, num_blocks: int):
@@ -33,10 +34,15 @@ class Blocks:
         self.free -= set(taken)
         return np.array(taken, dtype=np.int64)
 
-    def free_mem(self, block_ids) -> None:
-        ids = set(np.asarray(block_ids).tolist())
+    def acquire(self, tokens: bytes, salt: str) -> BlockTable:
+        return BlockTable()
+
+    def release(self, table: BlockTable) -> None:
+        block_ids = table.ids(table.num_blocks).tolist()
+        ids = set(block_ids)
         assert len(ids) == len(block_ids) and not ids & self.free, "freed twice"
         self.free |= ids
+        table.num_blocks = 0
 
 
 def make_request(arrival: int, num_tokens: int, *, kind=Decode, offer_tokens: int = 0, **sampling) -> Request:
@@ -145,7 +151,7 @@ def test_too_large_is_refused_and_the_next_one_runs(make_scheduler):
     plan, chunks = run_step(scheduler, budget)
     assert [r.request.arrival for r in plan.refused] == [1] and chunks == []
     assert plan.refused[0].request.state is RequestState.FINISHED
-    assert blocks.num_free == 4
+    assert blocks.num_available == 4
 
 
 def test_a_lone_request_waits_for_offered_blocks(make_scheduler):
@@ -154,13 +160,13 @@ def test_a_lone_request_waits_for_offered_blocks(make_scheduler):
     run_step(scheduler, budget)
     offered = scheduler.running[0]
     scheduler.offer(offered)
-    assert offered.state is RequestState.OFFERED and blocks.num_free == 3
+    assert offered.state is RequestState.OFFERED and blocks.num_available == 3
     scheduler.add(make_request(1, 12))
     assert run_step(scheduler, budget)[1] == [(1, 12)]
     # It needs a fourth block for its next token: that is offered, and comes back.
     assert run_step(scheduler, budget)[1] == []
     assert scheduler.num_preemptions == 0
-    blocks.free_mem(offered.take_blocks())
+    blocks.release(offered.table)
     assert run_step(scheduler, budget)[1] == [(1, 1)]
 
 
@@ -173,7 +179,7 @@ def test_a_pull_takes_a_seat_and_blocks_but_no_budget(make_scheduler):
     plan, chunks = run_step(scheduler, budget)
     assert chunks == [(0, 16)]
     assert [r.arrival for r in plan.pulls] == [1, 2]
-    assert blocks.num_free == 64 - 25 - 6 - 6
+    assert blocks.num_available == 64 - 25 - 6 - 6
     # One arrives whole, of the other the first half: the rest is computed here.
     scheduler.pulled(plan.pulls[0], 20)
     assert run_step(scheduler, budget)[1] == [(1, 1), (0, 16)]
@@ -228,7 +234,7 @@ class History(RuleBasedStateMachine):
             assert request.state is RequestState.RUNNING
             stop = request.num_computed_tokens + num_new
             assert num_new > 0 and stop <= request.num_tokens
-            assert stop <= request.num_blocks * self.block_size
+            assert stop <= request.table.num_blocks * self.block_size
             request.num_computed_tokens = stop
             if stop == request.num_tokens:
                 request.append(0)
@@ -248,7 +254,7 @@ class History(RuleBasedStateMachine):
     @rule(data=st.data())
     def release(self, data):
         request = self.offered.pop(data.draw(st.integers(0, len(self.offered) - 1)))
-        self.blocks.free_mem(request.take_blocks())
+        self.blocks.release(request.table)
 
     @precondition(lambda self: self.alive)
     @rule(data=st.data())
@@ -256,15 +262,15 @@ class History(RuleBasedStateMachine):
         request = data.draw(st.sampled_from(self.alive))
         if request.state is RequestState.PULLING:
             self.scheduler.abandon_pull(request)
-            self.blocks.free_mem(request.take_blocks())
+            self.blocks.release(request.table)
         else:
             self.scheduler.finish(request)
 
     @invariant()
     def every_block_has_one_owner(self):
-        held = [b for r in [*self.alive, *self.offered] for b in r.block_ids(r.num_blocks).tolist()]
+        held = [b for r in [*self.alive, *self.offered] for b in r.table.ids(r.table.num_blocks).tolist()]
         assert sorted([*held, *self.blocks.free]) == list(range(self.blocks.num_blocks))
-        assert all(request.num_blocks == 0 for request in self.scheduler.waiting)
+        assert all(request.table.num_blocks == 0 for request in self.scheduler.waiting)
 
     @invariant()
     def queues_are_in_order(self):
@@ -282,8 +288,8 @@ class History(RuleBasedStateMachine):
             for request in tuple(self.scheduler.pulling):
                 self.scheduler.pulled(request, 3)
             while self.offered:
-                self.blocks.free_mem(self.offered.pop().take_blocks())
-        assert not self.alive and self.blocks.num_free == self.blocks.num_blocks
+                self.blocks.release(self.offered.pop().table)
+        assert not self.alive and self.blocks.num_available == self.blocks.num_blocks
 
 
 History.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
