@@ -167,7 +167,7 @@ COUNT = click.IntRange(1, 64)
 @_option("--max-model-len", "Most tokens of prompt and answer [default: what fits].", type=_at_least(2))
 @_option(
     "--transfer",
-    "When a prompt's KV is pulled: after it is computed, or chunk by chunk beside it.",
+    "When a prompt's KV is pulled: after it is computed, or beside it, chunk by chunk or layer by layer.",
     type=click.Choice(get_args(Transfer)),
 )
 @_option(

@@ -26,7 +26,7 @@ class Role(StrEnum):
 DeviceKind = Literal["auto", "cpu", "cuda"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "dummy"]
-Transfer = Literal["request", "chunk"]
+Transfer = Literal["request", "chunk", "layer"]
 # The paper's milestones PD-Basic, PD-Caching-1, -2 and -3.
 Caching = Literal["off", "prefill", "both", "full"]
 LogLevel = Literal["debug", "info", "warning", "error"]

@@ -95,7 +95,9 @@ class BlockRefs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Offer(msgspec.Struct, frozen=True, array_like=True):
-    """KV of the first `num_tokens` tokens of a request: `refs` are its blocks from `first_block` on. Those of a prefill are locked there until `Release`; others are good while their generations are.
+    """KV of the first `num_tokens` tokens of a request: `refs` are its blocks from `first_block` on.
+
+    Those of a prefill are locked there until `Release`; others are good while their generations are.
     """
 
     refs: BlockRefs
@@ -142,8 +144,8 @@ class Prefill(_Message, frozen=True, array_like=True, tag=True):
 
     `token_ids` are the prompt and, on a replay, the tokens drawn so far; `num_prompt_tokens` says where the
     prompt ends (penalties, max_tokens and logprobs count from there). With `tell_blocks` every block is told
-    by `Stored` as soon as it is complete, so that it can be pulled while the rest is computed. `offer` is KV
-    to be had elsewhere.
+    by `Stored` as soon as it is complete, so that it can be pulled while the rest is computed; with
+    `tell_layers` already when the step begins that will complete it. `offer` is KV to be had elsewhere.
     """
 
     request_id: str
@@ -153,6 +155,7 @@ class Prefill(_Message, frozen=True, array_like=True, tag=True):
     sampling: SamplingParams
     cache_salt: str = ""
     tell_blocks: bool = False
+    tell_layers: bool = False
     offer: Offer | None = None
 
 
@@ -169,13 +172,15 @@ class Reserve(_Message, frozen=True, array_like=True, tag=True):
 
 class PullAhead(_Message, frozen=True, array_like=True, tag=True):
     """Blocks of a request that was reserved: start to pull them, from block `first_block` of the sequence on.
-    Only a hint: what is not pulled ahead is pulled, or recomputed, with the `Decode`.
+    Only a hint: what is not pulled ahead is pulled, or recomputed, with the `Decode`. With `layers_from` they
+    are being computed (see `Stored`).
     """
 
     request_id: str
     attempt: int
     first_block: int
     refs: BlockRefs
+    layers_from: int | None = None
 
 
 class Decode(_Message, frozen=True, array_like=True, tag=True):
@@ -291,12 +296,15 @@ class Stored(_Message, frozen=True, array_like=True, tag=True):
     """More blocks of a request are complete, from block `first_block` of the sequence on.
 
     They are kept as long as the request runs here and its offer stands; after that their generations tell.
+    With `layers_from` the step that completes them only begins: layer l of them can be read when the owner's
+    progress has reached `layers_from` + l + 1.
     """
 
     request_id: str
     attempt: int
     first_block: int
     refs: BlockRefs
+    layers_from: int | None = None
 
 
 class Pulled(_Message, frozen=True, array_like=True, tag=True):
@@ -373,7 +381,7 @@ ToRouter = (
 class ArenaGrant(_Message, frozen=True, array_like=True, tag=True):
     """Comes with two descriptors [arena, generations] by SCM_RIGHTS: the worker's own (read-write) or a
     peer's (opened read-only). `arena` is a sparse memfd of `num_blocks * block_bytes`; `generations` of
-    `num_blocks` uint64.
+    `generation_table_bytes(num_blocks)`: a uint64 for each block, and one for the owner's progress.
     """
 
     instance: str
@@ -398,6 +406,12 @@ class RevokeGrant(_Message, frozen=True, array_like=True, tag=True):
 
 
 Grant = ArenaGrant | WeightsGrant | RevokeGrant
+
+
+def generation_table_bytes(num_blocks: int) -> int:
+    """Size of the memfd that comes second with an `ArenaGrant`."""
+    return 8 * (num_blocks + 1)
+
 
 _encoder = msgspec.msgpack.Encoder()
 _to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)

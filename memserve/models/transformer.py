@@ -6,6 +6,8 @@ arena it is given and returns logits. Inference only; call it under `torch.infer
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,10 @@ from memserve.kernels.rotary import rotate_, rotation_table
 from memserve.model_config import ModelConfig
 from memserve.models.step import StepTensors
 from memserve.models.weights import LayerWeights, Weights
+
+
+def _ignore() -> None:
+    pass
 
 
 class Transformer:
@@ -45,13 +51,14 @@ class Transformer:
         self._num_q = model.num_heads * model.head_dim
         self._scale = model.head_dim**-0.5
 
-    def forward(self, step: StepTensors, kv: Tensor) -> Tensor:
+    def forward(self, step: StepTensors, kv: Tensor, on_layer: Callable[[], None] = _ignore) -> Tensor:
         """Run one step.
 
         Args:
             step: the tokens, built for this model and the arena's block size.
             kv: the arena [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]; the step's slots
                 are written, the blocks of its sequences read.
+            on_layer: told after each layer's K and V are in the arena (on a GPU: enqueued).
 
         Returns:
             Logits, float32 [len(step.logit_rows), vocab_size], row by row as `step.logit_rows`.
@@ -63,6 +70,7 @@ class Transformer:
         for index, layer in enumerate(weights.layers[:-1]):
             q, new = self._project(layer, x, rotations)
             store_kv(kv, index, new, step.store)
+            on_layer()
             plan = step.plans[model.sliding_window[index]]
             x = layer.o.plus(paged_attention(q, new, kv, index, plan, self._scale), x)
             x = layer.down.plus(layer.gate_up(rms_norm(x, layer.post_norm, model.rms_norm_eps)), x)
@@ -70,6 +78,7 @@ class Transformer:
         index, layer = model.num_layers - 1, weights.layers[-1]
         q, new = self._project(layer, x, rotations)
         store_kv(kv, index, new, step.store)
+        on_layer()
         if step.final is None:
             return torch.empty((0, model.vocab_size), dtype=torch.float32, device=self.device)
         if len(step.logit_rows) < len(x):

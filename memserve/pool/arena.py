@@ -2,6 +2,7 @@
 
     arena        [num_blocks, num_layers, 2 (K, V), num_kv_heads, block_size, head_dim], contiguous
     generations  [num_blocks] uint64: version of each block's content, see allocator.py
+    progress     one uint64 behind them: how far the owner's computing has got, layer by layer
 
 A block holds the K and V of all layers (MemServe §Memory layout: block aggregation), so it is one run of
 `block_bytes`, and neighbouring blocks are one longer run. On a CPU worker both parts are memfds that the
@@ -23,11 +24,11 @@ import torch
 from numpy.typing import NDArray
 
 from memserve import memfd
-from memserve.messages import ArenaGrant
+from memserve.messages import ArenaGrant, generation_table_bytes
 from memserve.model_config import KVGeometry
 from memserve.torch_dtypes import TORCH_DTYPES
 
-_GENERATION_BYTES = 8
+_PROGRESS_BITS = 40
 
 
 class ArenaFds(NamedTuple):
@@ -35,6 +36,35 @@ class ArenaFds(NamedTuple):
 
     arena: int
     generations: int
+
+
+class Progress:
+    """The owner's count of layers whose K and V are written, in shared memory, for those who pull a
+    chunk while it is being computed.
+
+        word = incarnation << 40 | layers written in this incarnation, of all steps together
+
+    Chunks of a step are written layer by layer together, so one word tells of all of them: layer l of a step
+    that began at count c can be read from count c + l + 1 on. A step that fails leaves its count behind; what
+    was promised of it must be freed, so that no reader verifies it.
+    """
+
+    def __init__(self, word: NDArray[np.uint64], incarnation: int) -> None:
+        assert word.shape == (1,)
+        self._word = word
+        self._base = incarnation << _PROGRESS_BITS
+        self._count = 0
+        word[0] = self._base
+
+    @property
+    def count(self) -> int:
+        """Layers written so far."""
+        return self._count
+
+    def advance(self) -> None:
+        """One layer more."""
+        self._count += 1
+        self._word[0] = self._base | self._count
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +80,7 @@ class Arena:
     kv: torch.Tensor
     blocks: NDArray[np.uint8] | None
     generations: NDArray[np.uint64]
+    progress: NDArray[np.uint64]
 
     @classmethod
     def map(cls, geometry: KVGeometry, num_blocks: int, fds: ArenaFds) -> Arena:
@@ -58,15 +89,17 @@ class Arena:
         Raises MemoryError_ if they are smaller than the pool.
         """
         data = memfd.map_bytes(fds.arena, num_blocks * geometry.block_bytes, writable=True)
-        table = memfd.map_bytes(fds.generations, num_blocks * _GENERATION_BYTES, writable=True)
+        table = memfd.map_bytes(fds.generations, generation_table_bytes(num_blocks), writable=True)
         kv = torch.from_numpy(data).view(TORCH_DTYPES[geometry.dtype]).view(_shape(geometry, num_blocks))
-        return cls(geometry, kv, data.reshape(num_blocks, geometry.block_bytes), table.view(np.uint64))
+        words, blocks = table.view(np.uint64), data.reshape(num_blocks, geometry.block_bytes)
+        return cls(geometry, kv, blocks, words[:num_blocks], words[num_blocks:])
 
     @classmethod
     def on_device(cls, geometry: KVGeometry, num_blocks: int, device: torch.device) -> Arena:
         """One zeroed allocation on `device`, which no other process can map."""
         kv = torch.zeros(_shape(geometry, num_blocks), dtype=TORCH_DTYPES[geometry.dtype], device=device)
-        return cls(geometry, kv, None, np.zeros(num_blocks, dtype=np.uint64))
+        words = np.zeros(num_blocks + 1, dtype=np.uint64)
+        return cls(geometry, kv, None, words[:num_blocks], words[num_blocks:])
 
     @property
     def num_blocks(self) -> int:
@@ -76,14 +109,16 @@ class Arena:
 
 @dataclass(frozen=True, slots=True)
 class PeerArena:
-    """Another instance's arena, mapped read-only: `blocks` uint8 [num_blocks, block_bytes], `generations`.
+    """Another instance's arena, mapped read-only: `blocks` uint8 [num_blocks, block_bytes], `generations`,
+    `progress`.
 
-    Both change under the reader; `generations` tells which blocks did.
+    All change under the reader; `generations` tells which blocks did.
     """
 
     instance: str
     blocks: NDArray[np.uint8]
     generations: NDArray[np.uint64]
+    progress: NDArray[np.uint64]
 
     @classmethod
     def map(cls, grant: ArenaGrant, fds: ArenaFds) -> PeerArena:
@@ -92,8 +127,14 @@ class PeerArena:
         Raises MemoryError_ if they are smaller than the grant says.
         """
         data = memfd.map_bytes(fds.arena, grant.num_blocks * grant.block_bytes, writable=False)
-        table = memfd.map_bytes(fds.generations, grant.num_blocks * _GENERATION_BYTES, writable=False)
-        return cls(grant.instance, data.reshape(grant.num_blocks, grant.block_bytes), table.view(np.uint64))
+        table = memfd.map_bytes(fds.generations, generation_table_bytes(grant.num_blocks), writable=False)
+        words, blocks = table.view(np.uint64), data.reshape(grant.num_blocks, grant.block_bytes)
+        return cls(grant.instance, blocks, words[: grant.num_blocks], words[grant.num_blocks :])
+
+    def layers_written(self, incarnation: int) -> int:
+        """`Progress.count` of that life of the owner; 0 once another has begun."""
+        life, count = divmod(int(self.progress[0]), 1 << _PROGRESS_BITS)
+        return count if life == incarnation else 0
 
 
 def _shape(geometry: KVGeometry, num_blocks: int) -> tuple[int, ...]:

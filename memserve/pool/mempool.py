@@ -29,7 +29,7 @@ from memserve import memfd
 from memserve.errors import MemserveError
 from memserve.messages import ArenaGrant, BlockRefs, Tier
 from memserve.pool.allocator import BlockAllocator, BlockIds
-from memserve.pool.arena import Arena, ArenaFds, PeerArena
+from memserve.pool.arena import Arena, ArenaFds, PeerArena, Progress
 from memserve.pool.block_table import BlockTable
 from memserve.pool.index import Index
 from memserve.pool.transports.base import FailedPull, Pull
@@ -82,7 +82,10 @@ class MemPool:
         self._wake = wake
         self._allocator = BlockAllocator(arena.num_blocks, arena.generations, on_free)
         # An arena the host cannot address has no way to pull yet: its peers are unknown, every pull a miss.
-        self._transfer = None if arena.blocks is None else ShmTransfer(arena.blocks, wake, copy=copy)
+        self._progress = Progress(arena.progress, incarnation)
+        self._transfer = None
+        if arena.blocks is not None:
+            self._transfer = ShmTransfer(arena.blocks, wake, num_layers=arena.geometry.num_layers, copy=copy)
         self._is_populated = False
         self._unpopulated: dict[str, PeerArena] = {}
         self._populating: list[threading.Thread] = []
@@ -197,6 +200,10 @@ class MemPool:
         table.share(extended.blocks)
         self._allocator.free(extended.duplicates)
 
+    def renew(self, table: BlockTable) -> None:
+        """What was told of the table's own blocks does not hold: their addresses no longer verify."""
+        self._allocator.renew(table.ids(table.num_blocks)[table.num_shared :])
+
     def release(self, table: BlockTable) -> None:
         """The sequence is over: its own blocks are free, the shared ones historical. The table is empty."""
         own = table.ids(table.num_blocks)[table.num_shared :].copy()
@@ -245,16 +252,23 @@ class MemPool:
         if self._transfer is not None:
             self._transfer.remove_peer(instance)
 
-    def fetch(self, refs: BlockRefs, into: ArrayLike) -> Pull:
+    @property
+    def progress(self) -> Progress:
+        """Whoever computes into our blocks tells here how far it has got, layer by layer."""
+        return self._progress
+
+    def fetch(self, refs: BlockRefs, into: ArrayLike, layers_from: int | None = None) -> Pull:
         """Pull blocks at `refs` into our blocks `into`, in order: the paper's `transfer`, by the receiver.
 
+        With `layers_from` they are being computed: each layer is copied as soon as the owner's progress says
+        that it is there (the paper's by-layer mode).
         Never raises or waits: an unknown peer, a full queue, bad addresses are results. The caller holds
         `into` and may not free it before the pull has a result.
         """
         if self._transfer is None:
             self._wake()
             return FailedPull(f"unknown peer {refs.instance}")
-        return self._transfer.begin(refs, np.asarray(into, dtype=np.int64))
+        return self._transfer.begin(refs, np.asarray(into, dtype=np.int64), layers_from)
 
     # --- life --------------------------------------------------------------------------------------------
 

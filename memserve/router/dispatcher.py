@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from memserve.config import Transfer
 from memserve.errors import EngineError, MemserveError, Overloaded, RequestError
 from memserve.messages import (
     Cancel,
@@ -71,15 +72,15 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class DispatcherLimits:
     """Bounds. A request is given up as a killer of workers when more than `max_deaths` died under it, or more
-    than `max_deaths_in_vain` in a row without its getting on by a single token. `overlap`: finished chunks of
-    a prompt are pulled while the next is computed. `pull_back`: what was generated goes back to the worker
-    that had prefilled the prompt (PD-Caching-3).
+    than `max_deaths_in_vain` in a row without its getting on by a single token. `transfer`: whether a
+    prompt's KV is pulled when it is computed, or chunk by chunk or layer by layer beside it. `pull_back`:
+    what was generated goes back to the worker that had prefilled the prompt (PD-Caching-3).
     """
 
     max_waiting: int = 512
     max_deaths: int = 10
     max_deaths_in_vain: int = 3
-    overlap: bool = False
+    transfer: Transfer = "request"
     pull_back: bool = False
     request_timeout_s: float = 3600.0
 
@@ -205,7 +206,7 @@ class Dispatcher:
             placement.prefill, num_tokens=num_tokens, outstanding_tokens=num_tokens
         )
         request.phase = Phase.PREFILLING
-        overlaps = self.limits.overlap and request.decode is not None
+        overlaps = self.limits.transfer != "request" and request.decode is not None
         token_ids = pack_tokens(request.tokens)
         self._send(
             request.prefill,
@@ -217,6 +218,7 @@ class Dispatcher:
                 sampling=request.sampling,
                 cache_salt=request.cache_salt,
                 tell_blocks=overlaps,
+                tell_layers=overlaps and self.limits.transfer == "layer",
                 offer=request.salvage,
             ),
         )
@@ -279,8 +281,16 @@ class Dispatcher:
         request = self._asked(stored.request_id, stored.attempt)
         if request is not None and request.phase is Phase.PREFILLING and _sits(request.prefill, event):
             if request.is_reserved and request.decode is not None:
-                ahead = PullAhead(stored.request_id, stored.attempt, stored.first_block, stored.refs)
-                self._send(request.decode, ahead)
+                self._send(
+                    request.decode,
+                    PullAhead(
+                        request_id=stored.request_id,
+                        attempt=stored.attempt,
+                        first_block=stored.first_block,
+                        refs=stored.refs,
+                        layers_from=stored.layers_from,
+                    ),
+                )
         elif request is not None and request.stored is not None and _sits(request.decode, event):
             request.stored.add(stored.first_block, stored.refs)
         else:

@@ -21,10 +21,15 @@ from dataclasses import dataclass
 
 from memserve.config import WorkerConfig
 from memserve.memfd import create_memfd, reopen_readonly
-from memserve.messages import ArenaGrant, Grant, Tier, WeightsGrant, encode_grant
+from memserve.messages import (
+    ArenaGrant,
+    Grant,
+    Tier,
+    WeightsGrant,
+    encode_grant,
+    generation_table_bytes,
+)
 from memserve.model_config import KVGeometry, weights_bytes_upper_bound
-
-GENERATION_BYTES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +79,9 @@ class SharedMemory:
         block_bytes = KVGeometry.of(config.model, config.block_size, config.dtype).block_bytes
         self._arenas[name] = _Arena(
             blocks=_Shared.create(f"{name}-arena", num_blocks * block_bytes, descriptors),
-            generations=_Shared.create(f"{name}-generations", num_blocks * GENERATION_BYTES, descriptors),
+            generations=_Shared.create(
+                f"{name}-generations", generation_table_bytes(num_blocks), descriptors
+            ),
             num_blocks=num_blocks,
             block_bytes=block_bytes,
         )

@@ -36,7 +36,7 @@ class Fetcher(Protocol):
     def alloc_mem(self, num_blocks: int, /) -> BlockIds | None: ...
     def acquire(self, tokens: bytes, salt: str, /) -> BlockTable: ...
     def release(self, table: BlockTable, /) -> None: ...
-    def fetch(self, refs: BlockRefs, into: BlockIds, /) -> Pull: ...
+    def fetch(self, refs: BlockRefs, into: BlockIds, layers_from: int | None = None, /) -> Pull: ...
 
 
 class _Entry(NamedTuple):
@@ -160,7 +160,7 @@ class Pulls:
         if block_ids is None:
             return
         ahead.table.append(block_ids)
-        ahead.parts.append(_Part(self._pool.fetch(refs, block_ids), len(block_ids)))
+        ahead.parts.append(_Part(self._pool.fetch(refs, block_ids, message.layers_from), len(block_ids)))
 
     def claim(self, request: Request) -> None:
         """The request has come: what was pulled ahead for this attempt is its first blocks from now on."""

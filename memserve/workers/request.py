@@ -58,7 +58,7 @@ class Request:
     (any more). `num_cached_tokens` were found in the pool when the request was first admitted (None before).
     `offer` is KV to be pulled; None when there is none, or no longer. `leader` computes or pulls the first
     `num_common_tokens` of a waiting request, which is admitted when they are there. `tell_blocks`: the router
-    hears of each block as it fills, `num_told_blocks` so far.
+    hears of each block as it fills, `num_told_blocks` so far; `tell_layers`: already when the step begins.
     """
 
     request_id: str
@@ -80,6 +80,7 @@ class Request:
     leader: Request | None = None
     num_common_tokens: int = 0
     tell_blocks: bool = False
+    tell_layers: bool = False
     num_told_blocks: int = 0
     _tokens: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32), repr=False)
 
@@ -106,6 +107,7 @@ class Request:
             prompt_logprobs=[None] if reports_prompt else None,
             cache_salt=message.cache_salt,
             tell_blocks=message.tell_blocks,
+            tell_layers=isinstance(message, Prefill) and message.tell_layers,
             _tokens=tokens,
         )
 

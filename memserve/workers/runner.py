@@ -6,7 +6,7 @@ numbers mean to the models and kernels, and what happens with the tokens to the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import numpy as np
@@ -27,9 +27,19 @@ Piece = tuple[NDArray[np.int32], SequenceSlice, LogitRows]
 
 
 class ModelRunner:
-    """Runs chunks through a transformer over the arena `kv`, whose blocks hold `block_size` tokens."""
+    """Runs chunks through a transformer over the arena `kv`, whose blocks hold `block_size` tokens.
 
-    def __init__(self, transformer: Transformer, kv: torch.Tensor, block_size: int) -> None:
+    `on_layer` is told after each layer's K and V of a step are written.
+    """
+
+    def __init__(
+        self,
+        transformer: Transformer,
+        kv: torch.Tensor,
+        block_size: int,
+        on_layer: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._on_layer = on_layer
         self._transformer = transformer
         self._kv = kv
         self._block_size = block_size
@@ -40,7 +50,7 @@ class ModelRunner:
         pieces, num_rows = self._lay_out(chunks)
         transformer = self._transformer
         step = build_step(pieces, transformer.model, self._block_size, transformer.device, transformer.dtype)
-        logits = transformer.forward(step, self._kv)
+        logits = transformer.forward(step, self._kv, self._on_layer)
         return _draw(chunks, num_rows, logits)
 
     def _lay_out(self, chunks: Sequence[Chunk]) -> tuple[list[Piece], list[int]]:

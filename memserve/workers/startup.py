@@ -75,7 +75,7 @@ def start(init: Init, channel: SocketChannel, grants: GrantSocket) -> tuple[Work
     index = Index(config.block_size) if config.caches else None
     pool = MemPool(arena, config.instance, init.incarnation, doorbell.ring, index=index)
     transformer = Transformer(config.model, weights, config.max_model_len, device, dtype)
-    runner = ModelRunner(transformer, pool.kv, config.block_size)
+    runner = ModelRunner(transformer, pool.kv, config.block_size, pool.progress.advance)
     worker = Worker(config, channel, grants, pool, runner)
     # Those there are now are populated before the first step is timed.
     for peer in (*granted.peers, *grants.receive()):

@@ -39,6 +39,7 @@ from memserve.messages import (
     Stored,
     ToWorker,
 )
+from memserve.model_config import blocks_for
 from memserve.pool.mempool import MemPool
 from memserve.workers.budget import StepBudget, pair_cost
 from memserve.workers.channel import Channel, Doorbell, GrantSource, MessageTooLong, ReceivedGrant
@@ -121,6 +122,7 @@ class Worker:
             if self._scheduler.is_stuck and not plan.pulls:
                 return self._pulls.make_room()
             return bool(plan.pulls)  # a pull that could not begin has ended already, and rings no bell
+        self._announce(plan.chunks)
         self.gauges.begin_step()
         drawn = self._execute(plan.chunks)
         step_ms = self.gauges.count_step(tally)
@@ -254,6 +256,27 @@ class Worker:
 
     # --- computing and telling ---
 
+    def _announce(self, chunks: Sequence[Chunk]) -> None:
+        """Tell of the blocks that this step will complete, where each layer is to be pulled once it is there.
+
+        The last chunk's partial block is among them: nothing more will be written to it here.
+        """
+        block_size = self._config.block_size
+        for request, num_new in chunks:
+            if not request.tell_layers:
+                continue
+            stop = request.num_computed_tokens + num_new
+            is_last = stop == request.num_tokens
+            first, end = (
+                request.num_told_blocks,
+                blocks_for(stop, block_size) if is_last else stop // block_size,
+            )
+            if end > first:
+                request.num_told_blocks = end
+                refs = self._pool.addresses(request.table.ids(end)[first:])
+                count = self._pool.progress.count
+                self._channel.send(Stored(request.request_id, request.attempt, first, refs, count))
+
     def _execute(self, chunks: Sequence[Chunk]) -> list[Drawn]:
         """Compute a step. If it raises, each chunk is computed by itself, so that only those at fault fail.
 
@@ -263,6 +286,9 @@ class Worker:
             drawn = self._runner.execute(chunks)
         except Exception:
             logger.exception("a step of %d requests failed; each is now tried by itself", len(chunks))
+            for request, _ in chunks:
+                if request.tell_layers:  # layers of another step would be taken for this one's
+                    self._pool.renew(request.table)
             drawn = [self._execute_alone(chunk) for chunk in chunks]
             if all(result.error is not None for result in drawn):
                 self._failed_steps += 1

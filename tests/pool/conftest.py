@@ -89,7 +89,7 @@ def make_pool() -> Iterator[MakePool]:
         )
         fds = ArenaFds(
             memfd.create_memfd(instance, num_blocks * geometry.block_bytes),
-            memfd.create_memfd(instance, num_blocks * 8),
+            memfd.create_memfd(instance, (num_blocks + 1) * 8),
         )
         arena = Arena.map(geometry, num_blocks, fds)
         woken = threading.Semaphore(0)

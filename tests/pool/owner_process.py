@@ -18,7 +18,7 @@ from memserve.pool.allocator import BlockAllocator
 def main(arena_fd: int, generations_fd: int, written_fd: int, num_blocks: int, block_bytes: int) -> None:
     words = memfd.map_bytes(arena_fd, num_blocks * block_bytes, writable=True).view(np.uint64)
     words = words.reshape(num_blocks, -1)
-    generations = memfd.map_bytes(generations_fd, num_blocks * 8, writable=True).view(np.uint64)
+    generations = memfd.map_bytes(generations_fd, (num_blocks + 1) * 8, writable=True).view(np.uint64)[:-1]
     written = memfd.map_bytes(written_fd, num_blocks * 8, writable=True).view(np.uint64)
     allocator = BlockAllocator(num_blocks, generations)
     random = np.random.default_rng(0)

@@ -38,7 +38,7 @@ class PoolsMachine(RuleBasedStateMachine):
         self.offers: list[tuple[BlockRefs, list[int]]] = []
 
     def make(self, instance: str) -> tuple[Arena, MemPool]:
-        sizes = (NUM_BLOCKS * GEOMETRY.block_bytes, NUM_BLOCKS * 8)
+        sizes = (NUM_BLOCKS * GEOMETRY.block_bytes, (NUM_BLOCKS + 1) * 8)
         fds = ArenaFds(*(memfd.create_memfd(instance, size) for size in sizes))
         self.fds += fds
         arena = Arena.map(GEOMETRY, NUM_BLOCKS, fds)

@@ -18,7 +18,7 @@ from memserve.pool.arena import Arena, ArenaFds, PeerArena
 def make_fds(geometry: KVGeometry, num_blocks: int) -> ArenaFds:
     return ArenaFds(
         memfd.create_memfd("arena", num_blocks * geometry.block_bytes),
-        memfd.create_memfd("generations", num_blocks * 8),
+        memfd.create_memfd("generations", (num_blocks + 1) * 8),
     )
 
 

@@ -28,7 +28,7 @@ class Owner:
 
     def __init__(self, receiver, block_bytes: int) -> None:
         self.receiver = receiver
-        sizes = (NUM_BLOCKS * block_bytes, NUM_BLOCKS * 8, NUM_BLOCKS * 8)
+        sizes = (NUM_BLOCKS * block_bytes, (NUM_BLOCKS + 1) * 8, NUM_BLOCKS * 8)
         self.fds = [memfd.create_memfd("owner", size) for size in sizes]
         command = [sys.executable, str(OWNER), *map(str, (*self.fds, NUM_BLOCKS, block_bytes))]
         environment = {**os.environ, "PYTHONPATH": str(Path(memserve.__file__).parents[1])}

@@ -257,7 +257,9 @@ def test_pulls_beyond_the_queue_fail_at_once(make_pool) -> None:
     refs = source.pool.addresses(ids)
     into = receiver.pool.alloc_mem(10)
     transfer = ShmTransfer(receiver.arena.blocks, receiver.woken.release, copy=copy, max_queued=2)
-    transfer.add_peer(PeerArena("source", source.arena.blocks, source.arena.generations))
+    transfer.add_peer(
+        PeerArena("source", source.arena.blocks, source.arena.generations, source.arena.progress)
+    )
     # 1. one is being copied, two wait
     begun = [transfer.begin(refs, into)]
     assert copy.reached.wait(30)

@@ -285,7 +285,7 @@ def test_one_request_through_both_workers(world: World) -> None:
 
 
 def test_finished_chunks_are_pulled_ahead() -> None:
-    world = World(DispatcherLimits(overlap=True))
+    world = World(DispatcherLimits(transfer="chunk"))
     p, d = world.up("prefill-0", Role.PREFILL), world.up("decode-0", Role.DECODE)
     # 1. chunks go to D as they come
     world.submit("r", list(range(12)), 3)
@@ -306,7 +306,7 @@ def test_finished_chunks_are_pulled_ahead() -> None:
 
 @pytest.mark.parametrize("end", ["abandon", "prefill-0", "decode-0", "stop"])
 def test_what_was_pulled_ahead_is_dropped_when_no_decode_comes(end: str) -> None:
-    world = World(DispatcherLimits(overlap=True))
+    world = World(DispatcherLimits(transfer="chunk"))
     p = world.up("prefill-0", Role.PREFILL)
     for i in range(2):
         world.up(f"decode-{i}", Role.DECODE)
@@ -514,7 +514,7 @@ class DispatcherMachine(RuleBasedStateMachine):
         super().__init__()
         self.ids = itertools.count()
         self.world = World(
-            DispatcherLimits(overlap=True, max_waiting=10_000, max_deaths=10_000, max_deaths_in_vain=10_000)
+            DispatcherLimits(transfer="chunk", max_waiting=10_000, max_deaths=10_000, max_deaths_in_vain=10_000)
         )
 
     @initialize(num_prefill=st.integers(0, 2), num_decode=st.integers(1, 2))

@@ -69,12 +69,15 @@ class HashRunner:
         self.poisonous: set[str] = set()
         self.bad_requests: set[str] = set()
         self.batches: list[list[tuple[str, int]]] = []
+        self.on_layer: Callable[[], None] = lambda: None
 
     def execute(self, chunks: Sequence[Chunk]) -> list[Drawn]:
         self.batches.append([(chunk.request.request_id, chunk.num_new) for chunk in chunks])
         if any(chunk.request.request_id in self.poisonous for chunk in chunks):
             raise RuntimeError("broken kernel")
-        return [self._run(chunk) for chunk in chunks]
+        drawn = [self._run(chunk) for chunk in chunks]
+        self.on_layer()
+        return drawn
 
     def _run(self, chunk: Chunk) -> Drawn:
         request, num_new = chunk
@@ -254,7 +257,7 @@ class Rigs:
         assert config.num_blocks is not None
         fds = ArenaFds(
             create_memfd("arena", config.num_blocks * geometry.block_bytes),
-            create_memfd("generations", config.num_blocks * 8),
+            create_memfd("generations", (config.num_blocks + 1) * 8),
         )
         arena = Arena.map(geometry, config.num_blocks, fds)
 
@@ -268,6 +271,8 @@ class Rigs:
             arena, config.instance, 0, lambda: None, index=index, clock=clock, on_free=poison, **options
         )
         runner = runner_of(pool.kv, config.block_size)
+        if isinstance(runner, HashRunner):
+            runner.on_layer = pool.progress.advance
         worker = Worker(config, channel, grants, pool, runner, clock)
         rig = Rig(config, worker, channel, grants, pool, runner, clock, fds)
         self._made.append(rig)

@@ -4,6 +4,7 @@ lost.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import msgspec
@@ -19,7 +20,13 @@ class Pair:
     """A prefill and a decode worker with a router between them that is this object."""
 
     def __init__(
-        self, make_rig, tools, block_size: int = 4, decode_blocks: int | None = None, **decode
+        self,
+        make_rig,
+        tools,
+        block_size: int = 4,
+        decode_blocks: int | None = None,
+        by_layer: bool = False,
+        **decode,
     ) -> None:
         self.tools = tools
         num_blocks = 512 // block_size
@@ -29,13 +36,14 @@ class Pair:
         self.d = make_rig(instance="decode-0", num_blocks=blocks, **common, **decode)
         self.p.grant_to(self.d)
         self.num_ahead = 0
+        self.by_layer = by_layer
 
     def prefill(
         self, request_id: str, prompt: list[int], on_chunk: Callable[[], object] | None = None, **sampling
     ):
         """Run the prefill step by step, handing every finished chunk on; what was heard."""
         message = self.tools.prefill(request_id, prompt, **sampling)
-        self.p.send(msgspec.structs.replace(message, tell_blocks=True))
+        self.p.send(msgspec.structs.replace(message, tell_blocks=True, tell_layers=self.by_layer))
         self.d.send(Reserve(request_id, message.attempt, message.token_ids))
         heard = []
         while self.p.worker.step():
@@ -43,7 +51,11 @@ class Pair:
                 heard.append(said)
                 if isinstance(said, Stored):
                     self.num_ahead += len(said.refs.blocks)
-                    self.d.send(PullAhead(said.request_id, said.attempt, said.first_block, said.refs))
+                    self.d.send(
+                        PullAhead(
+                            said.request_id, said.attempt, said.first_block, said.refs, said.layers_from
+                        )
+                    )
                     self.d.worker.step()
                     if on_chunk is not None:
                         on_chunk()
@@ -88,6 +100,62 @@ def test_life_of_a_handoff_in_chunks(make_rig, tools, block_size, length):
     pair.assert_idle()
 
 
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+@pytest.mark.parametrize("length", [15, 16, 17, 47, 48, 49, 100])
+def test_life_of_a_handoff_by_layer(make_rig, tools, block_size, length):
+    pair = Pair(make_rig, tools, block_size, by_layer=True)
+    prompt = tools.prompt(length)
+    # 1. every block is told of before the step that completes it, the partial one too
+    first = pair.prefill("a", prompt, max_tokens=12)
+    assert pair.num_ahead == -(-length // block_size)
+    # 2. nothing is left for the Decode but to wait for the last layer
+    heard = pair.decode("a", prompt, first, 12)
+    assert first.token_ids + heard.token_ids == tools.expected(prompt, 12)
+    (pulled,) = heard.pulled
+    assert pulled.failure is None and pulled.num_tokens == length
+    # 3. D computed the last token alone, and nothing is held any more
+    assert pair.d.runner.batches[0] == [("a", 1)]
+    pair.assert_idle()
+
+
+def test_layers_of_a_step_that_failed_are_never_taken_for_those_of_another(make_rig, tools):
+    """Another request breaks the step; the prompt is computed again, and what was told of it is a miss."""
+    pair = Pair(make_rig, tools, by_layer=True)
+    prompt = tools.prompt(20)
+    pair.p.runner.poisonous.add("bad")
+    pair.p.send(tools.decode("bad", tools.prompt(3)))
+    first = pair.prefill("a", prompt, max_tokens=8)
+    heard = pair.decode("a", prompt, first, 8)
+    assert first.token_ids + heard.token_ids == tools.expected(prompt, 8)
+    assert heard.pulled[0].failure is not None
+    pair.assert_idle()
+
+
+def test_a_source_that_never_gets_on_can_be_cancelled(make_rig, tools):
+    pair = Pair(make_rig, tools)
+    # 1. told of a step that is not run
+    refs = pair.p.pool.addresses(pair.p.pool.alloc_mem(3))
+    pair.d.send(Reserve("a", 0, tools.prefill("a", tools.prompt(13)).token_ids))
+    pair.d.send(PullAhead("a", 0, 0, refs, pair.p.pool.progress.count))
+    pair.d.worker.step()
+    (part,) = pair.d.worker._pulls._ahead["a"].parts
+    time.sleep(0.02)
+    assert part.pull.poll() is None
+    # 2. other pulls pass; the same count of another life of the source does not count
+    pair.p.pool.progress._base = 7 << 40
+    prompt = tools.prompt(40, seed=2)
+    first = pair.prefill("b", prompt, max_tokens=4)
+    heard = pair.decode("b", prompt, first, 4)
+    assert heard.pulled[0].num_tokens == 40
+    assert pair.p.pool.progress.count > 0
+    time.sleep(0.02)
+    assert part.pull.poll() is None
+    # 3. cancelled
+    pair.d.send(Cancel("a", 0))
+    pair.p.pool.free_mem(refs.blocks)
+    pair.assert_idle()
+
+
 def test_prefill_without_overlap_tells_nothing(make_rig, tools):
     rig = make_rig(max_batch_tokens=24)
     rig.send(tools.prefill("a", tools.prompt(60)))
@@ -118,6 +186,8 @@ def test_a_source_that_takes_blocks_back_is_a_miss(make_rig, tools):
     prompt = tools.prompt(60)
     first = pair.prefill("a", prompt, max_tokens=8)
     # what was pulled ahead stands; the last chunk's blocks are gone
+    while any(part.pull.poll() is None for part in pair.d.worker._pulls._ahead["a"].parts):
+        time.sleep(0.001)
     pair.p.send(Release("a", 0))
     pair.p.run()
     heard = pair.decode("a", prompt, first, 8)

@@ -54,7 +54,7 @@ class Memory:
         self.arenas = {
             instance: (
                 create_memfd(f"{instance}-arena", NUM_BLOCKS * self.block_bytes),
-                create_memfd(f"{instance}-generations", NUM_BLOCKS * 8),
+                create_memfd(f"{instance}-generations", (NUM_BLOCKS + 1) * 8),
             )
             for instance in instances
         }

@@ -42,8 +42,12 @@ class Pull(Protocol):
 class Transfer(Protocol):
     """A way to reach other arenas. Everything is called from one thread, and nothing blocks but `close`."""
 
-    def begin(self, refs: BlockRefs, into: BlockIds) -> Pull:
-        """Pull blocks `refs` into our blocks `into`, in this order. Never raises: a failure is a result."""
+    def begin(self, refs: BlockRefs, into: BlockIds, layers_from: int | None = None) -> Pull:
+        """Pull blocks `refs` into our blocks `into`, in this order. Never raises: a failure is a result.
+
+        With `layers_from` the source is computing them (see `messages.Stored`); a transport that cannot
+        follow it refuses.
+        """
 
     def close(self) -> None:
         """Cancel every pull and wait until none writes any more."""

@@ -3,7 +3,8 @@
     begin ─► queued ─► copying ─► result            the thread takes pulls in the order in which they began
                 └─────────┴─ cancel ─► result       a queued one ends at once, the copying one after its piece
 
-The source takes no part and may stall, restart or die meanwhile: its memory stays mapped, and its
+A pull of what is still being computed is copied layer by layer as the source gets on, and lets others pass in
+between. The source takes no part and may stall, restart or die meanwhile: its memory stays mapped, and its
 generations tell whether what was copied is what was asked for. The queue is bounded; what does not fit
 fails at once and is recomputed.
 """
@@ -14,7 +15,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,9 @@ Copy = Callable[[Bytes, Bytes], int]
 
 MAX_QUEUED_PULLS = 1024
 _PIECE_BYTES = 4 << 20  # copied between two looks at `cancel`: under a millisecond
+# How often the thread looks whether a source has got on, and how long one may take for a layer.
+_POLL_S = 1e-3
+_STALLED_S = 30.0
 
 
 def copy_bytes(destination: Bytes, source: Bytes) -> int:
@@ -46,6 +50,7 @@ class ShmTransfer:
         blocks: our arena, uint8 [num_blocks, block_bytes]; only blocks named in `begin` are written.
         wake: called after each pull's end, mostly from the transfer thread, until `close` returns; must not
             block (write an eventfd there, on which the loop waits).
+        num_layers: of a block, each as many bytes.
         copy: copies bytes and says how many; tests inject faults here.
         max_queued: pulls that may wait behind the one being copied.
     """
@@ -55,11 +60,13 @@ class ShmTransfer:
         blocks: Bytes,
         wake: Callable[[], None],
         *,
+        num_layers: int = 1,
         copy: Copy = copy_bytes,
         max_queued: int = MAX_QUEUED_PULLS,
     ) -> None:
         self._blocks = blocks
         self._wake = wake
+        self._num_layers = num_layers
         self._copy = copy
         self._max_queued = max_queued
         self._peers: dict[str, PeerArena] = {}
@@ -77,7 +84,7 @@ class ShmTransfer:
         """Forget an arena; it is unmapped when the last pull from it has ended. Unknown names are ignored."""
         self._peers.pop(instance, None)
 
-    def begin(self, refs: BlockRefs, into: BlockIds) -> Pull:
+    def begin(self, refs: BlockRefs, into: BlockIds, layers_from: int | None = None) -> Pull:
         """See `Transfer.begin`. `refs` came over a socket, so it is checked; `into` is ours and trusted.
 
         The incarnation is not compared: a replacement inherits the table, whose generations never fall, so an
@@ -92,7 +99,7 @@ class ShmTransfer:
         if self._queue.qsize() >= self._max_queued:
             return self._refuse(f"{self._max_queued} pulls are waiting already")
         try:
-            pull = _ShmPull(peer, refs, into)
+            pull = _ShmPull(peer, refs, into, layers_from)
         except (ValueError, OverflowError) as error:
             return self._refuse(f"bad addresses at {refs.instance}: {error}")
         self._queue.put(pull)
@@ -110,24 +117,51 @@ class ShmTransfer:
         return FailedPull(failure)
 
     def _run(self) -> None:
-        while (pull := self._queue.get()) is not None:
-            if self._closing.is_set():
-                pull.cancel()
-            if pull.start():
-                try:
-                    pull.run(self._blocks, self._copy, self._closing)
-                except Exception as error:  # whatever a copy can raise, the request behind it must go on
-                    logger.exception("pull from %s failed", pull.source.instance)
-                    pull.end(0, 0, f"copy failed: {error}")
+        following: list[_ShmPull] = []  # those whose source is still computing
+        while True:
+            try:
+                pull = self._queue.get(timeout=_POLL_S if following else None)
+            except Empty:
+                pass
+            else:
+                if pull is None:
+                    break
+                if self._closing.is_set():
+                    pull.cancel()
+                if not pull.start():
+                    self._wake()
+                else:
+                    following.append(pull)
+                del pull  # holds the peer's mapping, which may be removed meanwhile
+            following = [pull for pull in following if not self._advance(pull)]
+        for pull in following:
+            pull.end(0, 0, "cancelled")
             self._wake()
-            del pull  # holds the peer's mapping, which may have been removed meanwhile
+
+    def _advance(self, pull: _ShmPull) -> bool:
+        """Copy what of a pull can be copied now; True if that was its end."""
+        try:
+            pull.run(self._blocks, self._num_layers, self._copy, self._closing)
+        except Exception as error:  # whatever a copy can raise, the request behind it must go on
+            logger.exception("pull from %s failed", pull.source.instance)
+            pull.end(0, 0, f"copy failed: {error}")
+        if pull.poll() is None:
+            return False
+        self._wake()
+        return True
 
 
 class _ShmPull:
     """One pull: `start`, `run` and `end` are the transfer thread's, `poll` and `cancel` the loop's."""
 
-    def __init__(self, source: PeerArena, refs: BlockRefs, into: BlockIds) -> None:
+    def __init__(
+        self, source: PeerArena, refs: BlockRefs, into: BlockIds, layers_from: int | None = None
+    ) -> None:
         self.source = source
+        self._incarnation = refs.incarnation
+        self._layers_from = layers_from
+        self._num_layers_done = 0
+        self._num_bytes = 0
         self._from = np.array(refs.blocks, dtype=np.int64)
         self._generations = np.array(refs.generations, dtype=np.uint64)
         self._into = into
@@ -135,7 +169,7 @@ class _ShmPull:
             raise ValueError(f"{len(self._from)} blocks with {len(self._generations)} generations")
         if len(self._from) and not 0 <= self._from.min() <= self._from.max() < len(source.generations):
             raise ValueError(f"no such block among {len(source.generations)}")
-        self._began_s = time.monotonic()
+        self._began_s = self._moved_s = time.monotonic()
         self._lock = threading.Lock()
         self._started = False
         self._cancelled = False
@@ -156,12 +190,21 @@ class _ShmPull:
             self._started = self._result is None
         return self._started
 
-    def run(self, blocks: Bytes, copy: Copy, closing: threading.Event) -> None:
+    def run(self, blocks: Bytes, num_layers: int, copy: Copy, closing: threading.Event) -> None:
         """Check, copy, check again: the reader of a seqlock, whose writer bumps, then writes.
 
         Between the owner's bump and its first write lies a step of its model, so that no processor's
-        reordering of loads (some microseconds at the worst) can make the second check miss the bump.
+        reordering of loads (some microseconds at the worst) can make the second check miss the bump. Returns
+        without a result where the source has not got further yet.
         """
+        if self._cancelled or closing.is_set():
+            self.end(0, self._num_bytes, "cancelled")
+        elif self._layers_from is None:
+            self._run_whole(blocks, copy, closing)
+        else:
+            self._run_layers(blocks, num_layers, copy, self._layers_from)
+
+    def _run_whole(self, blocks: Bytes, copy: Copy, closing: threading.Event) -> None:
         num_wanted = len(self._from)
         failure: str | None = None
         num_fresh = self._num_unchanged(num_wanted)
@@ -180,6 +223,32 @@ class _ShmPull:
             if num_copied < end:
                 failure = f"the copy stopped after {num_bytes} bytes"
                 break
+        self._end_verified(num_copied, num_bytes, failure)
+
+    def _run_layers(self, blocks: Bytes, num_layers: int, copy: Copy, layers_from: int) -> None:
+        """Copy the layers that are there by now; all are of one size, and a step writes them in order."""
+        num_wanted = len(self._from)
+        num_ready = min(num_layers, self.source.layers_written(self._incarnation) - layers_from)
+        if num_ready <= self._num_layers_done:
+            if time.monotonic() - self._moved_s > _STALLED_S:
+                self.end(0, self._num_bytes, f"the source took more than {_STALLED_S:g} s for a layer")
+            return
+        size = blocks.shape[1] // num_layers
+        part = slice(self._num_layers_done * size, num_ready * size)
+        for start, end in self._runs(num_wanted, num_wanted):
+            source = self.source.blocks[self._from[start] : self._from[start] + end - start, part]
+            destination = blocks[self._into[start] : self._into[start] + end - start, part]
+            num_piece_bytes = copy(destination, source)
+            self._num_bytes += num_piece_bytes
+            if num_piece_bytes < source.nbytes:
+                self.end(0, self._num_bytes, f"the copy stopped after {self._num_bytes} bytes")
+                return
+        self._num_layers_done, self._moved_s = num_ready, time.monotonic()
+        if num_ready == num_layers:
+            self._end_verified(num_wanted, self._num_bytes, None)
+
+    def _end_verified(self, num_copied: int, num_bytes: int, failure: str | None) -> None:
+        num_wanted = len(self._from)
         num_verified = self._num_unchanged(num_copied)
         if num_verified < num_copied and failure != "cancelled":
             failure = f"{num_wanted - num_verified} of {num_wanted} blocks were gone after the copy"
