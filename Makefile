@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
 
-.PHONY: install serve test check chaos bench-engine bench-index clean
+.PHONY: install serve test check chaos bench-engine bench-handoff bench-index clean
 
 install: $(VENV)/.installed
 	@:
@@ -20,12 +20,15 @@ serve: install
 test: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest $(ARGS)
 
-# thirty kills and stops of workers under load instead of four
+# thirty kills and stops of workers under load instead of four; CHAOS_JSON=FILE keeps how long clients waited
 chaos: $(VENV)/.installed-dev
 	@CHAOS_EVENTS=$${CHAOS_EVENTS:-30} $(BIN)/python -m pytest -s --timeout 900 tests/e2e/test_chaos.py
 
 bench-engine: $(VENV)/.installed-dev
 	@$(BIN)/python benchmarks/engine.py $(ARGS)
+
+bench-handoff: $(VENV)/.installed
+	@$(BIN)/python benchmarks/handoff.py $(ARGS)
 
 bench-index: $(VENV)/.installed
 	@$(BIN)/python benchmarks/index.py

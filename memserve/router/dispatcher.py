@@ -102,6 +102,7 @@ class DispatcherCounters:
     pull_ms: float = 0.0
     salvaged_tokens: int = 0
     pull_backs: int = 0
+    pull_backs_done: int = 0
     pull_back_misses: int = 0
     pulled_back_tokens: int = 0
     pulled_back_bytes: int = 0
@@ -364,6 +365,7 @@ class Dispatcher:
             logger.info("%s: %d tokens of KV outlived their worker", request.request_id, num_pulled)
 
     def _on_pulled_back(self, answer: PulledBack) -> None:
+        self.counters.pull_backs_done += 1
         self.counters.pulled_back_tokens += answer.num_tokens
         self.counters.pulled_back_bytes += answer.num_bytes
         self.counters.pull_back_misses += answer.failure is not None

@@ -92,6 +92,13 @@ class Scheduler:
         request.state = RequestState.RUNNING
         insort(self.running, request, key=_arrival)
 
+    def join(self, request: Request, plan: StepPlan, tally: StepTally) -> None:
+        """Let a request whose pull has ended into the step that is about to run, if it only decodes."""
+        num_computed = request.num_computed_tokens
+        if request.num_tokens - num_computed == 1:
+            plan.chunks.append(Chunk(request, 1))
+            tally.add_decode(num_computed)
+
     def adopt(self, request: Request, table: BlockTable) -> None:
         """WAITING → RUNNING of a new request, with blocks that hold the KV of all its tokens but the last."""
         assert request.state is RequestState.WAITING and request.table.num_blocks == 0

@@ -41,20 +41,24 @@ from memserve.messages import (
 )
 from memserve.model_config import blocks_for
 from memserve.pool.mempool import MemPool
-from memserve.workers.budget import StepBudget, pair_cost
+from memserve.workers.budget import StepBudget, StepTally, pair_cost
 from memserve.workers.channel import Channel, Doorbell, GrantSource, MessageTooLong, ReceivedGrant
 from memserve.workers.gauges import Gauges
 from memserve.workers.handoff import OfferBook, Pulls
 from memserve.workers.pull_backs import PullBacks
 from memserve.workers.request import Request, RequestKind, RequestState
 from memserve.workers.scheduler import Scheduler
-from memserve.workers.steps import Chunk, Drawn, Runner
+from memserve.workers.steps import Chunk, Drawn, Runner, StepPlan
 
 logger = logging.getLogger(__name__)
 
 # After this many steps in a row that raised, the device or the process is taken to be broken, not the
 # requests.
 MAX_FAILED_STEPS = 3
+
+# How often, and how long in between, a step looks for pulls that have begun with it.
+ARRIVAL_LOOKS = 9
+ARRIVAL_LOOK_S = 0.00025
 
 
 class Worker:
@@ -100,11 +104,7 @@ class Worker:
         for message in self._channel.receive():
             self._handle(message)
         if self._pulls:
-            for request, num_tokens, pulled in self._pulls.poll():
-                self._scheduler.pulled(request, num_tokens)
-                self._publish(request)
-                self._tell_stored(request)
-                self._channel.send(pulled)
+            self._take_arrivals()
         if self._pull_backs:
             for answer in self._pull_backs.poll():
                 self._channel.send(answer)
@@ -118,6 +118,8 @@ class Worker:
             self._receive_grants()
             for request in plan.pulls:
                 self._pulls.begin(request)
+            if plan.chunks:
+                self._await_arrivals(plan, tally)
         if not plan.chunks:
             if self._scheduler.is_stuck and not plan.pulls:
                 return self._pulls.make_room()
@@ -136,6 +138,28 @@ class Worker:
         self._tell(plan.chunks, drawn)
         self.gauges.end_step()
         return True
+
+    def _take_arrivals(self) -> list[Request]:
+        """Pulls that ended: their requests run from now on."""
+        arrived: list[Request] = []
+        for request, num_tokens, pulled in self._pulls.poll():
+            self._scheduler.pulled(request, num_tokens)
+            self._publish(request)
+            self._tell_stored(request)
+            self._channel.send(pulled)
+            arrived.append(request)
+        return arrived
+
+    def _await_arrivals(self, plan: StepPlan, tally: StepTally) -> None:
+        """Pulls that have just begun mostly end in a millisecond or two, or were done ahead: wait so long for
+        them rather than let them miss the step that is about to run.
+        """
+        for _ in range(ARRIVAL_LOOKS):
+            for request in self._take_arrivals():
+                self._scheduler.join(request, plan, tally)
+            if not any(request.state is RequestState.PULLING for request in plan.pulls):
+                return
+            time.sleep(ARRIVAL_LOOK_S)
 
     def take_grant(self, received: ReceivedGrant) -> None:
         """Learn of a peer's arena or of its end; owns the descriptors. Not to be mapped = a miss later."""

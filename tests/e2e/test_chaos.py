@@ -2,6 +2,7 @@
 
 24 clients stream greedy and seeded completions without a pause; meanwhile workers get SIGKILL or SIGSTOP.
 Every answer must equal the one of an undisturbed run (float32). Four events here; `make chaos` runs thirty.
+How long clients waited around them is printed (`gap_report.py`), and written to CHAOS_JSON if that is set.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import signal
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import aiohttp
 import psutil
 
+from tests.e2e.gap_report import Event, Stream, gaps_by_kind, read_replays
 from tests.e2e.server_process import Server
 
 NUM_CLIENTS = 24
@@ -37,7 +39,8 @@ class Tally:
 
     num_answers: int = 0
     problems: list[str] = field(default_factory=list)
-    gaps_s: list[float] = field(default_factory=list)
+    streams: list[Stream] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
 
 
 def make_bodies() -> list[Body]:
@@ -59,12 +62,17 @@ def make_bodies() -> list[Body]:
     return bodies
 
 
-async def stream(session: aiohttp.ClientSession, url: str, body: Body, tally: Tally) -> list[int] | None:
+async def stream(
+    session: aiohttp.ClientSession, url: str, body: Body, tally: Tally, client: int
+) -> list[int] | None:
     """The ids of one answer; None, and a problem noted, if it is not a whole one."""
     ids: list[int] = []
     finish: str | None = None
-    last = time.monotonic()
-    async with session.post(f"{url}/v1/completions", json=body) as answer:
+    request_id = f"c{client}-{len(tally.streams)}"
+    times = [time.time()]
+    tally.streams.append(Stream(request_id, client, times))
+    headers = {"x-request-id": request_id}
+    async with session.post(f"{url}/v1/completions", json=body, headers=headers) as answer:
         if answer.status != 200:
             tally.problems.append(f"{answer.status}: {await answer.text()}")
             return None
@@ -77,9 +85,7 @@ async def stream(session: aiohttp.ClientSession, url: str, body: Body, tally: Ta
                 return None
             choice = event["choices"][0]
             if choice.get("token_ids"):
-                now = time.monotonic()
-                tally.gaps_s.append(now - last)
-                last = now
+                times.append(time.time())
                 ids.extend(choice["token_ids"])
             finish = choice["finish_reason"] or finish
     if finish != "length" or len(ids) != body["max_tokens"]:
@@ -88,12 +94,14 @@ async def stream(session: aiohttp.ClientSession, url: str, body: Body, tally: Ta
     return ids
 
 
-async def client(url: str, body: Body, expected: list[int], tally: Tally, stop: asyncio.Event) -> None:
+async def client(
+    url: str, number: int, body: Body, expected: list[int], tally: Tally, stop: asyncio.Event
+) -> None:
     """Ask for the same again and again until told to stop."""
     timeout = aiohttp.ClientTimeout(total=90)
     async with aiohttp.ClientSession(timeout=timeout) as session:
         while not stop.is_set():
-            ids = await stream(session, url, body, tally)
+            ids = await stream(session, url, body, tally, number)
             tally.num_answers += 1
             if ids is not None and ids != expected:
                 tally.problems.append(f"other tokens than undisturbed: {ids} instead of {expected}")
@@ -113,15 +121,33 @@ def title_of(process: psutil.Process) -> str:
         return ""
 
 
-async def disturb(server: Server, rng: random.Random) -> None:
+async def disturb(server: Server, rng: random.Random, tally: Tally) -> None:
     """Kill or stop one worker."""
     while not (workers := workers_of(server)):
         await asyncio.sleep(0.1)
     victim = rng.choice(workers)
     number = rng.choice([signal.SIGKILL, signal.SIGSTOP])
     print(f"{number.name} to {victim.pid}")
+    tally.events.append(Event(number.name, time.time()))
     victim.send_signal(number)
     await asyncio.sleep(EVENT_INTERVAL_S if number is signal.SIGKILL else PING_DEADLINE_S + EVENT_INTERVAL_S)
+
+
+def report_gaps(server: Server, bodies: list[Body], calm: Tally, tally: Tally) -> None:
+    """Print, and write if asked to, how long clients waited. The first token alone, undisturbed, tells the
+    speed of a prefill.
+    """
+    speeds = [
+        (stream.times[1] - stream.times[0]) / len(body["prompt"])  # type: ignore[arg-type]
+        for body, stream in zip(bodies, calm.streams, strict=True)
+        if len(body["prompt"]) >= 200  # type: ignore[arg-type]
+    ]
+    replays = read_replays(server.log.read_text(errors="replace"))
+    kinds = gaps_by_kind(tally.events, tally.streams, replays, statistics.median(speeds))
+    for gaps in kinds:
+        print("\n".join(gaps.lines()))
+    if path := os.environ.get("CHAOS_JSON"):
+        Path(path).write_text(json.dumps([asdict(gaps) for gaps in kinds], indent=1))
 
 
 def test_no_request_fails(start: Callable[..., Server], random_model: Path) -> None:
@@ -138,31 +164,30 @@ def test_no_request_fails(start: Callable[..., Server], random_model: Path) -> N
     )
     bodies = make_bodies()
 
-    async def run() -> Tally:
+    async def run() -> tuple[Tally, Tally]:
         # 1. undisturbed
         calm = Tally()
         async with aiohttp.ClientSession() as session:
-            expected = [await stream(session, server.url, body, calm) for body in bodies]
+            expected = [await stream(session, server.url, body, calm, i) for i, body in enumerate(bodies)]
         assert not calm.problems
         # 2. disturbed
         tally, stop, rng = Tally(), asyncio.Event(), random.Random(5)
         clients = [
-            asyncio.create_task(client(server.url, body, ids or [], tally, stop))
-            for body, ids in zip(bodies, expected, strict=True)
+            asyncio.create_task(client(server.url, i, body, ids or [], tally, stop))
+            for i, (body, ids) in enumerate(zip(bodies, expected, strict=True))
         ]
         for _ in range(NUM_EVENTS):
             await asyncio.sleep(rng.uniform(0.5, 1.5))
-            await disturb(server, rng)
+            await disturb(server, rng, tally)
         stop.set()
         await asyncio.gather(*clients)
-        return tally
+        return calm, tally
 
-    tally = asyncio.run(run())
+    calm, tally = asyncio.run(run())
     gauges = server.gauges()
-    longest = sorted(tally.gaps_s)[-5:]
     print(f"{tally.num_answers} answers, {gauges['memserve_restarts_total']:.0f} restarts, ", end="")
-    print(f"{gauges['memserve_replays_total']:.0f} replays, longest gaps {longest} s, ", end="")
-    print(f"median {statistics.median(tally.gaps_s):.4f} s")
+    print(f"{gauges['memserve_replays_total']:.0f} replays")
+    report_gaps(server, bodies, calm, tally)
     assert tally.problems == []
     assert tally.num_answers >= NUM_CLIENTS
     # a replacement that is hit before it is ready is not counted as one

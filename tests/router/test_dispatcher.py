@@ -57,10 +57,16 @@ def expected_stream(prompt: list[int], max_tokens: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
+BLOCK_SIZE = 4
+# What lies in the blocks of all workers, by (instance, block); it outlives them.
+Memory = dict[tuple[str, int], tuple[int, ...]]
+
+
 class FakeWorker:
     """Plays one incarnation of a worker: keeps what it was told, answers one step at a time when asked."""
 
-    def __init__(self, instance: str, incarnation: int) -> None:
+    def __init__(self, instance: str, incarnation: int, memory: Memory) -> None:
+        self.memory = memory
         self.instance = instance
         self.incarnation = incarnation
         self.prefills: dict[tuple[str, int], Prefill] = {}
@@ -70,23 +76,30 @@ class FakeWorker:
         self.running: dict[tuple[str, int], tuple[list[int], Decode]] = {}
         self.cancelled: set[tuple[str, int]] = set()
         self.num_stored: dict[tuple[str, int], int] = {}
+        self.num_told: dict[tuple[str, int], int] = {}
         self.pull_backs: list[PullBack] = []
 
     def tell(self, message: ToWorker) -> None:
         match message:
             case Prefill(request_id=rid, attempt=attempt):
                 assert (rid, attempt) not in self.prefills
+                self.check(message.offer, unpack_tokens(message.token_ids).tolist())
                 self.prefills[rid, attempt] = message
             case Reserve(request_id=rid, attempt=attempt):
                 assert (rid, attempt) not in self.cancelled
                 self.ahead[rid, attempt] = 0
             case PullBack():
+                tokens = unpack_tokens(message.token_ids).tolist()
+                assert len(tokens) == BLOCK_SIZE * (message.first_block + len(message.refs.blocks))
+                self.check(Offer(message.refs, len(tokens), message.first_block), tokens)
+                assert message.refs.instance != self.instance and message.refs.blocks
                 self.pull_backs.append(message)
             case PullAhead(request_id=rid, attempt=attempt, first_block=first_block):
                 assert first_block == self.ahead[rid, attempt], "chunks come in order, after the Reserve"
                 self.ahead[rid, attempt] = first_block + len(message.refs.blocks)
             case Decode(request_id=rid, attempt=attempt, offer=offer):
                 self.ahead.pop((rid, attempt), None)
+                self.check(offer, unpack_tokens(message.token_ids).tolist())
                 if offer is None:
                     self.running[rid, attempt] = (unpack_tokens(message.token_ids).tolist(), message)
                 else:
@@ -110,8 +123,37 @@ class FakeWorker:
         assert message.tell_blocks
         first_block = self.num_stored.get(key, 0)
         self.num_stored[key] = first_block + 1
-        refs = BlockRefs(self.instance, self.incarnation, Tier.DEVICE, (first_block,), (1,))
-        return Stored(key[0], key[1], first_block, refs)
+        tokens = unpack_tokens(message.token_ids).tolist()
+        return Stored(key[0], key[1], first_block, self.refs(tokens, first_block, first_block + 1))
+
+    def refs(self, tokens: list[int], start: int, end: int) -> BlockRefs:
+        """Blocks `start` to `end` of a sequence, in this worker's memory from now on."""
+        blocks = []
+        for index in range(start, end):
+            blocks.append(len(self.memory))
+            content = tuple(tokens[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE])
+            self.memory[self.instance, blocks[-1]] = content
+        return BlockRefs(self.instance, self.incarnation, Tier.DEVICE, tuple(blocks), (1,) * len(blocks))
+
+    def check(self, offer: Offer | None, tokens: list[int]) -> None:
+        """What is offered of a sequence is what lies at those addresses, in whatever worker's memory."""
+        if offer is None:
+            return
+        assert 0 < offer.num_tokens <= len(tokens)
+        assert len(offer.refs.blocks) == -(-offer.num_tokens // BLOCK_SIZE) - offer.first_block
+        for index, block in enumerate(offer.refs.blocks, start=offer.first_block):
+            expected = tokens[index * BLOCK_SIZE : min((index + 1) * BLOCK_SIZE, offer.num_tokens)]
+            assert list(self.memory[offer.refs.instance, block])[: len(expected)] == expected
+
+    def tell_stored(self) -> list[Stored]:
+        """Blocks that decoding has completed and that were not told of."""
+        said = []
+        for key, (tokens, message) in self.running.items():
+            first, end = self.num_told.get(key, 0), (len(tokens) - 1) // BLOCK_SIZE
+            if message.tell_blocks and end > first:
+                self.num_told[key] = end
+                said.append(Stored(key[0], key[1], first, self.refs(tokens, first, end)))
+        return said
 
     def finish_prefill(self, key: tuple[str, int]) -> Prefilled:
         message = self.prefills.pop(key)
@@ -122,8 +164,7 @@ class FakeWorker:
         offer = None
         if not ends:
             self.offers[key] = tokens
-            refs = BlockRefs(self.instance, self.incarnation, Tier.DEVICE, (0,), (1,))
-            offer = Offer(refs, len(tokens))
+            offer = Offer(self.refs(tokens, 0, -(-len(tokens) // BLOCK_SIZE)), len(tokens))
         wanted = message.sampling.prompt_logprobs
         return Prefilled(
             request_id=key[0],
@@ -178,6 +219,7 @@ class World:
         self.abandoned: set[str] = set()
         self.prompt_logprobs: dict[str, int] = {}
         self.now = 0.0
+        self.memory: Memory = {}
 
     def feed(self, event: object) -> None:
         self.now += 0.01
@@ -201,8 +243,8 @@ class World:
     def up(self, instance: str, role: Role) -> FakeWorker:
         incarnation = self.incarnations.get(instance, 0) + 1
         self.incarnations[instance], self.roles[instance] = incarnation, role
-        self.workers[instance] = FakeWorker(instance, incarnation)
-        self.feed(WorkerUp(instance, role, incarnation, self.num_blocks, 4, 8))
+        self.workers[instance] = FakeWorker(instance, incarnation, self.memory)
+        self.feed(WorkerUp(instance, role, incarnation, self.num_blocks, BLOCK_SIZE, 8))
         return self.workers[instance]
 
     def down(self, instance: str) -> FakeWorker:
@@ -222,6 +264,12 @@ class World:
     def hear(self, worker: FakeWorker, message: ToRouter) -> None:
         self.feed(FromWorker(worker.instance, worker.incarnation, message))
 
+    def work(self, worker: FakeWorker) -> None:
+        """One step of a worker's decodes."""
+        for stored in worker.tell_stored():
+            self.hear(worker, stored)
+        self.hear(worker, worker.step())
+
     def run_out(self) -> None:
         """Let every worker work until nothing is left to do."""
         for _ in range(2000):
@@ -234,7 +282,7 @@ class World:
                     self.hear(worker, worker.finish_pull(key))
                     busy = True
                 if worker.running:
-                    self.hear(worker, worker.step())
+                    self.work(worker)
                     busy = True
             if not busy:
                 return
@@ -324,6 +372,56 @@ def test_what_was_pulled_ahead_is_dropped_when_no_decode_comes(end: str) -> None
         world.down(end)
         world.run_out()
         world.assert_complete()
+    world.assert_idle()
+
+
+def test_what_was_generated_goes_back_to_the_prefill_side() -> None:
+    world = World(DispatcherLimits(pull_back=True))
+    p, d = world.up("prefill-0", Role.PREFILL), world.up("decode-0", Role.DECODE)
+    # 1. 10 tokens of prompt fill two blocks at P, 15 tokens with KV three at D
+    world.submit("r", list(range(10)), 6)
+    world.run_out()
+    (message,) = p.pull_backs
+    assert (message.first_block, len(message.refs.blocks)) == (2, 1)
+    assert unpack_tokens(message.token_ids).tolist() == [*range(10), *world.streams["r"]][:12]
+    # 2. also of one whose client has had enough
+    world.submit("left", list(range(8)), 50)
+    world.hear(p, p.finish_prefill(("left", 0)))
+    world.hear(d, d.finish_pull(("left", 0)))
+    for _ in range(9):
+        world.work(d)
+    world.abandon("left")
+    assert len(p.pull_backs) == 2 and p.pull_backs[1].first_block == 2
+    # 3. not to another life of P, nor where there is nothing new
+    world.submit("dead", list(range(10)), 6)
+    world.hear(p, p.finish_prefill(("dead", 0)))
+    world.hear(d, d.finish_pull(("dead", 0)))
+    world.down("prefill-0")
+    p = world.up("prefill-0", Role.PREFILL)
+    world.run_out()
+    world.submit("short", [1, 2], 2)
+    world.run_out()
+    assert not p.pull_backs
+    world.assert_complete()
+    world.assert_idle()
+
+
+def test_what_a_dead_worker_held_is_offered_to_the_replay(world: World) -> None:
+    p, d = world.workers["prefill-0"], world.workers["decode-0"]
+    world.submit("r", list(range(10)), 12)
+    world.hear(p, p.finish_prefill(("r", 0)))
+    world.hear(d, d.finish_pull(("r", 0)))
+    for _ in range(5):
+        world.work(d)
+    world.down("decode-0")
+    # the decode worker alone is left of its role: P does both
+    decode = p.running.get(("r", 1)) or p.pulls[("r", 1)]
+    offer = decode.offer if isinstance(decode, Decode) else decode[1].offer
+    assert offer is not None and offer.refs.instance == "decode-0"
+    assert (offer.num_tokens, offer.first_block) == (12, 0)
+    world.hear(p, p.finish_pull(("r", 1)))
+    world.run_out()
+    world.assert_complete()
     world.assert_idle()
 
 
@@ -514,7 +612,13 @@ class DispatcherMachine(RuleBasedStateMachine):
         super().__init__()
         self.ids = itertools.count()
         self.world = World(
-            DispatcherLimits(transfer="chunk", max_waiting=10_000, max_deaths=10_000, max_deaths_in_vain=10_000)
+            DispatcherLimits(
+                transfer="chunk",
+                pull_back=True,
+                max_waiting=10_000,
+                max_deaths=10_000,
+                max_deaths_in_vain=10_000,
+            )
         )
 
     @initialize(num_prefill=st.integers(0, 2), num_decode=st.integers(1, 2))
@@ -564,15 +668,15 @@ class DispatcherMachine(RuleBasedStateMachine):
     def step(self, pick: int) -> None:
         workers = [w for w in self.world.workers.values() if w.running]
         if workers:
-            worker = workers[pick % len(workers)]
-            self.world.hear(worker, worker.step())
+            self.world.work(workers[pick % len(workers)])
 
     @rule(target=late, pick=st.integers(0, 9))
     def die(self, pick: int) -> object:
         if not self.world.workers:
             return multiple()
         corpse = self.world.down(sorted(self.world.workers)[pick % len(self.world.workers)])
-        messages = [corpse.finish_prefill(key) for key in list(corpse.prefills)]
+        messages: list[ToRouter] = [corpse.finish_prefill(key) for key in list(corpse.prefills)]
+        messages += corpse.tell_stored()
         return multiple(*[(corpse, message) for message in [*messages, corpse.step()]])
 
     @rule(said=consumes(late))
