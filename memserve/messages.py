@@ -38,14 +38,17 @@ class FinishReason(StrEnum):
     ABORT = "abort"
 
 
-class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Base of the wire structs: positional msgpack, tagged with the class name."""
+class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
+    """Base of the wire structs: positional msgpack, tagged with the class name.
+
+    `gc=False` throughout: they are made by the thousand a second, and can hold no cycles.
+    """
 
 
 # --- parts ---
 
 
-class SamplingParams(msgspec.Struct, frozen=True, array_like=True):
+class SamplingParams(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """How tokens are drawn; validated and completed by the router, so a worker trusts it.
 
     `seed` is always set (the router draws one for requests without): token at absolute position p of the
@@ -71,7 +74,7 @@ class SamplingParams(msgspec.Struct, frozen=True, array_like=True):
     prompt_logprobs: int | None = None
 
 
-class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Log-probability of one token, and of the most likely ones at its position (best first)."""
 
     logprob: float
@@ -79,7 +82,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     top: tuple[tuple[int, float], ...] = ()
 
 
-class BlockRefs(msgspec.Struct, frozen=True, array_like=True):
+class BlockRefs(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Addresses of blocks in one arena: (instance, incarnation, tier, block, generation) with the common
     part once.
 
@@ -94,7 +97,7 @@ class BlockRefs(msgspec.Struct, frozen=True, array_like=True):
     generations: tuple[int, ...]
 
 
-class Offer(msgspec.Struct, frozen=True, array_like=True):
+class Offer(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """KV of the first `num_tokens` tokens of a request: `refs` are its blocks from `first_block` on.
 
     Those of a prefill are locked there until `Release`; others are good while their generations are.
@@ -105,7 +108,7 @@ class Offer(msgspec.Struct, frozen=True, array_like=True):
     first_block: int = 0
 
 
-class Load(msgspec.Struct, frozen=True, array_like=True):
+class Load(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What a worker is doing now. Times in seconds."""
 
     num_waiting: int = 0
@@ -125,7 +128,7 @@ class Load(msgspec.Struct, frozen=True, array_like=True):
 # --- router → worker ---
 
 
-class Init(_Message, frozen=True, array_like=True, tag=True):
+class Init(_Message, frozen=True, array_like=True, tag=True, gc=False):
     """First message on a connection: who the worker is and what it runs.
 
     `weights_manifest` is None for the worker that loads the weights and lays them out for the others (it
@@ -138,7 +141,7 @@ class Init(_Message, frozen=True, array_like=True, tag=True):
     weights_manifest: bytes | None = None
 
 
-class Prefill(_Message, frozen=True, array_like=True, tag=True):
+class Prefill(_Message, frozen=True, array_like=True, tag=True, gc=False):
     """Compute the KV of `token_ids`, draw one token, answer `Prefilled`, keep the blocks locked until
     `Release`.
 
@@ -159,7 +162,7 @@ class Prefill(_Message, frozen=True, array_like=True, tag=True):
     offer: Offer | None = None
 
 
-class Reserve(_Message, frozen=True, array_like=True, tag=True):
+class Reserve(_Message, frozen=True, array_like=True, tag=True, gc=False):
     """A request with these tokens is being prefilled elsewhere and will decode here: keep what is cached of
     it, and expect `PullAhead` of the rest. Only a hint; ended by its `Decode` or by `Cancel`.
     """
@@ -170,7 +173,7 @@ class Reserve(_Message, frozen=True, array_like=True, tag=True):
     cache_salt: str = ""
 
 
-class PullAhead(_Message, frozen=True, array_like=True, tag=True):
+class PullAhead(_Message, frozen=True, array_like=True, tag=True, gc=False):
     """Blocks of a request that was reserved: start to pull them, from block `first_block` of the sequence on.
     Only a hint: what is not pulled ahead is pulled, or recomputed, with the `Decode`. With `layers_from` they
     are being computed (see `Stored`).
@@ -183,7 +186,7 @@ class PullAhead(_Message, frozen=True, array_like=True, tag=True):
     layers_from: int | None = None
 
 
-class Decode(_Message, frozen=True, array_like=True, tag=True):
+class Decode(_Message, frozen=True, array_like=True, tag=True, gc=False):
     """Run a request to its end: pull what `offer` holds, compute what is lacking, stream the rest.
 
     Without an offer it is a colocated run (prefill and decode in one place), or a replay. With `tell_blocks`
@@ -200,7 +203,7 @@ class Decode(_Message, frozen=True, array_like=True, tag=True):
     offer: Offer | None = None
 
 
-class PullBack(_Message, frozen=True, array_like=True, tag=True):
+class PullBack(_Message, frozen=True, array_like=True, tag=True, gc=False):
     """Another instance has computed what continues a prefix cached here: pull it, if there is room, and cache
     it too (MemServe §Context caching, PD-Caching-3). `token_ids` are whole blocks, `refs` those from block
     `first_block` on; nothing keeps them but their generations. Answered by `PulledBack`.
@@ -213,14 +216,14 @@ class PullBack(_Message, frozen=True, array_like=True, tag=True):
     refs: BlockRefs
 
 
-class Cancel(_Message, frozen=True, array_like=True, tag=True):
+class Cancel(_Message, frozen=True, array_like=True, tag=True, gc=False):
     """Forget this attempt in whatever phase it is and give its blocks back. Unknown ids are ignored."""
 
     request_id: str
     attempt: int
 
 
-class Release(_Message, frozen=True, array_like=True, tag=True):
+class Release(_Message, frozen=True, array_like=True, tag=True, gc=False):
     """The offer of this attempt was pulled or is no longer wanted: unlock its blocks. Unknown ids are
     ignored.
     """
@@ -229,27 +232,27 @@ class Release(_Message, frozen=True, array_like=True, tag=True):
     attempt: int
 
 
-class Shutdown(_Message, frozen=True, array_like=True, tag=True):
+class Shutdown(_Message, frozen=True, array_like=True, tag=True, gc=False):
     """Stop the loop and exit with status 0; what still runs is dropped (the router drains first)."""
 
 
 # --- worker → router ---
 
 
-class Loading(_Message, frozen=True, array_like=True, tag=True):
+class Loading(_Message, frozen=True, array_like=True, tag=True, gc=False):
     """Progress of the start-up, 0 ≤ fraction ≤ 1 within `stage`."""
 
     stage: str
     fraction: float
 
 
-class Loaded(_Message, frozen=True, array_like=True, tag=True):
+class Loaded(_Message, frozen=True, array_like=True, tag=True, gc=False):
     """The loader laid the weights out in the shared memfd; `manifest` says what lies where."""
 
     manifest: bytes
 
 
-class Ready(_Message, frozen=True, array_like=True, tag=True):
+class Ready(_Message, frozen=True, array_like=True, tag=True, gc=False):
     """The worker takes requests from now on."""
 
     num_blocks: int
@@ -261,7 +264,7 @@ class Ready(_Message, frozen=True, array_like=True, tag=True):
     load_s: float
 
 
-class Fatal(_Message, frozen=True, array_like=True, tag=True):
+class Fatal(_Message, frozen=True, array_like=True, tag=True, gc=False):
     """The worker cannot start or go on; `kind` is the name of a class in memserve.errors. It exits after
     this.
     """
@@ -270,7 +273,7 @@ class Fatal(_Message, frozen=True, array_like=True, tag=True):
     message: str
 
 
-class Heartbeat(_Message, frozen=True, array_like=True, tag=True):
+class Heartbeat(_Message, frozen=True, array_like=True, tag=True, gc=False):
     """Sent every second by a thread of its own: alive. `in_step_s` tells a long step from an idle loop."""
 
     num_steps: int
@@ -278,7 +281,7 @@ class Heartbeat(_Message, frozen=True, array_like=True, tag=True):
     load: Load
 
 
-class Prefilled(_Message, frozen=True, array_like=True, tag=True):
+class Prefilled(_Message, frozen=True, array_like=True, tag=True, gc=False):
     """A `Prefill` is done: its first token and, unless that token ended the request, the offer of its KV."""
 
     request_id: str
@@ -292,7 +295,7 @@ class Prefilled(_Message, frozen=True, array_like=True, tag=True):
     load: Load
 
 
-class Stored(_Message, frozen=True, array_like=True, tag=True):
+class Stored(_Message, frozen=True, array_like=True, tag=True, gc=False):
     """More blocks of a request are complete, from block `first_block` of the sequence on.
 
     They are kept as long as the request runs here and its offer stands; after that their generations tell.
@@ -307,7 +310,7 @@ class Stored(_Message, frozen=True, array_like=True, tag=True):
     layers_from: int | None = None
 
 
-class Pulled(_Message, frozen=True, array_like=True, tag=True):
+class Pulled(_Message, frozen=True, array_like=True, tag=True, gc=False):
     """An offer was dealt with: the router may release it at its source.
 
     The KV of `num_tokens` tokens is here now, `num_cached_tokens` of them because it was before; the rest is
@@ -323,7 +326,7 @@ class Pulled(_Message, frozen=True, array_like=True, tag=True):
     failure: str | None
 
 
-class PulledBack(_Message, frozen=True, array_like=True, tag=True):
+class PulledBack(_Message, frozen=True, array_like=True, tag=True, gc=False):
     """What became of a `PullBack`: so many tokens more are cached here. `failure` says why not all are."""
 
     request_id: str
@@ -332,7 +335,7 @@ class PulledBack(_Message, frozen=True, array_like=True, tag=True):
     failure: str | None
 
 
-class Output(msgspec.Struct, frozen=True, array_like=True):
+class Output(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """New tokens of one request in one step (a step draws one token a request)."""
 
     request_id: str
@@ -344,14 +347,14 @@ class Output(msgspec.Struct, frozen=True, array_like=True):
     num_cached_tokens: int = 0
 
 
-class StepOutputs(_Message, frozen=True, array_like=True, tag=True):
+class StepOutputs(_Message, frozen=True, array_like=True, tag=True, gc=False):
     """Everything one step of the loop produced for `Decode` requests, in one message."""
 
     outputs: tuple[Output, ...]
     load: Load
 
 
-class Failed(_Message, frozen=True, array_like=True, tag=True):
+class Failed(_Message, frozen=True, array_like=True, tag=True, gc=False):
     """This attempt cannot be run here (too long for the pool, say). Nothing of it is left on the worker."""
 
     request_id: str
@@ -378,7 +381,7 @@ ToRouter = (
 # --- descriptors, over the second socketpair ---
 
 
-class ArenaGrant(_Message, frozen=True, array_like=True, tag=True):
+class ArenaGrant(_Message, frozen=True, array_like=True, tag=True, gc=False):
     """Comes with two descriptors [arena, generations] by SCM_RIGHTS: the worker's own (read-write) or a
     peer's (opened read-only). `arena` is a sparse memfd of `num_blocks * block_bytes`; `generations` of
     `generation_table_bytes(num_blocks)`: a uint64 for each block, and one for the owner's progress.
@@ -391,7 +394,7 @@ class ArenaGrant(_Message, frozen=True, array_like=True, tag=True):
     block_bytes: int
 
 
-class WeightsGrant(_Message, frozen=True, array_like=True, tag=True):
+class WeightsGrant(_Message, frozen=True, array_like=True, tag=True, gc=False):
     """Comes with one descriptor: the memfd of the shared weights, read-write for the loader, else
     read-only.
     """
@@ -399,7 +402,7 @@ class WeightsGrant(_Message, frozen=True, array_like=True, tag=True):
     num_bytes: int
 
 
-class RevokeGrant(_Message, frozen=True, array_like=True, tag=True):
+class RevokeGrant(_Message, frozen=True, array_like=True, tag=True, gc=False):
     """The peer's arena is gone for good (its instance was removed): unmap it. Comes without descriptors."""
 
     instance: str

@@ -9,8 +9,9 @@ fewer, larger updates. Pure: no I/O, no clock.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
+
+import msgspec
 
 from memserve.messages import FinishReason, TokenLogprobs
 from memserve.router.engine_api import Delta
@@ -30,8 +31,7 @@ class TokenEntry(NamedTuple):
     text_offset: int
 
 
-@dataclass(frozen=True, slots=True)
-class ChoiceUpdate:
+class ChoiceUpdate(msgspec.Struct, frozen=True):
     """What is new of choice `index`. `token_ids` and `entries` are None unless they were asked for.
 
     `num_tokens` were drawn since the last update, the stop token included; `text` may lag behind them, or be
@@ -54,11 +54,12 @@ class Choice:
         self.finish_reason: FinishReason | None = None
         self.num_completion_tokens = 0
         self.num_cached_tokens = 0
+        self._began = False
         self._tokenizer = tokenizer
         self._decoder = tokenizer.decoder(
             skip_special_tokens=plan.skip_special_tokens, context=_context(plan, tokenizer)
         )
-        self._stops = StopMatcher(plan.stops)
+        self._stops = StopMatcher(plan.stops) if plan.stops else None
         self._stop_ids = frozenset(plan.request.sampling.stop_token_ids)
         self._min_tokens = plan.request.sampling.min_tokens
         self._entries: list[TokenEntry] = []
@@ -73,7 +74,9 @@ class Choice:
         """Takes what the engine says. Ignored after the end."""
         if self.finish_reason is not None:
             return
-        self.num_cached_tokens = delta.num_cached_tokens
+        if not self._began:
+            self._began = True
+            self.num_cached_tokens = delta.num_cached_tokens
         if delta.prompt_logprobs is not None:
             self._entries[:0] = self._prompt_entries(delta.prompt_logprobs)
         if self.plan.hide_output:
@@ -124,7 +127,7 @@ class Choice:
 
     def _push_text(self, text: str) -> bool:
         self._num_decoded += len(text)
-        if self.num_completion_tokens <= self._min_tokens:  # no stop string may begin in these
+        if self._stops is None or self.num_completion_tokens <= self._min_tokens:  # none may begin in these
             self._text += text
             return False
         shown, matched = self._stops.push(text)
@@ -138,7 +141,8 @@ class Choice:
     def _end(self, reason: FinishReason) -> None:
         """The sequence ended by itself: what was held back is shown, unless it completes a stop string."""
         if not self._push_text(self._decoder.flush()):
-            self._text += self._stops.flush()
+            if self._stops is not None:
+                self._text += self._stops.flush()
             self.finish_reason = reason
 
     def _echo_prompt(self) -> None:

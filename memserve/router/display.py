@@ -117,6 +117,7 @@ class Display:
 
     def ready(self, port: int, status: EngineStatus) -> None:
         """The server takes requests on `port`; `status` has the sizes of the pools."""
+        self._meter.rates(status, self._clock())  # the first report counts from here
         url = base_url(self._serve.host, port)
         rows = ready_rows(self._plan, status)
         example = curl_example(url, self._model_name)

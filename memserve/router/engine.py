@@ -1,6 +1,6 @@
 """The asyncio shell around the dispatcher: it carries events in and actions out, and decides nothing.
 
-    server.py: generate()         ──► Submit, Abandon ─┐                      ┌─► Emit, Refuse ──► streams
+    server: submit(), cancel()    ──► Submit, Abandon ─┐                      ┌─► Emit, Refuse ──► listeners
     supervisor.py: on_worker_*()  ──► FromWorker, …   ─┤  Dispatcher.on_event ├
     once a second                 ──► Tick            ─┘                      └─► Send ──► supervisor.send
 
@@ -14,15 +14,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 from memserve.config import Role, WorkerConfig
 from memserve.errors import MemserveError, Unavailable
 from memserve.messages import Heartbeat, Load, Output, Ready, ToRouter, ToWorker
 from memserve.router.dispatcher import Dispatcher
-from memserve.router.engine_api import Delta, EngineStatus, GenerateRequest, InstanceState, InstanceStatus
+from memserve.router.engine_api import (
+    Delta,
+    EngineStatus,
+    GenerateRequest,
+    InstanceState,
+    InstanceStatus,
+    Listener,
+)
 from memserve.router.events import (
     Abandon,
     Action,
@@ -42,33 +48,6 @@ logger = logging.getLogger(__name__)
 TICK_S = 1.0
 # For a client that came while the server was starting or ending.
 RETRY_AFTER_S = 2.0
-
-
-@dataclass(slots=True)
-class _Stream:
-    """What a client has not taken yet. Bounded by the request's max_tokens."""
-
-    outputs: deque[Output] = field(default_factory=deque)
-    error: MemserveError | None = None
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
-    num_cached_tokens: int | None = None
-
-    def take(self) -> Delta:
-        """Everything that waits, as one delta: a slow reader gets fewer, larger ones."""
-        outputs = list(self.outputs)
-        self.outputs.clear()
-        self.changed.clear()
-        if self.num_cached_tokens is None:
-            self.num_cached_tokens = outputs[0].num_cached_tokens
-        logprobs = [entry for output in outputs for entry in output.logprobs or ()]
-        prompt_logprobs = next((o.prompt_logprobs for o in outputs if o.prompt_logprobs is not None), None)
-        return Delta(
-            token_ids=tuple(token for output in outputs for token in output.token_ids),
-            logprobs=tuple(logprobs) if outputs[0].logprobs is not None else None,
-            prompt_logprobs=prompt_logprobs,
-            finish_reason=outputs[-1].finish_reason,
-            num_cached_tokens=self.num_cached_tokens,
-        )
 
 
 class ServingEngine:
@@ -96,11 +75,11 @@ class ServingEngine:
         self._clock = clock
         self._on_progress = on_progress
         self._send: Callable[[str, ToWorker], object] | None = None
-        self._streams: dict[str, _Stream] = {}
+        self._listeners: dict[str, Listener] = {}  # of the sequences that have not ended
         self._alive: dict[str, int] = {}  # instance → incarnation
         self._last_incarnation: dict[str, int] = {}
         self._lost: set[str] = set()
-        self._num_restarts = 0
+        self._num_restarts: Counter[str] = Counter()
         self._was_ready = False
         self._draining = False
         self.all_lost = asyncio.Event()
@@ -111,29 +90,20 @@ class ServingEngine:
 
     # --- Engine ---
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    def submit(self, request: GenerateRequest, listener: Listener) -> None:
         """See `engine_api.Engine`."""
         if (reason := self._unavailable()) is not None:
-            raise Unavailable(reason, retry_after_s=RETRY_AFTER_S)
+            listener(Unavailable(reason, retry_after_s=RETRY_AFTER_S))
+            return
         request_id = request.request_id
-        assert request_id not in self._streams, request_id
-        stream = self._streams[request_id] = _Stream()
-        ended = False
-        try:
-            self._feed(Submit(request_id, request.token_ids, request.sampling, request.cache_salt))
-            while not ended:
-                await stream.changed.wait()
-                if stream.outputs:
-                    delta = stream.take()
-                    ended = delta.finish_reason is not None
-                    yield delta
-                if stream.error is not None:
-                    ended = True
-                    raise stream.error
-        finally:
-            del self._streams[request_id]
-            if not ended:
-                self._feed(Abandon(request_id))
+        assert request_id not in self._listeners, request_id
+        self._listeners[request_id] = listener
+        self._feed(Submit(request_id, request.token_ids, request.sampling, request.cache_salt))
+
+    def cancel(self, request_id: str) -> None:
+        """See `engine_api.Engine`."""
+        if self._listeners.pop(request_id, None) is not None:
+            self._feed(Abandon(request_id))
 
     def _unavailable(self) -> str | None:
         """Why no request can be taken, None if one can."""
@@ -145,7 +115,10 @@ class ServingEngine:
 
     def check_room(self, num_sequences: int) -> None:
         """See `engine_api.Engine`."""
+        if (reason := self._unavailable()) is not None:
+            raise Unavailable(reason, retry_after_s=RETRY_AFTER_S)
         if (refusal := self._dispatcher.refusal(num_sequences)) is not None:
+            self._dispatcher.counters.refused += num_sequences
             raise refusal
 
     def ready(self) -> bool:
@@ -168,24 +141,32 @@ class ServingEngine:
             pull_failures_total=counters.failed_pulls,
             pulled_bytes_total=counters.pulled_bytes,
             replays_total=counters.replayed,
-            restarts_total=self._num_restarts,
+            restarts_total=self._num_restarts.total(),
             pulled_tokens_total=counters.pulled_tokens,
             pull_ms_total=counters.pull_ms,
             refused_total=counters.refused,
             abandoned_total=counters.abandoned,
             stale_total=counters.stale,
+            salvaged_tokens_total=counters.salvaged_tokens,
+            pull_backs_total=counters.pull_backs,
+            pull_backs_done_total=counters.pull_backs_done,
+            pull_back_misses_total=counters.pull_back_misses,
+            pulled_back_tokens_total=counters.pulled_back_tokens,
+            pulled_back_bytes_total=counters.pulled_back_bytes,
         )
 
     def _instance_status(self, instance: str, role: Role) -> InstanceStatus:
+        restarts = self._num_restarts[instance]
         view = self._dispatcher.fleet.views.get(instance)
         if view is not None:
+            state = InstanceState.READY
             return InstanceStatus(
-                instance, role, view.incarnation, InstanceState.READY, view.load, view.num_blocks
+                instance, role, view.incarnation, state, view.load, view.num_blocks, restarts
             )
         last = self._last_incarnation.get(instance)
         if last is None:
             return InstanceStatus(instance, role, 0, InstanceState.STARTING, Load())
-        return InstanceStatus(instance, role, last, InstanceState.DOWN, Load())
+        return InstanceStatus(instance, role, last, InstanceState.DOWN, Load(), num_restarts=restarts)
 
     # --- WorkerEvents ---
 
@@ -197,7 +178,7 @@ class ServingEngine:
     def on_worker_up(self, config: WorkerConfig, incarnation: int, ready: Ready) -> None:
         """A worker takes requests."""
         instance = config.instance
-        self._num_restarts += instance in self._last_incarnation
+        self._num_restarts[instance] += instance in self._last_incarnation
         self._alive[instance] = self._last_incarnation[instance] = incarnation
         self._was_ready = self._was_ready or self.ready()
         self._feed(
@@ -230,9 +211,9 @@ class ServingEngine:
             return
         self.all_lost.set()
         error = Unavailable("the server has lost its workers", retry_after_s=RETRY_AFTER_S)
-        for request_id in list(self._streams):
+        for request_id in list(self._listeners):
             self._feed(Abandon(request_id))
-            self._end_stream(request_id, error)
+            self._end(request_id, error)
 
     # --- the run ---
 
@@ -257,19 +238,29 @@ class ServingEngine:
         for action in actions:
             match action:
                 case Emit(request_id=request_id, output=output):
-                    stream = self._streams.get(request_id)
-                    if stream is not None:
-                        stream.outputs.append(output)
-                        stream.changed.set()
+                    self._tell(request_id, output)
                 case Send(instance=instance, incarnation=incarnation, message=message):
                     assert self._send is not None
                     if self._alive.get(instance) == incarnation:
                         self._send(instance, message)
                 case Refuse(request_id=request_id, error=error):
-                    self._end_stream(request_id, error)
+                    self._end(request_id, error)
 
-    def _end_stream(self, request_id: str, error: MemserveError) -> None:
-        stream = self._streams.get(request_id)
-        if stream is not None:
-            stream.error = error
-            stream.changed.set()
+    def _tell(self, request_id: str, output: Output) -> None:
+        ended = output.finish_reason is not None
+        listener = self._listeners.pop(request_id, None) if ended else self._listeners.get(request_id)
+        if listener is not None:
+            listener(
+                Delta(
+                    output.token_ids,
+                    output.logprobs,
+                    output.prompt_logprobs,
+                    output.finish_reason,
+                    output.num_cached_tokens,
+                )
+            )
+
+    def _end(self, request_id: str, error: MemserveError) -> None:
+        listener = self._listeners.pop(request_id, None)
+        if listener is not None:
+            listener(error)

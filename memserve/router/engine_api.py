@@ -1,27 +1,28 @@
 """What the HTTP layer asks of the engine, and nothing more: the seam between `server.py` and all below it.
 
-The server validates and tokenises; the engine admits, places, runs and streams. One `generate` is one
-sequence: a request with n choices or several prompts is several of them. The life of one:
+The server validates and tokenises; the engine admits, places, runs and tells. One `submit` is one sequence:
+a request with n choices or several prompts is several of them. The life of one, as its listener hears it:
 
-    generate(request) ─► Delta ─► Delta ─► … ─► Delta(finish_reason) ─► end
+    submit(request) ─► Delta ─► Delta ─► … ─► Delta(finish_reason)
            │
-           └─ raises Overloaded or Unavailable (nothing was done), RequestError or EngineError, at any point
+           └─ Overloaded or Unavailable (nothing was done), RequestError or EngineError, at any point
 
-Closing the generator, or cancelling the task that awaits it, cancels the request everywhere at once. Whoever
-iterates closes (`contextlib.aclosing`): an abandoned generator is only closed when it is collected.
+Whoever submits cancels what has not ended when he leaves: nothing else does.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from memserve.config import Role
+from memserve.errors import MemserveError
 from memserve.messages import FinishReason, Load, SamplingParams, TokenLogprobs
 
 
@@ -38,14 +39,14 @@ class GenerateRequest:
     cache_salt: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(msgspec.Struct, frozen=True):
     """What is new of one sequence since the delta before: at least one token, or the end.
 
     `token_ids` include the stop token that ended the sequence (`finish_reason` STOP); hiding its text is the
     server's part. `logprobs` runs parallel to `token_ids` and is None unless asked for. `prompt_logprobs`
     comes once, with the first delta, one entry a prompt token (the first is None). `num_cached_tokens` is the
-    number of prompt tokens that did not have to be computed, the same in every delta.
+    number of prompt tokens that did not have to be computed; that of the first delta counts. (A msgspec
+    struct, as one is made for every token.)
     """
 
     token_ids: tuple[int, ...]
@@ -53,6 +54,11 @@ class Delta:
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     finish_reason: FinishReason | None = None
     num_cached_tokens: int = 0
+
+
+# Called on the event loop with each delta, or with the error that ends the sequence. It takes note and
+# returns: it raises nothing and does not call the engine.
+Listener = Callable[[Delta | MemserveError], None]
 
 
 class InstanceState(StrEnum):
@@ -68,7 +74,7 @@ class InstanceStatus:
     """One instance as the router sees it.
 
     `incarnation` counts its lives from 0; of one that is down it is the last. `load` is the last reported.
-    `num_blocks`: size of its KV pool, 0 unless it is ready.
+    `num_blocks`: size of its KV pool, 0 unless it is ready. `num_restarts`: how often it came up again.
     """
 
     instance: str
@@ -77,6 +83,7 @@ class InstanceStatus:
     state: InstanceState
     load: Load
     num_blocks: int = 0
+    num_restarts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,21 +108,33 @@ class EngineStatus:
     refused_total: int = 0
     abandoned_total: int = 0
     stale_total: int = 0
+    salvaged_tokens_total: int = 0
+    pull_backs_total: int = 0
+    pull_backs_done_total: int = 0
+    pull_back_misses_total: int = 0
+    pulled_back_tokens_total: int = 0
+    pulled_back_bytes_total: int = 0
 
 
 class Engine(Protocol):
     """The router below HTTP."""
 
-    def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
-        """Runs one sequence. The first `__anext__` does the admission and so raises `Overloaded`.
+    def submit(self, request: GenerateRequest, listener: Listener) -> None:
+        """Runs one sequence. What comes of it goes to `listener`, `Overloaded` perhaps before this returns.
 
         Until the engine was ready for the first time, and again when it ends or has lost its workers for
         good, that is `Unavailable`. In between a request waits for a worker that is being replaced.
         """
         ...
 
+    def cancel(self, request_id: str) -> None:
+        """Ends a sequence everywhere, at once; its listener hears no more. Ignores unknown and ended ids."""
+        ...
+
     def check_room(self, num_sequences: int) -> None:
-        """Raises `Overloaded` unless so many sequences, if submitted right now, would all be admitted."""
+        """Raises `Overloaded` or `Unavailable` unless so many sequences, submitted right now, would all be
+        admitted. Cheap.
+        """
         ...
 
     def ready(self) -> bool:

@@ -7,7 +7,7 @@ both         on demand a chunk with the usage, at last `data: [DONE]`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -87,15 +87,20 @@ class Collected:
 class Format(Protocol):
     """How an endpoint writes its answers."""
 
+    @property
+    def id(self) -> str:
+        """The answer's."""
+        ...
+
     def whole(self, collected: Sequence[Collected], usage: Usage) -> bytes:
         """The answer in one piece; `collected` in the order of index."""
         ...
 
-    def opening(self, num_choices: int, usage: UsageField) -> Iterator[msgspec.Struct]:
+    def opening(self, num_choices: int, usage: UsageField) -> Sequence[msgspec.Struct]:
         """Chunks before any token."""
         ...
 
-    def chunks(self, update: ChoiceUpdate, usage: UsageField) -> Iterator[msgspec.Struct]:
+    def chunks(self, update: ChoiceUpdate, usage: UsageField) -> Sequence[msgspec.Struct]:
         """What an update becomes: its text if there is any, its end if it has come."""
         ...
 
@@ -124,19 +129,22 @@ class CompletionFormat:
             choices.append(CompletionChoice(index, choice.text, logprobs, choice.finish_reason, token_ids))
         return to_json(self._object(choices, usage))
 
-    def opening(self, num_choices: int, usage: UsageField) -> Iterator[msgspec.Struct]:
+    def opening(self, num_choices: int, usage: UsageField) -> Sequence[msgspec.Struct]:
         """See Format."""
-        return iter(())
+        return ()
 
-    def chunks(self, update: ChoiceUpdate, usage: UsageField) -> Iterator[msgspec.Struct]:
+    def chunks(self, update: ChoiceUpdate, usage: UsageField) -> Sequence[msgspec.Struct]:
         """See Format."""
+        chunks = []
         if update.text or update.num_tokens or update.entries:
             token_ids = _or_unset(update.token_ids)
             logprobs = legacy_logprobs(update.entries, self.tokenizer) if update.entries else None
             choice = CompletionChoice(update.index, update.text, logprobs, None, token_ids)
-            yield self._object([choice], usage)
+            chunks.append(self._object([choice], usage))
         if update.finish_reason is not None:
-            yield self._object([CompletionChoice(update.index, "", None, update.finish_reason)], usage)
+            choice = CompletionChoice(update.index, "", None, update.finish_reason)
+            chunks.append(self._object([choice], usage))
+        return chunks
 
     def usage_chunk(self, usage: Usage) -> msgspec.Struct:
         """See Format."""
@@ -167,21 +175,24 @@ class ChatFormat:
             choices.append(ChatChoice(index, message, logprobs, choice.finish_reason, token_ids))
         return to_json(ChatObject(self.id, "chat.completion", self.created, self.model, choices, usage))
 
-    def opening(self, num_choices: int, usage: UsageField) -> Iterator[msgspec.Struct]:
+    def opening(self, num_choices: int, usage: UsageField) -> Sequence[msgspec.Struct]:
         """See Format."""
-        for index in range(num_choices):
-            yield self._chunk([ChatChunkChoice(index, ChatDelta("assistant", ""), None, None)], usage)
+        delta = ChatDelta("assistant", "")
+        return [self._chunk([ChatChunkChoice(i, delta, None, None)], usage) for i in range(num_choices)]
 
-    def chunks(self, update: ChoiceUpdate, usage: UsageField) -> Iterator[msgspec.Struct]:
+    def chunks(self, update: ChoiceUpdate, usage: UsageField) -> Sequence[msgspec.Struct]:
         """See Format."""
+        chunks = []
         if update.text or update.num_tokens or update.entries:
             token_ids = _or_unset(update.token_ids)
             logprobs = chat_logprobs(update.entries, self.tokenizer) if update.entries else None
             delta = ChatDelta(content=update.text)
-            yield self._chunk([ChatChunkChoice(update.index, delta, logprobs, None, token_ids)], usage)
+            choice = ChatChunkChoice(update.index, delta, logprobs, None, token_ids)
+            chunks.append(self._chunk([choice], usage))
         if update.finish_reason is not None:
-            finish = ChatChunkChoice(update.index, ChatDelta(), None, update.finish_reason)
-            yield self._chunk([finish], usage)
+            choice = ChatChunkChoice(update.index, ChatDelta(), None, update.finish_reason)
+            chunks.append(self._chunk([choice], usage))
+        return chunks
 
     def usage_chunk(self, usage: Usage) -> msgspec.Struct:
         """See Format."""

@@ -1,28 +1,29 @@
 """Runs a job's sequences and merges what they give into one stream of updates.
 
-A job of one choice is iterated directly: the engine already joins what a slow reader has not taken. Several
-run as one task each, which push into their `Choice`; whoever reads the merged stream takes all that has
-gathered. If one fails the others are cancelled; if the reader leaves (closes the generator, is cancelled),
-all are.
+    engine ─ deltas, as they come ─► news ─ `next` ─► the choices ─► updates of all that has gathered
+
+The engine's deltas only pile up here (bounded by max_tokens) and wake whoever waits in `next`; choices are
+worked on when the reader asks. So a slow client gets fewer, larger updates, and n sequences need no task of
+their own. If one fails, or the reader leaves, `close` cancels all.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections import deque
+from collections.abc import Sequence
+from functools import partial
 
-from memserve.errors import EngineError
+from memserve.errors import MemserveError
+from memserve.messages import FinishReason
 from memserve.router.choices import Choice, ChoiceUpdate
-from memserve.router.engine_api import Engine
+from memserve.router.engine_api import Delta, Engine
 from memserve.router.metrics import RequestTimer
 from memserve.router.tokenizer import Tokenizer
 from memserve.router.validation import Job
 
 # Tokens of a prompt that are decoded on the event loop in about the time that a thread takes to start.
 _INLINE_TOKENS = 1024
-
-Updates = list[ChoiceUpdate]
 
 
 async def make_choices(job: Job, tokenizer: Tokenizer) -> list[Choice]:
@@ -35,73 +36,78 @@ async def make_choices(job: Job, tokenizer: Tokenizer) -> list[Choice]:
     return make() if num_echoed <= _INLINE_TOKENS else await asyncio.to_thread(make)
 
 
-async def run_choices(
-    engine: Engine, choices: Sequence[Choice], timer: RequestTimer
-) -> AsyncGenerator[Updates, None]:
-    """Non-empty lists of updates, each choice's in order, until every choice has told its finish_reason.
+class Generation:
+    """One job while it runs: `start`, `next` until it has nothing more, `close` in any case."""
 
-    Raises what the engine raises; `Overloaded` before any choice was begun if there is no room for all of
-    them. The caller closes it (`contextlib.aclosing`).
-    """
-    stream = _run_one(engine, choices[0], timer) if len(choices) == 1 else _run_many(engine, choices, timer)
-    async with aclosing(stream):
-        async for updates in stream:
-            yield updates
+    def __init__(self, engine: Engine, choices: Sequence[Choice], timer: RequestTimer) -> None:
+        self.choices = choices
+        self._engine = engine
+        self._timer = timer
+        self._open = {choice.plan.index: choice for choice in choices}  # those whose end was not told yet
+        self._news: deque[tuple[Choice, Delta | MemserveError]] = deque()
+        self._waiter: asyncio.Future[None] | None = None
 
+    def start(self) -> None:
+        """Submit all sequences. Raises `Overloaded` before any was begun if there is no room for all."""
+        if len(self._open) > 1:
+            self._engine.check_room(len(self._open))
+        for choice in self._open.values():
+            self._engine.submit(choice.plan.request, partial(self._on_news, choice))
 
-async def _drive(engine: Engine, choice: Choice, timer: RequestTimer) -> AsyncGenerator[None, None]:
-    """Pushes a sequence's deltas into `choice`, yielding after each, until the choice is complete."""
-    async with aclosing(engine.generate(choice.plan.request)) as deltas:
-        async for delta in deltas:
-            timer.on_tokens(choice.plan.index, len(delta.token_ids))
-            if delta.prompt_logprobs is None or len(delta.prompt_logprobs) <= _INLINE_TOKENS:
-                choice.push(delta)
-            else:  # they come with the first delta, and before that nobody else looks at the choice
-                await asyncio.to_thread(choice.push, delta)
-            yield
+    async def next(self) -> list[ChoiceUpdate]:
+        """What is new, each choice's updates in order; empty once every choice has told its finish_reason.
+
+        Raises what the engine tells of a sequence, after the updates that came before it.
+        """
+        while self._open:
+            if not self._news:
+                self._waiter = asyncio.get_running_loop().create_future()
+                await self._waiter
+            if updates := await self._take():
+                return updates
+        return []
+
+    def abort(self) -> None:
+        """Ends what has not ended, with what there is and finish_reason ABORT; or instead of `start`."""
+        for choice in self._open.values():
+            self._engine.cancel(choice.plan.request.request_id)
+            self._on_news(choice, Delta((), finish_reason=FinishReason.ABORT))
+
+    def close(self) -> None:
+        """Cancels what has not ended. Idempotent."""
+        for choice in self._open.values():
+            self._engine.cancel(choice.plan.request.request_id)
+        self._open.clear()
+
+    def _on_news(self, choice: Choice, news: Delta | MemserveError) -> None:
+        if isinstance(news, Delta):
+            self._timer.on_tokens(choice.plan.index, len(news.token_ids))
+        self._news.append((choice, news))
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def _take(self) -> list[ChoiceUpdate]:
+        """Works off the news, up to an error."""
+        pushed: dict[int, Choice] = {}
+        while self._news:
+            choice, news = self._news[0]
+            if isinstance(news, MemserveError) and pushed:
+                break  # what came before it is told first, and may have ended the choice
+            self._news.popleft()
+            if choice.plan.index not in self._open:
+                continue
+            if isinstance(news, MemserveError):
+                raise news
+            if news.prompt_logprobs is None or len(news.prompt_logprobs) <= _INLINE_TOKENS:
+                choice.push(news)
+            else:
+                await asyncio.to_thread(choice.push, news)
+            pushed[choice.plan.index] = choice
+        updates = []
+        for index, choice in pushed.items():
+            if (update := choice.take()) is not None:
+                updates.append(update)
             if choice.finish_reason is not None:
-                return
-    raise EngineError(f"sequence {choice.plan.request.request_id} ended without a reason")
-
-
-async def _run_one(engine: Engine, choice: Choice, timer: RequestTimer) -> AsyncGenerator[Updates, None]:
-    async with aclosing(_drive(engine, choice, timer)) as pushes:
-        async for _ in pushes:
-            update = choice.take()
-            if update is not None:
-                yield [update]
-
-
-async def _run_many(
-    engine: Engine, choices: Sequence[Choice], timer: RequestTimer
-) -> AsyncGenerator[Updates, None]:
-    engine.check_room(len(choices))  # the tasks below submit theirs before anything else can happen
-    changed = asyncio.Event()
-    dirty: dict[int, Choice] = {}  # by index: pushed to since the last round
-
-    async def pump(choice: Choice) -> None:
-        async with aclosing(_drive(engine, choice, timer)) as pushes:
-            async for _ in pushes:
-                dirty[choice.plan.index] = choice
-                changed.set()
-
-    tasks = [asyncio.create_task(pump(choice)) for choice in choices]
-    for task in tasks:
-        task.add_done_callback(lambda _: changed.set())
-    try:
-        while True:
-            await changed.wait()
-            changed.clear()
-            done = [task for task in tasks if task.done()]
-            for task in done:
-                task.result()  # raises what ended it
-            updates = [update for choice in dirty.values() if (update := choice.take()) is not None]
-            dirty.clear()
-            if updates:
-                yield updates
-            if len(done) == len(tasks):
-                return
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+                del self._open[index]
+                self._engine.cancel(choice.plan.request.request_id)  # of use where a stop string ended it
+        return updates

@@ -10,7 +10,7 @@ import re
 import uuid
 from http import HTTPStatus
 
-from aiohttp import web
+from aiohttp import http_exceptions, web
 from aiohttp.typedefs import Handler
 from multidict import CIMultiDict
 
@@ -58,6 +58,15 @@ def error_response(error: BaseException, request_id: str) -> web.Response:
     if isinstance(error, web.HTTPMethodNotAllowed):
         headers["Allow"] = error.headers["Allow"]
     return web.Response(status=status, body=to_json(body), content_type="application/json", headers=headers)
+
+
+def parser_error(error: http_exceptions.HttpProcessingError) -> RequestError:
+    """What to tell a client whose bytes aiohttp's parser refused; its own words would repeat them."""
+    if isinstance(error, http_exceptions.LineTooLong):
+        return RequestError("a line of the request's head is too long", status=431)
+    if isinstance(error, http_exceptions.ContentEncodingError):
+        return RequestError("the body cannot be read: its content-encoding is not supported or broken")
+    return RequestError("this is not a valid HTTP request")
 
 
 @web.middleware

@@ -145,6 +145,14 @@ class ModelList(msgspec.Struct, frozen=True):
     object: str = "list"
 
 
+class CancelledObject(msgspec.Struct, frozen=True):
+    """That a request was cancelled; it is not OpenAI's."""
+
+    id: str
+    object: str = "request"
+    status: str = "cancelled"
+
+
 class ErrorBody(msgspec.Struct, frozen=True):
     message: str
     type: str

@@ -114,6 +114,8 @@ def _template_message(message: Message) -> dict[str, str]:
     if isinstance(message.content, list):
         texts = []
         for part in message.content:
+            if part.type == "text" and part.text is None:
+                raise RequestError("a content part of type 'text' needs a text", param="messages")
             if part.type != "text" or part.text is None:
                 raise RequestError(
                     f"content of type {part.type!r} is not supported, only 'text'", param="messages"

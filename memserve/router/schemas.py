@@ -153,6 +153,12 @@ _CHAT = msgspec.json.Decoder(ChatBody)
 # How msgspec says where: "… - at `$.stop[2]`", "… - at `key` in `$.logit_bias`", "… required field `model`".
 _FIELD = re.compile(r"`\$\.((\w+)[^`]*)`")
 _MISSING = re.compile(r"missing required field `((\w+))`")
+# The only patterns are those of keys; what to say in place of one.
+_PATTERN = "matching regex"
+_KEYS = {
+    "logit_bias": "the keys must be token ids, as strings of digits",
+    "chat_template_kwargs": "the keys must be names in small letters, digits and underscores",
+}
 
 
 def decode_completion(data: bytes) -> CompletionBody:
@@ -171,6 +177,8 @@ def _decode(data: bytes, decoder: msgspec.json.Decoder[Body]) -> Body:
     except msgspec.ValidationError as error:
         problem, _, place = str(error).partition(" - at ")
         field = _FIELD.search(place) or _MISSING.search(problem)
+        if _PATTERN in problem and field is not None:
+            problem = _KEYS[field[2]]
         where = "the body is not a valid request" if field is None else field[1]
         raise RequestError(f"{where}: {problem}", param=None if field is None else field[2]) from None
     except UnicodeDecodeError:

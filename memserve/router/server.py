@@ -2,16 +2,18 @@
 
     POST /v1/completions, /v1/chat/completions     decode (schemas) ─► plan (validation)
                                                    ─► run (generation) ─► write (formats, event_stream)
-    GET  /v1/models, /v1/models/{id}, /health, /metrics
+    POST /v1/requests/{id}/cancel                  end one of those (active)
+    GET  /v1/models, /v1/models/{id}, /v1/workers, /health, /metrics
 
 A handler owns its sequences: however it ends — answered, failed, the client gone and the handler cancelled —
-the generators are closed before it returns, and with them everything the engine runs for it. That needs an
+its `Generation` is closed before it returns, and with it everything the engine runs for it. That needs an
 AppRunner with `handler_cancellation=True`. Errors before the first byte become a status (`http_errors.py`),
 later ones the last event of the stream.
 
 A request has one id, the `x-request-id` of its answer: the answer's own id ends in it, and the engine's ids,
 which are in every log line of router and workers, begin with it. A client may choose it, and repeat it; the
-number after it keeps the engine's apart.
+number after it keeps the engine's apart. Who knows it may cancel the request: one that the server chose
+cannot be guessed.
 """
 
 from __future__ import annotations
@@ -19,18 +21,20 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import aclosing, suppress
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import closing, suppress
 from typing import TypeVar
 
 import msgspec
 from aiohttp import ClientPayloadError, hdrs, web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from memserve.errors import Overloaded, RequestError
-from memserve.router.choices import Choice
+from memserve.errors import RequestError
+from memserve.router.active import ActiveRequests
+from memserve.router.choices import Choice, ChoiceUpdate
 from memserve.router.engine_api import Engine
 from memserve.router.event_stream import ClientGone, EventStream
+from memserve.router.fleet_view import worker_list
 from memserve.router.formats import (
     DONE,
     ChatFormat,
@@ -42,7 +46,7 @@ from memserve.router.formats import (
     event,
     usage_of,
 )
-from memserve.router.generation import Updates, make_choices, run_choices
+from memserve.router.generation import Generation, make_choices
 from memserve.router.http_errors import (
     METRICS,
     REQUEST_ID,
@@ -52,7 +56,7 @@ from memserve.router.http_errors import (
 )
 from memserve.router.limits import HttpLimits
 from memserve.router.metrics import CONTENT_TYPE, Metrics
-from memserve.router.openai import ModelList, ModelObject, to_json
+from memserve.router.openai import CancelledObject, ModelList, ModelObject, to_json
 from memserve.router.schemas import SamplingBody, decode_chat, decode_completion
 from memserve.router.served_model import ServedModel
 from memserve.router.validation import Job, plan_chat, plan_completion, unknown_model
@@ -76,6 +80,8 @@ def create_app(engine: Engine, model: ServedModel, limits: HttpLimits | None = N
     server = _Server(engine, model, limits, metrics)
     app.router.add_post("/v1/completions", server.completions)
     app.router.add_post("/v1/chat/completions", server.chat_completions)
+    app.router.add_post("/v1/requests/{id:.+}/cancel", server.cancel)
+    app.router.add_get("/v1/workers", server.list_workers)
     app.router.add_get("/v1/models", server.list_models)
     app.router.add_get("/v1/models/{id:.+}", server.show_model)
     app.router.add_get("/health", server.health)
@@ -91,8 +97,7 @@ class _Server:
         self._model = model
         self._limits = limits
         self._metrics = metrics
-        self._num_requests = 0
-        self._held_bytes = 0
+        self._active = ActiveRequests(limits)
         self._numbers = itertools.count(1)
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
@@ -106,6 +111,19 @@ class _Server:
         answer_id = f"chatcmpl-{request[REQUEST_ID]}"
         form = ChatFormat(answer_id, int(time.time()), self._model.name, self._model.tokenizer)
         return await self._answer(request, form, decode_chat, plan_chat)
+
+    async def cancel(self, request: web.Request) -> web.Response:
+        """POST /v1/requests/{id}/cancel: 404 unless such a request is being served."""
+        name = request.match_info["id"]
+        if not self._active.cancel(name):
+            raise RequestError(
+                f"no request {name!r} is being served", status=404, code="request_not_found", param="id"
+            )
+        return _json(CancelledObject(name))
+
+    async def list_workers(self, request: web.Request) -> web.Response:
+        """GET /v1/workers: a row an instance."""
+        return _json(worker_list(self._engine.status().instances))
 
     async def list_models(self, request: web.Request) -> web.Response:
         """GET /v1/models."""
@@ -138,41 +156,24 @@ class _Server:
     async def _answer(
         self, request: web.Request, form: Format, decode: Callable[[bytes], Body], plan: Planner[Body]
     ) -> web.StreamResponse:
-        if self._num_requests >= self._limits.max_requests:
-            raise Overloaded("too many requests are being served", retry_after_s=1.0)
-        num_bytes = self._most_bytes(request)
-        if self._held_bytes + num_bytes > self._limits.max_held_bytes:
-            raise Overloaded("too many bytes of requests are being served", retry_after_s=1.0)
-        self._num_requests += 1
-        self._held_bytes += num_bytes
-        try:
+        self._engine.check_room(1)  # before any work
+        with self._active.admit((request[REQUEST_ID], form.id), self._most_bytes(request)) as active:
             data = await self._read_body(request)
-            self._held_bytes += len(data) - num_bytes
-            num_bytes = len(data)
-            body = decode(data)
+            active.num_bytes = len(data)
             job_id = f"{request[REQUEST_ID]}.{next(self._numbers)}"
-            return await self._run(request, form, await plan(body, job_id, self._model, self._limits))
-        finally:
-            self._num_requests -= 1
-            self._held_bytes -= num_bytes
-
-    async def _run(self, request: web.Request, form: Format, job: Job) -> web.StreamResponse:
-        choices = await make_choices(job, self._model.tokenizer)
-        timer = self._metrics.start_request()
-        async with aclosing(run_choices(self._engine, choices, timer)) as updates:
-            if job.stream:
-                response: web.StreamResponse = await self._stream(request, form, job, choices, updates)
-            else:
-                response = await self._whole(form, choices, updates)
-        if all(choice.finish_reason is not None for choice in choices):
-            usage = usage_of(choices)
-            self._metrics.on_finished(
-                timer,
-                prompt_tokens=usage.prompt_tokens,
-                cached_tokens=usage.prompt_tokens_details.cached_tokens,
-                completion_tokens=usage.completion_tokens,
-            )
-        return response
+            job = await plan(decode(data), job_id, self._model, self._limits)
+            choices = await make_choices(job, self._model.tokenizer)
+            timer = self._metrics.start_request()
+            with closing(Generation(self._engine, choices, timer)) as generation:
+                active.start(generation)
+                response: web.StreamResponse
+                if job.stream:
+                    response = await self._stream(request, form, job, generation)
+                else:
+                    response = await self._whole(form, generation)
+            if all(choice.finish_reason is not None for choice in choices):
+                self._metrics.on_finished(timer, usage_of(choices))
+            return response
 
     def _most_bytes(self, request: web.Request) -> int:
         """What the body will take at most; the whole allowance where its length is not told."""
@@ -194,39 +195,37 @@ class _Server:
         except (ClientPayloadError, HttpProcessingError, web.RequestPayloadError):
             raise RequestError("the body cannot be read: its encoding is broken") from None
 
-    async def _whole(
-        self, form: Format, choices: Sequence[Choice], updates: AsyncGenerator[Updates, None]
-    ) -> web.Response:
-        collected = [Collected() for _ in choices]
-        async for batch in updates:
-            for update in batch:
+    async def _whole(self, form: Format, generation: Generation) -> web.Response:
+        collected = [Collected() for _ in generation.choices]
+        while updates := await generation.next():
+            for update in updates:
                 collected[update.index].add(update)
         num_logprobs = sum(count_logprobs(choice.entries) for choice in collected)
-        usage = usage_of(choices)
+        usage = usage_of(generation.choices)
         body = await _maybe_off_loop(num_logprobs, lambda done: form.whole(done, usage), collected)
         return web.Response(body=body, content_type="application/json")
 
     async def _stream(
-        self,
-        request: web.Request,
-        form: Format,
-        job: Job,
-        choices: Sequence[Choice],
-        updates: AsyncGenerator[Updates, None],
+        self, request: web.Request, form: Format, job: Job, generation: Generation
     ) -> web.StreamResponse:
         """Until the stream opens (`EventStream`) an error can still be a status."""
 
-        def events_of(batch: Updates) -> bytes:
-            return b"".join(event(chunk) for update in batch for chunk in form.chunks(update, usage))
+        def events_of(updates: Sequence[ChoiceUpdate]) -> bytes:
+            return b"".join([event(chunk) for update in updates for chunk in form.chunks(update, usage)])
 
+        choices = generation.choices
         usage = _usage_so_far(job, choices)
-        head = b"".join(event(chunk) for chunk in form.opening(len(choices), usage))
+        head = b"".join([event(chunk) for chunk in form.opening(len(choices), usage)])
         async with EventStream(request, self._limits) as stream:
             try:
-                async for batch in updates:
+                while updates := await generation.next():
                     usage = _usage_so_far(job, choices)
-                    num_logprobs = sum(count_logprobs(update.entries) for update in batch)
-                    await stream.write(head + await _maybe_off_loop(num_logprobs, events_of, batch))
+                    if choices[0].plan.num_logprobs is None:
+                        data = events_of(updates)
+                    else:
+                        num_logprobs = sum(count_logprobs(update.entries) for update in updates)
+                        data = await _maybe_off_loop(num_logprobs, events_of, updates)
+                    await stream.write(head + data)
                     head = b""
                 last = event(form.usage_chunk(usage_of(choices))) if job.include_usage else b""
                 await stream.write(last + DONE)

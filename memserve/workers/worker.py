@@ -36,25 +36,21 @@ from memserve.messages import (
     RevokeGrant,
     Shutdown,
     StepOutputs,
-    Stored,
     ToWorker,
 )
-from memserve.model_config import blocks_for
 from memserve.pool.mempool import MemPool
 from memserve.workers.budget import StepBudget, StepTally, pair_cost
 from memserve.workers.channel import Channel, Doorbell, GrantSource, MessageTooLong, ReceivedGrant
+from memserve.workers.executor import Executor
 from memserve.workers.gauges import Gauges
 from memserve.workers.handoff import OfferBook, Pulls
+from memserve.workers.publisher import Publisher
 from memserve.workers.pull_backs import PullBacks
 from memserve.workers.request import Request, RequestKind, RequestState
 from memserve.workers.scheduler import Scheduler
 from memserve.workers.steps import Chunk, Drawn, Runner, StepPlan
 
 logger = logging.getLogger(__name__)
-
-# After this many steps in a row that raised, the device or the process is taken to be broken, not the
-# requests.
-MAX_FAILED_STEPS = 3
 
 # How often, and how long in between, a step looks for pulls that have begun with it.
 ARRIVAL_LOOKS = 9
@@ -77,7 +73,8 @@ class Worker:
         self._channel = channel
         self._grants = grants
         self._pool = pool
-        self._runner = runner
+        self._executor = Executor(runner, pool)
+        self._publisher = Publisher(pool, channel.send)
         self._clock = clock
         self._scheduler = Scheduler(pool, config.block_size, config.max_running, caches=config.caches)
         self.budget = StepBudget(config.max_batch_tokens, config.max_step_ms, pair_cost(config.model))
@@ -88,7 +85,6 @@ class Worker:
         self._requests: dict[str, Request] = {}
         self._arrivals = 0
         self._stopping = False
-        self._failed_steps = 0
 
     # --- the loop ---
 
@@ -124,9 +120,9 @@ class Worker:
             if self._scheduler.is_stuck and not plan.pulls:
                 return self._pulls.make_room()
             return bool(plan.pulls)  # a pull that could not begin has ended already, and rings no bell
-        self._announce(plan.chunks)
+        self._publisher.announce(plan.chunks)
         self.gauges.begin_step()
-        drawn = self._execute(plan.chunks)
+        drawn = self._executor.execute(plan.chunks)
         step_ms = self.gauges.count_step(tally)
         self.budget.observe(tally, step_ms)
         logger.debug(
@@ -144,8 +140,8 @@ class Worker:
         arrived: list[Request] = []
         for request, num_tokens, pulled in self._pulls.poll():
             self._scheduler.pulled(request, num_tokens)
-            self._publish(request)
-            self._tell_stored(request)
+            self._publisher.publish(request)
+            self._publisher.tell(request)
             self._channel.send(pulled)
             arrived.append(request)
         return arrived
@@ -278,57 +274,7 @@ class Worker:
         for received in self._grants.receive():
             self.take_grant(received)
 
-    # --- computing and telling ---
-
-    def _announce(self, chunks: Sequence[Chunk]) -> None:
-        """Tell of the blocks that this step will complete, where each layer is to be pulled once it is there.
-
-        The last chunk's partial block is among them: nothing more will be written to it here.
-        """
-        block_size = self._config.block_size
-        for request, num_new in chunks:
-            if not request.tell_layers:
-                continue
-            stop = request.num_computed_tokens + num_new
-            is_last = stop == request.num_tokens
-            first, end = (
-                request.num_told_blocks,
-                blocks_for(stop, block_size) if is_last else stop // block_size,
-            )
-            if end > first:
-                request.num_told_blocks = end
-                refs = self._pool.addresses(request.table.ids(end)[first:])
-                count = self._pool.progress.count
-                self._channel.send(Stored(request.request_id, request.attempt, first, refs, count))
-
-    def _execute(self, chunks: Sequence[Chunk]) -> list[Drawn]:
-        """Compute a step. If it raises, each chunk is computed by itself, so that only those at fault fail.
-
-        That is safe, as a chunk writes the same KV to the same slots however often it is computed.
-        """
-        try:
-            drawn = self._runner.execute(chunks)
-        except Exception:
-            logger.exception("a step of %d requests failed; each is now tried by itself", len(chunks))
-            for request, _ in chunks:
-                if request.tell_layers:  # layers of another step would be taken for this one's
-                    self._pool.renew(request.table)
-            drawn = [self._execute_alone(chunk) for chunk in chunks]
-            if all(result.error is not None for result in drawn):
-                self._failed_steps += 1
-                if self._failed_steps == MAX_FAILED_STEPS:
-                    raise EngineError(f"{MAX_FAILED_STEPS} steps in a row failed") from None
-                return drawn
-        self._failed_steps = 0
-        return drawn
-
-    def _execute_alone(self, chunk: Chunk) -> Drawn:
-        try:
-            (drawn,) = self._runner.execute((chunk,))
-        except Exception:
-            logger.exception("%s: cannot be computed", chunk.request.request_id)
-            return Drawn(error="an internal error")
-        return drawn
+    # --- telling ---
 
     def _tell(self, chunks: Sequence[Chunk], drawn: Sequence[Drawn]) -> None:
         """Take the drawn tokens and tell the router: one message for all decodes, one for each prefill."""
@@ -341,10 +287,10 @@ class Worker:
             if result.error is not None:
                 self._fail(request, result.error)  # and what it has computed is shown to nobody
                 continue
-            self._publish(request)
+            self._publisher.publish(request)
             token_id = result.token_id
             if token_id is None or request.kind is RequestKind.DECODE:
-                self._tell_stored(request)  # a prefill that is done tells of all its blocks in its offer
+                self._publisher.tell(request)  # a prefill that is done tells of all its blocks in its offer
             if token_id is None:
                 continue
             request.append(token_id)
@@ -386,22 +332,6 @@ class Worker:
             if request is not None:
                 self._finish(request)
             self._tell_failed(output.request_id, output.attempt, f"its answer is too long: {error}")
-
-    def _publish(self, request: Request) -> None:
-        """The blocks that are complete now are shared."""
-        block_size, table = self._config.block_size, request.table
-        end = request.num_computed_tokens // block_size
-        if end > table.num_shared and table.lock is not None:
-            tokens = request.token_bytes(table.num_shared * block_size, end * block_size)
-            self._pool.publish(table, tokens)
-
-    def _tell_stored(self, request: Request) -> None:
-        """Complete blocks can be pulled while the next ones are computed, and after this worker's death."""
-        first, end = request.num_told_blocks, request.num_computed_tokens // self._config.block_size
-        if request.tell_blocks and end > first:
-            request.num_told_blocks = end
-            refs = self._pool.addresses(request.table.ids(end)[first:])
-            self._channel.send(Stored(request.request_id, request.attempt, first, refs))
 
     def _tell_prefilled(self, request: Request, drawn: Drawn, reason: FinishReason | None) -> None:
         assert drawn.token_id is not None

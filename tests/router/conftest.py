@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +14,19 @@ from aiohttp import web
 
 import memserve
 from memserve.config import Role
-from memserve.errors import Overloaded
+from memserve.errors import MemserveError, Overloaded
 from memserve.messages import FinishReason, Load, TokenLogprobs
 from memserve.model_config import DefaultSampling
 from memserve.router.chat_template import ChatTemplate
-from memserve.router.engine_api import Delta, EngineStatus, GenerateRequest, InstanceState, InstanceStatus
+from memserve.router.connections import HttpConnection
+from memserve.router.engine_api import (
+    Delta,
+    EngineStatus,
+    GenerateRequest,
+    InstanceState,
+    InstanceStatus,
+    Listener,
+)
 from memserve.router.limits import HttpLimits
 from memserve.router.served_model import ServedModel
 from memserve.router.server import create_app
@@ -44,32 +52,40 @@ class FakeEngine:
     free_deltas: int = 0
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     requests: list[GenerateRequest] = field(default_factory=list)
-    active: set[str] = field(default_factory=set)
+    active: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     num_closed_early: int = 0
     room: int = 512
 
     def __post_init__(self) -> None:
         self.gate.set()
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    def submit(self, request: GenerateRequest, listener: Listener) -> None:
         assert request.request_id not in self.active
+        if self.error is not None and not isinstance(self.error, MemserveError):
+            raise self.error  # a bug
         self.requests.append(request)
-        self.active.add(request.request_id)
-        done = False
-        try:
-            deltas = self.reply(request)
-            for i, delta in enumerate(deltas):
-                if self.error is not None and i == self.error_after:
-                    done = True
-                    raise self.error
-                if i >= self.free_deltas:
-                    await self.gate.wait()
-                await asyncio.sleep(0)
-                done = i == len(deltas) - 1
-                yield delta
-        finally:
-            self.active.discard(request.request_id)
-            self.num_closed_early += not done
+        self.active[request.request_id] = asyncio.create_task(self._play(request, listener))
+
+    def cancel(self, request_id: str) -> None:
+        task = self.active.pop(request_id, None)
+        if task is not None:
+            self.num_closed_early += 1
+            task.cancel()
+
+    async def _play(self, request: GenerateRequest, listener: Listener) -> None:
+        deltas = self.reply(request)
+        for i, delta in enumerate(deltas):
+            if i >= self.free_deltas:
+                await self.gate.wait()
+            await asyncio.sleep(0)
+            failed = self.error is not None and i == self.error_after
+            if failed or i == len(deltas) - 1:
+                del self.active[request.request_id]
+            if failed:
+                assert isinstance(self.error, MemserveError)
+                listener(self.error)
+                return
+            listener(delta)
 
     def check_room(self, num_sequences: int) -> None:
         if num_sequences > self.room:
@@ -158,6 +174,7 @@ class Running:
     url: str
     engine: FakeEngine
     session: aiohttp.ClientSession
+    http: web.Server
 
 
 Serve = Callable[..., Awaitable[Running]]
@@ -180,12 +197,16 @@ async def serve(served_model: ServedModel) -> AsyncIterator[Serve]:
         app = create_app(engine, model or served_model, limits)
         runner = web.AppRunner(app, handler_cancellation=True)
         await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        host, port = runner.addresses[0][:2]
+        server = runner.server
+        assert server is not None
+        listening = await asyncio.get_running_loop().create_server(
+            lambda: HttpConnection(server), "127.0.0.1", 0
+        )
+        host, port = listening.sockets[0].getsockname()[:2]
         async with aiohttp.ClientSession(f"http://{host}:{port}") as session:
-            yield Running(f"http://{host}:{port}/v1", engine, session)
+            yield Running(f"http://{host}:{port}/v1", engine, session, server)
         engine.gate.set()
+        listening.close()
         await runner.cleanup()
         assert not engine.active
 

@@ -229,3 +229,10 @@ def test_any_cut_of_random_tokens_gives_the_same(make_choice: MakeChoice, tiny_t
         assert results[0] == results[1] == results[2]
         if not stops or choice.finish_reason is FinishReason.LENGTH:
             assert results[0][0] == whole
+
+
+def test_what_was_cached_is_what_the_first_delta_says(make_choice: MakeChoice) -> None:
+    choice = make_choice()
+    for token_id, num_cached in ((300, 3), (301, 0), (302, 9)):  # a replay may find more
+        choice.push(Delta((token_id,), num_cached_tokens=num_cached))
+        assert choice.num_cached_tokens == 3

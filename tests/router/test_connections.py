@@ -18,7 +18,7 @@ async def test_one_too_many_is_told_so() -> None:
         return web.Response(text="served")
 
     server = web.Server(answer)
-    listening = await asyncio.get_running_loop().create_server(bounded(server, 2), "127.0.0.1", 0)
+    listening = await asyncio.get_running_loop().create_server(bounded(server, 2, 75.0), "127.0.0.1", 0)
     address = listening.sockets[0].getsockname()
     # 1. Two are served, and stay connected.
     kept = []

@@ -138,6 +138,15 @@ def test_status_under_load_only(caplog: pytest.LogCaptureFixture) -> None:
     ]
 
 
+def test_the_first_report_counts_from_when_the_server_was_ready(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    times = iter([0.0, 5.0])
+    display, _ = make_display(terminal=False, clock=lambda: next(times))
+    display.ready(8000, make_status(0, 0, running=0))
+    display.status(make_status(5000, 100))
+    assert "1000 prompt tokens/s, 20 drawn tokens/s" in caplog.messages[-1]
+
+
 def test_rates_over_lives_of_a_worker() -> None:
     meter = TokenMeter()
     assert meter.rates(make_status(100, 10), 0.0) == (0.0, 0.0)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import aclosing
 
 import numpy as np
 import pytest
 
-from memserve.errors import EngineError, Overloaded, Unavailable
+from memserve.errors import EngineError, MemserveError, Overloaded, Unavailable
 from memserve.messages import (
     Cancel,
     Decode,
@@ -54,11 +53,22 @@ def request(rid: str = "r", max_tokens: int = 8) -> GenerateRequest:
 
 
 async def collect(engine: ServingEngine, what: GenerateRequest) -> list[Delta]:
-    async with aclosing(engine.generate(what)) as stream:
-        return [delta async for delta in stream]
+    """What the listener hears until the end; cancels as the server does."""
+    heard: asyncio.Queue[Delta | MemserveError] = asyncio.Queue()
+    engine.submit(what, heard.put_nowait)
+    deltas: list[Delta] = []
+    try:
+        while not deltas or deltas[-1].finish_reason is None:
+            news = await heard.get()
+            if isinstance(news, MemserveError):
+                raise news
+            deltas.append(news)
+    finally:
+        engine.cancel(what.request_id)
+    return deltas
 
 
-async def test_tokens_come_through_and_are_merged_for_a_slow_reader() -> None:
+async def test_tokens_come_through() -> None:
     rig = Rig()
     rig.up()
     task = asyncio.create_task(collect(rig.engine, request()))
@@ -69,10 +79,11 @@ async def test_tokens_come_through_and_are_merged_for_a_slow_reader() -> None:
     await asyncio.sleep(0)
     rig.say(Output("r", 0, (7,), finish_reason=FinishReason.STOP))
     deltas = await task
-    assert [d.token_ids for d in deltas] == [(5, 6), (7,)]
-    assert [d.num_cached_tokens for d in deltas] == [1, 1]
+    assert [d.token_ids for d in deltas] == [(5,), (6,), (7,)]
+    assert deltas[0].num_cached_tokens == 1
     assert deltas[-1].finish_reason is FinishReason.STOP
-    assert not rig.engine._streams
+    assert not rig.engine._listeners
+    assert not any(isinstance(message, Cancel) for message in rig.sent)
 
 
 async def test_leaving_cancels_at_the_worker() -> None:
@@ -84,7 +95,9 @@ async def test_leaving_cancels_at_the_worker() -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert rig.sent[-1] == Cancel("r", 0)
+    rig.engine.cancel("r")  # again: it is long gone
     rig.say(Output("r", 0, (5,)))  # late: nobody is there
+    assert len(rig.sent) == 2
     assert rig.engine.status().num_running == 0
 
 
@@ -107,6 +120,8 @@ async def test_refused_until_every_role_has_a_worker_then_waiting_for_one() -> N
     rig = Rig("prefill-0", "prefill-1", "decode-0")
     # 1. Starting: nobody waits for what may never come.
     rig.up("prefill-0")
+    with pytest.raises(Unavailable, match="starting"):
+        rig.engine.check_room(1)
     with pytest.raises(Unavailable, match="starting") as refused:
         await collect(rig.engine, request())
     assert refused.value.status == 503 and refused.value.retry_after_s >= 1
@@ -145,7 +160,7 @@ async def test_with_the_last_instance_everything_ends() -> None:
     assert rig.engine.all_lost.is_set() and not rig.engine.ready()
     with pytest.raises(Unavailable, match="lost its workers"):
         await task
-    assert rig.engine.status().num_waiting == 0 and not rig.engine._streams
+    assert rig.engine.status().num_waiting == 0 and not rig.engine._listeners
     # 3. Nobody is taken in any more.
     with pytest.raises(Unavailable, match="lost its workers"):
         await collect(rig.engine, request())
@@ -185,3 +200,4 @@ async def test_ready_states_and_drain(caplog: pytest.LogCaptureFixture) -> None:
         rig.up(incarnation=incarnation + 1)
         row = rig.engine.status().instances[0]
         assert (row.state, row.incarnation) == (InstanceState.READY, incarnation + 1)
+        assert row.num_restarts == incarnation + 1

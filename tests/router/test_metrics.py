@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 
 from memserve.config import Role
 from memserve.messages import Load
-from memserve.router.engine_api import Delta, EngineStatus, GenerateRequest, InstanceState, InstanceStatus
+from memserve.router.engine_api import (
+    EngineStatus,
+    GenerateRequest,
+    InstanceState,
+    InstanceStatus,
+    Listener,
+)
 from memserve.router.metrics import Metrics
+from memserve.router.openai import PromptTokensDetails, Usage
 
 
 class IdleEngine:
@@ -26,9 +33,11 @@ class IdleEngine:
             pull_ms_total=1500.0,
         )
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    def submit(self, request: GenerateRequest, listener: Listener) -> None:
         raise AssertionError
-        yield
+
+    def cancel(self, request_id: str) -> None:
+        raise AssertionError
 
     def check_room(self, num_sequences: int) -> None:
         pass
@@ -72,13 +81,18 @@ def test_times_and_tokens_of_a_job() -> None:
     timer.on_tokens(0, 2)  # two tokens 0.2 s later: 0.1 s each
     timer.on_tokens(0, 0)  # the end alone is no token
     timer.on_tokens(1, 1)  # another choice: 1.0 s after the start
-    metrics.on_finished(timer, prompt_tokens=9, cached_tokens=8, completion_tokens=4)
+    metrics.on_finished(timer, Usage(9, 4, 13, PromptTokensDetails(8)))
     metrics.on_response("/v1/completions", 200)
     lines = metrics.render().decode().splitlines()
     for line in (
         "memserve_time_to_first_token_seconds_count 2.0",
         "memserve_time_to_first_token_seconds_sum 1.5",
         "memserve_inter_token_latency_seconds_count 2.0",
+        "# TYPE memserve_time_to_first_token_seconds histogram",
+        'memserve_time_to_first_token_seconds_bucket{le="0.25"} 0.0',
+        'memserve_time_to_first_token_seconds_bucket{le="0.5"} 1.0',  # the bound itself is in
+        'memserve_time_to_first_token_seconds_bucket{le="1.0"} 2.0',
+        'memserve_time_to_first_token_seconds_bucket{le="+Inf"} 2.0',
         "memserve_request_duration_seconds_sum 2.0",
         "memserve_prompt_tokens_total 9.0",
         "memserve_cached_prompt_tokens_total 8.0",

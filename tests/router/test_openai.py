@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from memserve.errors import Overloaded
+from memserve.errors import EngineError, Overloaded
 from memserve.router.engine_api import Delta, GenerateRequest
 
 openai = pytest.importorskip("openai")
@@ -108,7 +108,7 @@ async def test_errors_are_the_clients_exceptions(serve: Serve, say: Say) -> None
         server.engine.error = RuntimeError("broken")
         with pytest.raises(openai.InternalServerError):
             await client.chat.completions.create(model="tiny", messages=MESSAGES)
-        server.engine.error_after = 3
+        server.engine.error, server.engine.error_after = EngineError("broken"), 3
         stream = await client.chat.completions.create(model="tiny", messages=MESSAGES, stream=True)
         with pytest.raises(openai.APIError):
             async for _ in stream:

@@ -6,12 +6,15 @@ import asyncio
 import gzip
 import io
 import json
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
+from urllib.parse import quote
 
 import aiohttp
 import pytest
 from aiohttp import web
+from aiohttp.http import StreamWriter
 
 from memserve.errors import EngineError, Overloaded, RequestError
 from memserve.router import generation
@@ -19,6 +22,7 @@ from memserve.router import server as server_module
 from memserve.router.engine_api import Delta, GenerateRequest
 from memserve.router.limits import HttpLimits
 from memserve.router.tokenizer import Tokenizer
+from tests.router.conftest import make_deltas
 
 Reply = Callable[[GenerateRequest], Sequence[Delta]]
 Say = Callable[[str], Reply]
@@ -288,13 +292,17 @@ async def test_an_error_after_a_ping_is_an_event(serve: Serve, say: Say) -> None
 async def test_a_waiting_client_that_vanishes_is_noticed_by_a_ping(
     serve: Serve, say: Say, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def broken(self: web.StreamResponse, data: bytes) -> None:
-        raise ConnectionResetError
+    class Broken(StreamWriter):
+        async def write(self, *args: object, **kwargs: object) -> None:
+            raise ConnectionResetError
+
+    async def prepare(self: web.StreamResponse, request: web.Request) -> StreamWriter:
+        return Broken(request.protocol, asyncio.get_running_loop())
 
     server = await serve(say("one"), limits=HttpLimits(headers_after_s=0.02, ping_interval_s=0.02))
     server.engine.gate.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(web.StreamResponse, "write", broken)
+        patch.setattr(web.StreamResponse, "prepare", prepare)
         with pytest.raises(aiohttp.ClientError):
             async with server.session.post(COMPLETIONS, json=PROMPT | {"stream": True}) as response:
                 await response.read()
@@ -423,6 +431,8 @@ async def test_bad_bodies(serve: Serve, say: Say, caplog: pytest.LogCaptureFixtu
         (b"garbage", JSON | {"content-encoding": "gzip"}, 400),
         (gzip.compress(json.dumps(PROMPT).encode())[:20], JSON | {"content-encoding": "gzip"}, 400),
         (gzip.compress(b" " * (20 << 20)), JSON | {"content-encoding": "gzip"}, 413),
+        (b"garbage", JSON | {"content-encoding": "br"}, 400),
+        (b"garbage", JSON | {"content-encoding": "zstd"}, 400),
         (io.BytesIO(b" " * (20 << 20)), JSON, 413),
     ]:
         async with server.session.post(COMPLETIONS, data=data, headers=headers) as response:
@@ -551,23 +561,196 @@ async def test_a_client_that_leaves_cancels_everything(
     assert status == 200
 
 
-async def test_a_client_that_never_reads_is_dropped(serve: Serve, tiny_tokenizer: Tokenizer) -> None:
+async def open_stream(server: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A raw connection with a small window, on which a stream was asked for and nothing is read."""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.setblocking(False)
+    port = int(server.url.split(":")[2].split("/")[0])
+    await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", port))
+    reader, writer = await asyncio.open_connection(sock=sock, limit=1024)
+    body = json.dumps(PROMPT | {"stream": True}).encode()
+    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    return reader, writer
+
+
+async def test_a_client_that_never_reads_holds_up_nobody_and_is_dropped(
+    serve: Serve, tiny_tokenizer: Tokenizer
+) -> None:
     longest = max(
         range(tiny_tokenizer.vocab_size), key=lambda token_id: len(tiny_tokenizer.token_bytes(token_id))
     )
 
-    def endless(request: GenerateRequest) -> list[Delta]:
-        return [Delta((longest,) * 2000)] * 4000
+    def reply(request: GenerateRequest) -> list[Delta]:
+        if request.sampling.max_tokens == 3:
+            return make_deltas(request, [300, 301, 302])
+        return [Delta((longest,) * 1000)] * 1000
 
-    server = await serve(endless, limits=HttpLimits(write_timeout_s=0.1))
-    port = int(server.url.split(":")[2].split("/")[0])
-    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
-    body = json.dumps(PROMPT | {"stream": True}).encode()
-    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-    while not server.engine.requests:
+    server = await serve(reply, limits=HttpLimits(write_timeout_s=1.0), free_deltas=999)
+    server.engine.gate.clear()
+    # 1. a client takes nothing of a long stream, until the router holds no more for it
+    _, writer = await open_stream(server)
+    while not any(connection.writing_paused for connection in server.http.connections):
         await asyncio.sleep(0.005)
+    # 2. others are served
+    for _ in range(3):
+        events = await stream(server, COMPLETIONS, PROMPT | {"max_tokens": 3})
+        assert events[-1] == "[DONE]"
+    (stuck,) = [connection for connection in server.http.connections if connection.writing_paused]
+    assert stuck.transport.get_write_buffer_size() < 64 * 1024 + 16 * 1000 * len(
+        tiny_tokenizer.token_bytes(longest)
+    )
+    # 3. in the end it is cut off, and its sequence cancelled
     await until_idle(server)
     assert server.engine.num_closed_early == 1
     writer.close()
     await asyncio.gather(writer.wait_closed(), return_exceptions=True)
+
+
+# --- cancelling by id -------------------------------------------------------------------------------------
+
+
+async def cancel(server: Any, name: str) -> tuple[int, Any]:
+    return await post(server, f"/v1/requests/{quote(name, safe='')}/cancel", {})
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("num_deltas", [0, 2])
+async def test_cancel_by_id_answers_what_there_is(
+    serve: Serve, say: Say, n: int, streamed: bool, num_deltas: int
+) -> None:
+    server = await serve(say("one two three four"), free_deltas=num_deltas)
+    server.engine.gate.clear()
+    body = PROMPT | {"n": n, "stream": streamed}
+    headers = {"x-request-id": "mine/1"}
+    asking = asyncio.create_task(server.session.post(COMPLETIONS, json=body, headers=headers))
+    # 1. it runs, and waits for its next token
+    while len(server.engine.active) < n:
+        await asyncio.sleep(0.005)
+    for _ in range(20):
+        await asyncio.sleep(0)
+    # 2. cancelled by either id, twice
+    assert (await cancel(server, "mine/1"))[0] == 200
+    assert (await cancel(server, "cmpl-mine/1"))[0] in (200, 404)  # it may be answered already
+    # 3. nothing runs for it any more, and the client has what there is
+    await until_idle(server)
+    assert server.engine.num_closed_early == n
+    async with await asking as response:
+        assert response.status == 200
+        if streamed:
+            events = events_of(await response.text())
+            assert events.pop() == "[DONE]"
+            choices = [choice for event in events for choice in event["choices"]]
+        else:
+            choices = (await response.json())["choices"]
+    ends = [choice["finish_reason"] for choice in choices if choice["finish_reason"]]
+    assert ends == ["abort"] * n
+    assert any(choice["text"] for choice in choices) == bool(num_deltas)
+    # 4. later it is unknown
+    status, answer = await cancel(server, "mine/1")
+    assert (status, answer["error"]["code"]) == (404, "request_not_found")
+
+
+async def test_cancel_before_the_body_is_there(serve: Serve, say: Say) -> None:
+    server = await serve(say("one"))
+    arrive = asyncio.Event()
+
+    async def body() -> AsyncIterator[bytes]:
+        yield b" "
+        await arrive.wait()
+        yield json.dumps(PROMPT).encode()
+
+    headers = JSON | {"x-request-id": "early"}
+    asking = asyncio.create_task(server.session.post(COMPLETIONS, data=body(), headers=headers))
+    while (await cancel(server, "early"))[0] == 404:
+        await asyncio.sleep(0.005)
+    arrive.set()
+    async with await asking as response:
+        answer = await response.json()
+    assert answer["choices"][0]["finish_reason"] == "abort"
+    assert not server.engine.requests
+
+
+async def test_cancel_means_all_of_the_same_id_and_nobody_else(serve: Serve, say: Say) -> None:
+    server = await serve(say("one two"), free_deltas=0)
+    server.engine.gate.clear()
+    tasks = [
+        asyncio.create_task(server.session.post(COMPLETIONS, json=PROMPT, headers={"x-request-id": name}))
+        for name in ("same", "same", "other")
+    ]
+    while len(server.engine.active) < 3:
+        await asyncio.sleep(0.005)
+    assert (await cancel(server, "same")) == (200, {"id": "same", "object": "request", "status": "cancelled"})
+    server.engine.gate.set()
+    answers = [await response.json() for response in await asyncio.gather(*tasks)]
+    assert [a["choices"][0]["finish_reason"] for a in answers] == ["abort", "abort", "stop"]
+
+
+# --- what is refused before it is a request ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [
+        (b"nonsense\r\n\r\n", 400),
+        (b"GET / HTTP/9\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: x\r\nX-Long: " + b"x" * 10000 + b"\r\n\r\n", 431),
+        (b"GET / HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: x\r\nbad header\r\n\r\n", 400),
+    ],
+)
+async def test_bytes_that_are_no_request(
+    serve: Serve, say: Say, caplog: pytest.LogCaptureFixture, data: bytes, status: int
+) -> None:
+    server = await serve(say("x"))
+    caplog.set_level("INFO")
+    port = int(server.url.split(":")[2].split("/")[0])
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(data)
+    head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+    writer.close()
+    assert int(head.split()[1]) == status
+    assert b"application/json" in head and b"x-request-id" in head.lower()
+    error = json.loads(body)["error"]
+    assert error["type"] == "invalid_request_error"
+    assert "nonsense" not in error["message"] and "xxx" not in error["message"]
+    (record,) = caplog.records
+    assert record.exc_info is None and "\n" not in record.getMessage()
+
+
+async def test_a_full_queue_is_told_before_the_prompt_is_looked_at(
+    serve: Serve, say: Say, monkeypatch: pytest.MonkeyPatch, tiny_tokenizer: Tokenizer
+) -> None:
+    def untouched(*args: object, **kwargs: object) -> None:
+        raise AssertionError("work was done")
+
+    server = await serve(say("x"), room=0)
+    monkeypatch.setattr(type(tiny_tokenizer), "encode", untouched)
+    for path, body in ((COMPLETIONS, PROMPT), (CHAT, CHAT_BODY), (COMPLETIONS, {"not": "valid"})):
+        async with server.session.post(path, json=body) as response:
+            assert response.status == 429
+            assert int(response.headers["Retry-After"]) >= 1
+            assert (await response.json())["error"]["code"] == "rate_limit_exceeded"
+    assert not server.engine.requests
+
+
+async def test_workers(serve: Serve, say: Say) -> None:
+    server = await serve(say("x"))
+    async with server.session.get("/v1/workers") as response:
+        assert response.status == 200
+        body = await response.json()
+    assert body["object"] == "list"
+    first, second = body["data"]
+    load = first.pop("load")
+    assert first == {
+        "id": "prefill-0",
+        "object": "worker",
+        "role": "prefill",
+        "state": "ready",
+        "incarnation": 1,
+        "restarts": 0,
+    }
+    assert (load["running"], load["free_blocks"], load["active_blocks"], load["offers"]) == (3, 7, 2, 1)
+    assert (second["id"], second["state"]) == ("decode-0", "starting")

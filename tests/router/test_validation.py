@@ -454,3 +454,29 @@ async def test_a_long_list_is_refused_before_it_is_looked_at(served_model: Serve
         body = msgspec.structs.replace(decode_completion(b'{"prompt": ""}'), prompt=prompt)
         with pytest.raises(RequestError):
             await plan_completion(body, "1", served_model, LIMITS)
+
+
+def test_bad_keys_are_explained_without_a_pattern() -> None:
+    for decode, text, expected in (
+        (
+            decode_completion,
+            '{"prompt": "x", "logit_bias": {"a": 1}}',
+            "logit_bias: the keys must be token ids",
+        ),
+        (
+            decode_chat,
+            '{"messages": [{"role": "user"}], "chat_template_kwargs": {"A": 1}}',
+            "chat_template_kwargs: the keys must be names",
+        ),
+    ):
+        with pytest.raises(RequestError) as refused:
+            decode(text.encode())
+        assert str(refused.value).startswith(expected)
+        assert "regex" not in str(refused.value) and "^" not in str(refused.value)
+        assert refused.value.param == expected.partition(":")[0]
+
+
+async def test_a_text_part_without_text(served_model: ServedModel) -> None:
+    messages = [{"role": "user", "content": [{"type": "text"}]}]
+    with pytest.raises(RequestError, match="of type 'text' needs a text"):
+        await chat(served_model, messages=messages)

@@ -1,0 +1,67 @@
+"""GET /v1/workers: the instances as JSON, with names for the numbers that travel without."""
+
+from __future__ import annotations
+
+import msgspec
+
+from memserve.router.engine_api import InstanceStatus
+
+
+class WorkerLoad(msgspec.Struct, frozen=True):
+    """What an instance does now: requests by state, offers that wait to be pulled, blocks by state."""
+
+    running: int
+    waiting: int
+    pulling: int
+    offers: int
+    oldest_offer_s: float
+    num_blocks: int
+    free_blocks: int
+    active_blocks: int
+    historical_blocks: int
+    preemptions: int
+
+
+class WorkerObject(msgspec.Struct, frozen=True):
+    """A row. `incarnation` counts its lives from 0, `restarts` how often it came up again."""
+
+    id: str
+    role: str
+    state: str
+    incarnation: int
+    restarts: int
+    load: WorkerLoad
+    object: str = "worker"
+
+
+class WorkerList(msgspec.Struct, frozen=True):
+    data: list[WorkerObject]
+    object: str = "list"
+
+
+def worker_list(instances: tuple[InstanceStatus, ...]) -> WorkerList:
+    """One row an instance, in the order of the plan."""
+    return WorkerList([_row(status) for status in instances])
+
+
+def _row(status: InstanceStatus) -> WorkerObject:
+    load = status.load
+    return WorkerObject(
+        id=status.instance,
+        role=status.role.value,
+        state=status.state.value,
+        incarnation=status.incarnation,
+        restarts=status.num_restarts,
+        load=WorkerLoad(
+            running=load.num_running,
+            waiting=load.num_waiting,
+            pulling=load.num_pulling,
+            offers=load.num_offers,
+            oldest_offer_s=load.oldest_offer_s,
+            num_blocks=status.num_blocks,
+            free_blocks=load.num_free_blocks,
+            active_blocks=load.num_active_blocks,
+            historical_blocks=load.num_historical_blocks,
+            preemptions=load.num_preemptions,
+        ),
+    )

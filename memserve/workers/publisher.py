@@ -1,0 +1,59 @@
+"""Makes computed blocks known: to the pool's index, for requests to come, and to the router, for those who
+pull them while the rest is computed, or after this worker's death.
+
+    step begins ──► announce: its blocks can be pulled layer by layer      (`tell_layers`)
+    step is done ─► publish: into the index, then tell: `Stored`           (`tell_blocks`)
+
+Blocks are told under the ids that they have in the index, so publishing comes first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from memserve.messages import Stored
+from memserve.model_config import blocks_for
+from memserve.pool.mempool import MemPool
+from memserve.workers.request import Request
+from memserve.workers.steps import Chunk
+
+
+class Publisher:
+    """See the module. `send` takes messages for the router."""
+
+    def __init__(self, pool: MemPool, send: Callable[[Stored], None]) -> None:
+        self._pool = pool
+        self._send = send
+
+    def announce(self, chunks: Sequence[Chunk]) -> None:
+        """Tell of the blocks that the step about to run will complete, where that is asked for.
+
+        The partial block of a prompt's end is among them: nothing more will be written to it here.
+        """
+        block_size = self._pool.block_size
+        for request, num_new in chunks:
+            if request.tell_layers:
+                stop = request.num_computed_tokens + num_new
+                is_last = stop == request.num_tokens
+                end = blocks_for(stop, block_size) if is_last else stop // block_size
+                self._tell(request, end, self._pool.progress.count)
+
+    def publish(self, request: Request) -> None:
+        """The blocks that are complete now are shared."""
+        block_size, table = self._pool.block_size, request.table
+        end = request.num_computed_tokens // block_size
+        if end > table.num_shared and table.lock is not None:
+            tokens = request.token_bytes(table.num_shared * block_size, end * block_size)
+            self._pool.publish(table, tokens)
+
+    def tell(self, request: Request) -> None:
+        """Tell of the blocks that are complete now and were not told of, where that is asked for."""
+        if request.tell_blocks:
+            self._tell(request, request.num_computed_tokens // self._pool.block_size, None)
+
+    def _tell(self, request: Request, end: int, layers_from: int | None) -> None:
+        first = request.num_told_blocks
+        if end > first:
+            request.num_told_blocks = end
+            refs = self._pool.addresses(request.table.ids(end)[first:])
+            self._send(Stored(request.request_id, request.attempt, first, refs, layers_from))
