@@ -7,6 +7,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -153,3 +154,26 @@ def test_a_pool_twenty_times_too_small(
         assert turn.token_ids == ask(without_caching, prompt, 10).token_ids
         assert turn.num_cached <= len(prompt) - 1
     server.wait_idle()
+
+
+@pytest.mark.parametrize("setting", ["full", "full, by layer", "colocated"])
+def test_a_burst_on_a_cold_prefix_computes_it_once(
+    setting: str, start: Callable[..., Server], random_model: Path, without_caching: Server
+) -> None:
+    server = start("--model", str(random_model), *OPTIONS, *SETTINGS[setting])
+    shared = user_says(7, 500)
+    prompts = [shared + user_says(100 + number, 5 + number) for number in range(12)]
+    before = settled(server)
+    with ThreadPoolExecutor(len(prompts)) as threads:
+        turns = list(threads.map(lambda prompt: ask(server, prompt, 6), prompts))
+    after = settled(server)
+    # 1. a few of the first may find each other's last blocks not yet there
+    name = 'memserve_computed_tokens_total{{instance="{}",phase="prefill"}}'.format(
+        "colocated-0" if setting == "colocated" else "prefill-0"
+    )
+    computed = after[name] - before[name]
+    assert computed == sum(len(turn.prompt) - turn.num_cached for turn in turns)
+    assert computed <= 500 + sum(len(prompt) - whole(500) for prompt in prompts) + 200
+    # 2. and nobody's output shows it
+    for turn in turns:
+        assert turn.token_ids == ask(without_caching, turn.prompt, 6).token_ids
