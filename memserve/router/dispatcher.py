@@ -498,7 +498,9 @@ class Dispatcher:
         request.num_deaths_in_vain += 1
         in_vain = request.num_deaths_in_vain > self.limits.max_deaths_in_vain
         if in_vain or request.num_deaths > self.limits.max_deaths:
-            error = EngineError(f"{request.num_deaths} workers died while they ran this request")
+            error = EngineError(
+                f"request {request.request_id}: {request.num_deaths} workers died while they ran it"
+            )
             logger.error("%s: given up: %s", request.request_id, error)
             self._refuse(request, error)
             return

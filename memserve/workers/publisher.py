@@ -19,9 +19,17 @@ from memserve.workers.steps import Chunk
 
 
 class Publisher:
-    """See the module. `send` takes messages for the router."""
+    """See the module.
 
-    def __init__(self, pool: MemPool, send: Callable[[Stored], None]) -> None:
+    Args:
+        pool: whose blocks they are.
+        send: takes messages for the router.
+        by_layer: the pool's progress tells when a layer is written, as it does where computing is not only
+            enqueued; if not, nothing is announced, and blocks are told when they are complete.
+    """
+
+    def __init__(self, pool: MemPool, send: Callable[[Stored], None], *, by_layer: bool) -> None:
+        self._by_layer = by_layer
         self._pool = pool
         self._send = send
 
@@ -31,7 +39,7 @@ class Publisher:
         The partial block of a prompt's end is among them: nothing more will be written to it here.
         """
         block_size = self._pool.block_size
-        for request, num_new in chunks:
+        for request, num_new in chunks if self._by_layer else ():
             if request.tell_layers:
                 stop = request.num_computed_tokens + num_new
                 is_last = stop == request.num_tokens

@@ -74,7 +74,7 @@ class Worker:
         self._grants = grants
         self._pool = pool
         self._executor = Executor(runner, pool)
-        self._publisher = Publisher(pool, channel.send)
+        self._publisher = Publisher(pool, channel.send, by_layer=config.device == "cpu")
         self._clock = clock
         self._scheduler = Scheduler(pool, config.block_size, config.max_running, caches=config.caches)
         self.budget = StepBudget(config.max_batch_tokens, config.max_step_ms, pair_cost(config.model))

@@ -157,7 +157,7 @@ def test_no_request_fails(start: Callable[..., Server], random_model: Path) -> N
         "--prefill=2",
         "--decode=2",
         "--dtype=float32",
-        "--transfer=chunk",
+        "--transfer=layer",
         "--max-batch-tokens=64",  # short chunks: pulls ahead are under way at most moments
         "--max-running=24",
         f"--ping-deadline-s={PING_DEADLINE_S}",
