@@ -298,7 +298,7 @@ class Prefilled(_Message, frozen=True, array_like=True, tag=True, gc=False):
 class Stored(_Message, frozen=True, array_like=True, tag=True, gc=False):
     """More blocks of a request are complete, from block `first_block` of the sequence on.
 
-    They are kept as long as the request runs here and its offer stands; after that their generations tell.
+    They are mostly kept as long as the request runs here and its offer stands; their generations tell.
     With `layers_from` the step that completes them only begins: layer l of them can be read when the owner's
     progress has reached `layers_from` + l + 1.
     """

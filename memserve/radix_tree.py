@@ -75,6 +75,10 @@ class RadixTree(Generic[P]):
             root = self._roots[namespace] = RadixNode(b"", None, self._new_root(namespace))
         return root
 
+    def roots(self) -> Iterator[RadixNode[P]]:
+        """The root of each namespace."""
+        return iter(self._roots.values())
+
     def drop_root(self, namespace: str) -> None:
         """Forget a namespace in which nothing is left: salts come from clients, and must not pile up."""
         assert not self._roots[namespace].children

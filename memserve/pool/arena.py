@@ -46,7 +46,8 @@ class Progress:
 
     Chunks of a step are written layer by layer together, so one word tells of all of them: layer l of a step
     that began at count c can be read from count c + l + 1 on. A step that fails leaves its count behind; what
-    was promised of it must be freed, so that no reader verifies it.
+    was promised of it must be freed or renewed, so that no reader verifies it. The word is stored after
+    K and V by a plain store, which x86 keeps in order; elsewhere it would need a barrier.
     """
 
     def __init__(self, word: NDArray[np.uint64], incarnation: int) -> None:
@@ -131,10 +132,10 @@ class PeerArena:
         words, blocks = table.view(np.uint64), data.reshape(grant.num_blocks, grant.block_bytes)
         return cls(grant.instance, blocks, words[: grant.num_blocks], words[grant.num_blocks :])
 
-    def layers_written(self, incarnation: int) -> int:
-        """`Progress.count` of that life of the owner; 0 once another has begun."""
+    def layers_written(self, incarnation: int) -> int | None:
+        """`Progress.count` of that life of the owner; None once another has begun."""
         life, count = divmod(int(self.progress[0]), 1 << _PROGRESS_BITS)
-        return count if life == incarnation else 0
+        return count if life == incarnation else None
 
 
 def _shape(geometry: KVGeometry, num_blocks: int) -> tuple[int, ...]:

@@ -113,6 +113,10 @@ class Index:
         """Every block that the index owns, in no order. For tests and statistics: it walks the tree."""
         return np.concatenate([_NO_BLOCKS, *(node.payload.blocks for node in self._tree)])
 
+    def num_locked_roots(self) -> int:
+        """Namespaces in which something is locked, be it nothing but their root. For tests."""
+        return sum(root.payload.locks > 0 for root in self._tree.roots())
+
     # --- match and lock ---
 
     def match(self, namespace: str, tokens: bytes, now: float) -> Prefix:

@@ -307,6 +307,7 @@ class MemPool:
         cached: set[int] = set()
         if self._index is not None:
             assert self._index.num_evictable == self._index.num_blocks, "cached blocks are still locked"
+            assert self._index.num_locked_roots() == 0, "a namespace is still locked"
             cached = set(self._index.blocks().tolist())
             assert len(cached) == self._index.num_blocks, "blocks are cached twice"
         if held != cached:

@@ -220,7 +220,7 @@ class Dispatcher:
                 cache_salt=request.cache_salt,
                 tell_blocks=overlaps,
                 tell_layers=overlaps and self.limits.transfer == "layer",
-                offer=request.salvage,
+                offer=request.salvage_for(request.prefill),
             ),
         )
         if overlaps:
@@ -246,7 +246,7 @@ class Dispatcher:
                 sampling=request.sampling,
                 cache_salt=request.cache_salt,
                 tell_blocks=True,
-                offer=request.offer if request.offer is not None else request.salvage,
+                offer=request.offer if request.offer is not None else request.salvage_for(seat),
             ),
         )
 
@@ -545,6 +545,8 @@ def _what_is_left(request: RequestState, dead: WorkerView) -> Offer | None:
     stored = request.stored
     if stored is None or stored.instance != dead.instance or not stored.blocks:
         return None
+    if request.sampling.prompt_logprobs is not None:
+        return None  # they come only from computing
     num_tokens = len(stored.blocks) * dead.block_size
     return Offer(stored.refs(), num_tokens) if num_tokens < len(request.tokens) else None
 

@@ -46,11 +46,11 @@ class StoredBlocks:
     generations: list[int] = field(default_factory=list)
 
     def add(self, first_block: int, refs: BlockRefs) -> None:
-        """Take more; what leaves a gap, or comes from elsewhere, is ignored."""
+        """Take more, or anew what was computed again; a gap, or what comes from elsewhere, is ignored."""
         place = (refs.instance, refs.incarnation, refs.tier)
-        if first_block == len(self.blocks) and place == (self.instance, self.incarnation, self.tier):
-            self.blocks.extend(refs.blocks)
-            self.generations.extend(refs.generations)
+        if first_block <= len(self.blocks) and place == (self.instance, self.incarnation, self.tier):
+            self.blocks[first_block:] = refs.blocks
+            self.generations[first_block:] = refs.generations
 
     def refs(self, start: int = 0) -> BlockRefs:
         """The addresses from block `start` on."""
@@ -86,6 +86,11 @@ class RequestState:
     origin: Origin | None = None
     stored: StoredBlocks | None = None
     salvage: Offer | None = None
+
+    def salvage_for(self, seat: Seat) -> Offer | None:
+        """What another worker can pull of it. A dead worker's own replacement does not map itself."""
+        salvage = self.salvage
+        return salvage if salvage is not None and salvage.refs.instance != seat.instance else None
 
     @property
     def num_remaining(self) -> int:

@@ -1,7 +1,8 @@
 """Runs a step so that a request which breaks it fails alone.
 
 A step that raises is computed again chunk by chunk. That is safe, as a chunk writes the same KV to the same
-slots however often it is computed. Steps that keep failing mean that the device or the process is broken,
+slots however often it is computed, except for those who pull it layer by layer meanwhile: to them its blocks
+are renewed, and so a miss. Steps that keep failing mean that the device or the process is broken,
 not the requests.
 """
 

@@ -98,12 +98,17 @@ class _Part(NamedTuple):
 
 
 class _Running(NamedTuple):
-    """`num_shared` blocks were the pool's own when it began."""
+    """`num_shared` blocks were the pool's own when it began; `parts` follow the first `num_here` blocks, and
+    `num_ahead` of them were begun before the offer came.
+    """
 
     request: Request
     offer: Offer
     num_shared: int
+    num_here: int
     parts: tuple[_Part, ...]
+    num_ahead: int
+    num_bytes: int = 0
 
 
 @dataclass(slots=True)
@@ -200,7 +205,9 @@ class Pulls:
         can be given up, or what was has not stopped yet.
         """
         if self._cancelled:
-            return False
+            num_before = len(self._cancelled)
+            self._reclaim_stopped()
+            return len(self._cancelled) < num_before
         if self._ahead:
             request_id = next(reversed(self._ahead))
             self.drop_ahead(request_id, self._ahead[request_id].attempt)
@@ -218,6 +225,7 @@ class Pulls:
         assert offer is not None
         num_shared = request.table.num_shared
         parts = self._claimed.pop(request, [])
+        num_ahead = len(parts)
         fault = self._fault_of(offer, request)
         if fault is None:
             done = num_shared + sum(part.num_blocks for part in parts)
@@ -228,7 +236,8 @@ class Pulls:
                 parts.append(_Part(self._pool.fetch(lacking, into), len(into)))
         else:  # nothing counts, but the copies of what was pulled ahead must have stopped all the same
             parts.insert(0, _Part(FailedPull(fault), 1))
-        self._running[request] = _Running(request, offer, num_shared, tuple(parts))
+            num_ahead = 0
+        self._running[request] = _Running(request, offer, num_shared, num_shared, tuple(parts), num_ahead)
 
     def poll(self) -> list[Arrival]:
         """The pulls that ended since the last call; frees the blocks of cancelled ones that have stopped."""
@@ -236,11 +245,14 @@ class Pulls:
         for running in tuple(self._running.values()):
             results = [part.pull.poll() for part in running.parts]
             ended = [result for result in results if result is not None]
-            if len(ended) == len(results):
-                del self._running[running.request]
-                arrivals.append(self._arrive(running, ended))
-        if self._cancelled:
-            self._cancelled = [entry for entry in self._cancelled if not self._reclaim(*entry)]
+            if len(ended) < len(results):
+                continue
+            arrival = self._arrive(running, ended)
+            if arrival is None:
+                continue
+            del self._running[running.request]
+            arrivals.append(arrival)
+        self._reclaim_stopped()
         return arrivals
 
     def cancel(self, request: Request) -> None:
@@ -250,14 +262,27 @@ class Pulls:
 
     # --- inside ---
 
-    def _arrive(self, running: _Running, results: Sequence[PullResult]) -> Arrival:
-        """Parts count up to the first that lacks a block: what is verified is a prefix."""
-        request, offer, num_shared, parts = running
-        num_blocks, failure = num_shared, None
-        for part, result in zip(parts, results, strict=True):
+    def _arrive(self, running: _Running, results: Sequence[PullResult]) -> Arrival | None:
+        """Parts count up to the first that lacks a block: what is verified is a prefix.
+
+        None if that was a part pulled ahead: the offer stands, so the rest is pulled from it, once.
+        """
+        request, offer, num_shared, num_blocks, parts, num_ahead, num_bytes = running
+        num_bytes += sum(result.num_bytes for result in results)
+        failure: str | None = None
+        for index, (part, result) in enumerate(zip(parts, results, strict=True)):
             num_blocks += result.num_blocks
             if result.num_blocks < part.num_blocks:
                 failure = result.failure or "blocks are lacking"
+                if index < num_ahead:
+                    logger.info("%s: pulled again from the offer: %s", request.request_id, failure)
+                    end = len(offer.refs.blocks)
+                    into = request.table.ids(end)[num_blocks:].copy()
+                    again = _Part(self._pool.fetch(_tail(offer.refs, num_blocks), into), len(into))
+                    self._running[request] = running._replace(
+                        num_here=num_blocks, parts=(again,), num_ahead=0, num_bytes=num_bytes
+                    )
+                    return None
                 break
         num_tokens = num_blocks * self._block_size
         if num_blocks > num_shared:
@@ -276,7 +301,7 @@ class Pulls:
             attempt=request.attempt,
             num_tokens=num_tokens,
             num_cached_tokens=num_shared * self._block_size,
-            num_bytes=sum(result.num_bytes for result in results),
+            num_bytes=num_bytes,
             pull_ms=results[-1].elapsed_ms if results else 0.0,
             failure=failure,
         )
@@ -286,6 +311,10 @@ class Pulls:
         for part in parts:
             part.pull.cancel()
         self._cancelled.append((parts, table))
+
+    def _reclaim_stopped(self) -> None:
+        if self._cancelled:
+            self._cancelled = [entry for entry in self._cancelled if not self._reclaim(*entry)]
 
     def _reclaim(self, parts: Sequence[_Part], table: BlockTable) -> bool:
         if any(part.pull.poll() is None for part in parts):

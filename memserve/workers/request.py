@@ -57,7 +57,8 @@ class Request:
     prompt. `prompt_logprobs` collects what is reported with the first token, and is None if nothing is
     (any more). `num_cached_tokens` were found in the pool when the request was first admitted (None before).
     `offer` is KV to be pulled; None when there is none, or no longer. `leader` computes or pulls the first
-    `num_common_tokens` of a waiting request, which is admitted when they are there. `tell_blocks`: the router
+    `num_common_tokens` of a waiting request, which is admitted when they are there; it was the
+    `num_follows`th such. `tell_blocks`: the router
     hears of each block as it fills, `num_told_blocks` so far; `tell_layers`: already when the step begins.
     """
 
@@ -79,6 +80,7 @@ class Request:
     table: BlockTable = field(default_factory=BlockTable)
     leader: Request | None = None
     num_common_tokens: int = 0
+    num_follows: int = 0
     tell_blocks: bool = False
     tell_layers: bool = False
     num_told_blocks: int = 0
@@ -101,7 +103,8 @@ class Request:
             num_prompt_tokens=message.num_prompt_tokens,
             num_tokens=len(tokens),
             arrival=arrival,
-            offer=message.offer,
+            # log-probabilities come only from computing
+            offer=None if reports_prompt else message.offer,
             output_ids=tokens[message.num_prompt_tokens :].tolist(),
             stop_ids=frozenset(sampling.stop_token_ids),
             prompt_logprobs=[None] if reports_prompt else None,
@@ -158,11 +161,6 @@ class Request:
         if num_output >= self.sampling.max_tokens or self.num_tokens >= max_model_len:
             return FinishReason.LENGTH
         return None
-
-    def is_behind(self, num_tokens: int) -> bool:
-        """Whether it gets on, and has not got so far yet."""
-        at_work = self.state is RequestState.RUNNING or self.state is RequestState.PULLING
-        return at_work and self.num_computed_tokens < num_tokens
 
     def take_table(self) -> BlockTable:
         """Its blocks, which the caller now owns."""

@@ -36,6 +36,8 @@ from memserve.workers.steps import Chunk, Refusal, StepPlan
 
 # A common prefix shorter than this is computed twice rather than waited for.
 MIN_FOLLOWED_TOKENS = 64
+# How many leaders a request waits for, one after another, before it goes by itself.
+MAX_FOLLOWS = 3
 
 
 class BlockSource(Protocol):
@@ -46,6 +48,7 @@ class BlockSource(Protocol):
     @property
     def num_available(self) -> int: ...
     def alloc_mem(self, num_blocks: int, /) -> BlockIds | None: ...
+    def match(self, tokens: bytes, salt: str, /) -> int: ...
     def acquire(self, tokens: bytes, salt: str, /) -> BlockTable: ...
     def release(self, table: BlockTable, /) -> None: ...
 
@@ -131,8 +134,10 @@ class Scheduler:
 
     @property
     def is_stuck(self) -> bool:
-        """Whether requests wait and none here will give its blocks back."""
-        return bool(self.waiting) and not self.running and not self.pulling
+        """Asked when a step has nothing to compute: whether requests want blocks, as running ones that cannot
+        grow do too, and none here will give any back.
+        """
+        return bool(self.waiting or self.running) and not self.pulling
 
     def schedule(self, tally: StepTally) -> StepPlan:
         """Fill `tally` with the next step. Takes and frees blocks; the caller then runs the plan's chunks."""
@@ -172,7 +177,7 @@ class Scheduler:
             if youngest is request:
                 if len(self.running) > 1:
                     self._preempt(request)
-                return False  # alone: pulls and offers hold the rest, and will end
+                return False  # alone: pulls hold the rest, and end or give way; or offers, which end
             self._preempt(youngest)
         request.table.append(block_ids)
         return True
@@ -232,6 +237,7 @@ class Scheduler:
         """Blocks for all the tokens that a waiting request has, cached ones first. False = not now."""
         is_new = request.table.num_blocks == 0
         if is_new:
+            self._pool.release(request.table)  # what was reserved may have found nothing then
             request.table = self._pool.acquire(self._cacheable(request), request.cache_salt)
         num_lacking = blocks_for(request.num_tokens, self._block_size) - request.table.num_blocks
         if self._pool.num_available < num_lacking + len(self.running):
@@ -257,21 +263,37 @@ class Scheduler:
     def _follows(self, request: Request) -> bool:
         """Whether another is about to have much of what this one needs, so that it is better to wait.
 
-        It waits for one that runs or pulls, and so gets on: nobody waits for ever.
+        It waits for one that runs or pulls, and so gets on, and a few times at most.
         """
         if not self._caches or request.prompt_logprobs is not None or request.table.num_blocks:
             return False
-        if request.leader is not None and request.leader.is_behind(request.num_common_tokens):
+        leader, request.leader = request.leader, None
+        if leader is not None and self._is_behind(leader, request.num_common_tokens):
+            request.leader = leader
             return True
-        request.leader = None
+        if request.num_follows == MAX_FOLLOWS:
+            return False
         for other in self._producers():
             if other.cache_salt != request.cache_salt:
                 continue
             num_common = self._common_tokens(request, other)
-            if num_common - other.num_computed_tokens >= MIN_FOLLOWED_TOKENS:
+            if num_common - self._progress(other) < MIN_FOLLOWED_TOKENS:
+                continue
+            num_cached = self._pool.match(self._cacheable(request), request.cache_salt)
+            if num_common - num_cached >= MIN_FOLLOWED_TOKENS:
                 request.leader, request.num_common_tokens = other, num_common
+                request.num_follows += 1
                 return True
         return False
+
+    def _is_behind(self, leader: Request, num_tokens: int) -> bool:
+        """Whether it gets on, and has not got so far yet."""
+        at_work = leader.state is RequestState.RUNNING or leader.state is RequestState.PULLING
+        return at_work and self._progress(leader) < num_tokens
+
+    def _progress(self, request: Request) -> int:
+        """Tokens of it that others can find."""
+        return max(request.num_computed_tokens, request.table.num_shared * self._block_size)
 
     def _producers(self) -> Iterator[Request]:
         """Requests whose prompt is being computed or pulled."""

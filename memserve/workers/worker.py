@@ -117,9 +117,9 @@ class Worker:
             if plan.chunks:
                 self._await_arrivals(plan, tally)
         if not plan.chunks:
-            if self._scheduler.is_stuck and not plan.pulls:
-                return self._pulls.make_room()
-            return bool(plan.pulls)  # a pull that could not begin has ended already, and rings no bell
+            if plan.pulls:
+                return True  # one that could not begin has ended already, and rings no bell
+            return self._scheduler.is_stuck and self._pulls.make_room()
         self._publisher.announce(plan.chunks)
         self.gauges.begin_step()
         drawn = self._executor.execute(plan.chunks)
@@ -285,7 +285,7 @@ class Worker:
             if result.prompt_logprobs:
                 request.add_prompt_logprobs(result.prompt_logprobs)
             if result.error is not None:
-                self._fail(request, result.error)  # and what it has computed is shown to nobody
+                self._fail_and_forget(request, result.error)
                 continue
             self._publisher.publish(request)
             token_id = result.token_id
@@ -372,6 +372,13 @@ class Worker:
     def _fail(self, request: Request, message: str) -> None:
         self._finish(request)
         self._tell_failed(request.request_id, request.attempt, message)
+
+    def _fail_and_forget(self, request: Request, message: str) -> None:
+        """It could not be computed, perhaps for what its first chunks have stored: nobody shall find that."""
+        tokens = request.token_bytes(0, request.table.num_shared * self._config.block_size)
+        self._fail(request, message)
+        if tokens:
+            self._pool.delete(tokens, request.cache_salt)
 
     def _tell_failed(self, request_id: str, attempt: int, message: str) -> None:
         logger.error("%s: %s", request_id, message)

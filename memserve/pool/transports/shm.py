@@ -228,7 +228,11 @@ class _ShmPull:
     def _run_layers(self, blocks: Bytes, num_layers: int, copy: Copy, layers_from: int) -> None:
         """Copy the layers that are there by now; all are of one size, and a step writes them in order."""
         num_wanted = len(self._from)
-        num_ready = min(num_layers, self.source.layers_written(self._incarnation) - layers_from)
+        num_written = self.source.layers_written(self._incarnation)
+        if num_written is None:
+            self.end(0, self._num_bytes, "the source has restarted")
+            return
+        num_ready = min(num_layers, num_written - layers_from)
         if num_ready <= self._num_layers_done:
             if time.monotonic() - self._moved_s > _STALLED_S:
                 self.end(0, self._num_bytes, f"the source took more than {_STALLED_S:g} s for a layer")
