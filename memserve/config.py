@@ -68,7 +68,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     dtype: DtypeName = "auto"
     block_size: int = 16
     max_model_len: int | None = None
-    transfer: Transfer = "request"
+    transfer: Transfer = "layer"
     caching: Caching = "full"
     seed: int | None = None
     worker: WorkerOptions = WorkerOptions()

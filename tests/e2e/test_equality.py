@@ -21,7 +21,7 @@ LENGTHS = (1, 2, 15, 16, 17, 31, 33, 64, 100, 255, 600)
 
 @pytest.fixture(scope="module")
 def disaggregated(start: Callable[..., Server], random_model: Path) -> Server:
-    return start("--model", str(random_model), *OPTIONS)
+    return start("--model", str(random_model), "--transfer", "request", *OPTIONS)
 
 
 @pytest.fixture(scope="module")
