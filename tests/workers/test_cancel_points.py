@@ -19,7 +19,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from memserve.config import Role
 from memserve.messages import Decode, Prefilled
-from memserve.pool.transports import shm
 from memserve.router.dispatcher import DispatcherLimits
 from memserve.router.request_state import Phase, RequestState
 from memserve.workers.request import RequestState as WorkerState
@@ -43,12 +42,6 @@ def make_limits(transfer: str, caching: bool) -> DispatcherLimits:
         transfer=transfer,  # type: ignore[arg-type]
         pull_back=caching,
     )
-
-
-@pytest.fixture(autouse=True)
-def short_stalls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A source that does not get on any more is given up while a test still waits for it."""
-    monkeypatch.setattr(shm, "_STALLED_S", 0.2)
 
 
 @pytest.fixture
@@ -339,9 +332,7 @@ def test_life_at_block_boundaries(make_cluster, setting, point, event, length, b
     check_life(make_cluster(setting, True, block_size), point, event, make_prompt(length))
 
 
-@pytest.mark.xfail(strict=True, reason="the pull waits until its source counts as stalled")
-def test_layers_of_a_life_that_is_over_are_not_waited_for(make_cluster, monkeypatch):
-    monkeypatch.setattr(shm, "_STALLED_S", 30.0)
+def test_layers_of_a_life_that_is_over_are_not_waited_for(make_cluster):
     cluster = make_cluster("layer", False)
     # 1. the copy of the first chunk is held, those of the others wait behind it
     handed_over(cluster, make_prompt(PROMPT_LENGTH))
@@ -415,7 +406,7 @@ class ClusterMachine(RuleBasedStateMachine):
 
     @rule(number=st.integers(0, 9), num_own=st.integers(1, 20), max_tokens=st.integers(1, 24))
     def next_turn(self, number: int, num_own: int, max_tokens: int) -> None:
-        """A prompt that goes on from an answer, which may be cached, or coming back, where it was prefilled."""
+        """A prompt that goes on from an answer, which may be cached where it began, or coming back."""
         ended = list(self.cluster.ended)
         if ended:
             request_id = ended[-1 - number % len(ended)]
