@@ -34,12 +34,10 @@ from memserve.messages import (
     Decode,
     Failed,
     Heartbeat,
-    Offer,
     Output,
     Prefill,
     Prefilled,
     PullAhead,
-    PullBack,
     Pulled,
     PulledBack,
     Release,
@@ -63,6 +61,7 @@ from memserve.router.events import (
     WorkerUp,
 )
 from memserve.router.fleet import Fleet, Seat
+from memserve.router.kept_kv import pull_back, what_is_left
 from memserve.router.policy import Placement, WorkerView, blocks_for, choose, choose_decode
 from memserve.router.request_state import DepartureRate, Origin, Phase, RequestState, StoredBlocks
 
@@ -451,24 +450,9 @@ class Dispatcher:
 
     def _pull_back(self, request: RequestState) -> None:
         """What was generated goes back to where the prompt is cached, for the conversation's next turn."""
-        origin, stored = request.origin, request.stored
-        if not self.limits.pull_back or origin is None or stored is None:
-            return
-        num_blocks = len(stored.blocks)
-        view = self.fleet.views.get(origin.instance)
-        if view is None or view.incarnation != origin.incarnation or stored.instance == origin.instance:
-            return
-        if num_blocks <= origin.num_blocks:
-            return
-        self.counters.pull_backs += 1
-        message = PullBack(
-            request_id=request.request_id,
-            token_ids=pack_tokens(request.tokens[: num_blocks * view.block_size]),
-            cache_salt=request.cache_salt,
-            first_block=origin.num_blocks,
-            refs=stored.refs(origin.num_blocks),
-        )
-        self._actions.append(Send(origin.instance, origin.incarnation, message))
+        if self.limits.pull_back and (send := pull_back(request, self.fleet)) is not None:
+            self.counters.pull_backs += 1
+            self._actions.append(send)
 
     # --- a worker dies ---
 
@@ -506,7 +490,7 @@ class Dispatcher:
             return
         if not _sits(request.decode, dead):
             self._drop_reservation(request)
-        request.salvage = _what_is_left(request, dead)
+        request.salvage = what_is_left(request, dead)
         self.counters.replayed += 1
         logger.warning("%s: replayed from token %d", request.request_id, len(request.tokens))
         request.attempt += 1
@@ -538,17 +522,6 @@ class Dispatcher:
 
     def _send(self, seat: Seat, message: ToWorker) -> None:
         self._actions.append(Send(seat.instance, seat.incarnation, message))
-
-
-def _what_is_left(request: RequestState, dead: WorkerView) -> Offer | None:
-    """The memory of a dead worker outlives it: what it held of a request, while its generations verify."""
-    stored = request.stored
-    if stored is None or stored.instance != dead.instance or not stored.blocks:
-        return None
-    if request.sampling.prompt_logprobs is not None:
-        return None  # they come only from computing
-    num_tokens = len(stored.blocks) * dead.block_size
-    return Offer(stored.refs(), num_tokens) if num_tokens < len(request.tokens) else None
 
 
 def _sits(seat: Seat | None, place: FromWorker | WorkerView) -> bool:
