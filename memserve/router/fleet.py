@@ -54,6 +54,7 @@ class Fleet:
             num_blocks=event.num_blocks,
             block_size=event.block_size,
             max_running=event.max_running,
+            load=Load(num_free_blocks=event.num_blocks),  # until it reports
         )
 
     def remove(self, event: WorkerDown) -> WorkerView | None:

@@ -14,7 +14,7 @@ only then go back to the pool.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -25,7 +25,9 @@ from memserve.model_config import blocks_for
 from memserve.pool.allocator import BlockIds
 from memserve.pool.block_table import BlockTable
 from memserve.pool.transports.base import FailedPull, Pull, PullResult
+from memserve.radix_tree import common_tokens
 from memserve.workers.request import Request
+from memserve.workers.scheduler import MIN_FOLLOWED_TOKENS
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +118,8 @@ class _Ahead:
     """What was pulled of a request that has not come. Owner of the table."""
 
     attempt: int
+    tokens: bytes
+    salt: str
     table: BlockTable
     parts: list[_Part] = field(default_factory=list)
 
@@ -123,7 +127,8 @@ class _Ahead:
 class Pulls:
     """The pulls under way, cancelled ones and those ahead of their request included."""
 
-    def __init__(self, pool: Fetcher, block_size: int) -> None:
+    def __init__(self, pool: Fetcher, block_size: int, *, caches: bool) -> None:
+        self._caches = caches
         self._pool = pool
         self._block_size = block_size
         self._running: dict[Request, _Running] = {}
@@ -138,7 +143,11 @@ class Pulls:
     # --- ahead of the request ---
 
     def reserve(self, message: Reserve) -> None:
-        """A request will come: keep what the pool has of it, so that only the delta is pulled ahead."""
+        """A request will come: keep what the pool has of it, so that only the delta is pulled ahead.
+
+        Nothing is pulled ahead where another pull under way brings much of the same: this one's `Decode` will
+        find it, and pull what is left.
+        """
         known = self._ahead.get(message.request_id)
         if known is not None:
             if known.attempt >= message.attempt:
@@ -146,9 +155,24 @@ class Pulls:
             self.drop_ahead(message.request_id, known.attempt)
         num_blocks = num_packed(message.token_ids) // self._block_size
         tokens = message.token_ids[: num_blocks * self._block_size * 4]
-        self._ahead[message.request_id] = _Ahead(
-            message.attempt, self._pool.acquire(tokens, message.cache_salt)
-        )
+        table = self._pool.acquire(tokens, message.cache_salt)
+        useful = table.num_shared * self._block_size + MIN_FOLLOWED_TOKENS
+        if any(
+            salt == message.cache_salt and common_tokens(other, tokens) >= useful
+            for salt, other in self._under_way()
+        ):
+            self._pool.release(table)
+            return
+        self._ahead[message.request_id] = _Ahead(message.attempt, tokens, message.cache_salt, table)
+
+    def _under_way(self) -> Iterator[tuple[str, bytes]]:
+        """Salt and tokens of what is being pulled."""
+        if not self._caches:
+            return
+        for ahead in self._ahead.values():
+            yield ahead.salt, ahead.tokens
+        for request in (*self._claimed, *self._running):
+            yield request.cache_salt, request.token_bytes(0, request.num_tokens)
 
     def begin_ahead(self, message: PullAhead) -> None:
         """Start on blocks of a request that will come. What does not fit or follow is left to its

@@ -7,6 +7,7 @@ read-only. On CUDA a worker loads its own and sizes its pool by what is then fre
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import hashlib
 import logging
@@ -52,6 +53,10 @@ logger = logging.getLogger(__name__)
 # Share of a GPU's free memory that the pool takes where the user named none.
 DEFAULT_DEVICE_MEMORY_FRACTION = 0.9
 # Steps computed before the worker is ready, and the longest of them.
+# Of malloc.h.
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_MAX = -4
+
 NUM_WARM_UPS = 4
 MAX_WARM_UP_TOKENS = 256
 _PROGRESS_STEP = 0.01
@@ -61,6 +66,7 @@ def start(init: Init, channel: SocketChannel, grants: GrantSocket) -> tuple[Work
     """Make the worker that `init` describes and send `Ready`. Raises StartupError, or ChannelClosed."""
     began_at = time.monotonic()
     config = init.config
+    _keep_pages()
     device, dtype = torch.device(config.device), TORCH_DTYPES[config.dtype]
     geometry = KVGeometry.of(config.model, config.block_size, config.dtype)
     team = _take_cores(config)
@@ -98,6 +104,18 @@ def start(init: Init, channel: SocketChannel, grants: GrantSocket) -> tuple[Work
         )
     )
     return worker, doorbell
+
+
+def _keep_pages() -> None:
+    """Have freed memory stay with the process (glibc only).
+
+    A step's tensors come and go. Those above 32 MiB glibc would map and unmap each time, and each mapping
+    faults its pages in anew: 12 decodes after 3,000 tokens took 148 ms a step instead of 41.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 class Grants:

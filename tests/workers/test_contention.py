@@ -213,3 +213,32 @@ def test_prompt_logprobs_are_computed_whatever_could_be_pulled(make_rig, tools):
     heard = tools.Transcript.of(two.d.take(), "a")
     assert len(heard.outputs[0].prompt_logprobs) == 60 and heard.token_ids == tools.expected(prompt, 4)
     two.p.run()
+
+
+def test_a_burst_by_layer_is_pulled_ahead_once(make_rig, tools):
+    two = Two(make_rig, tools, num_blocks=1024, max_batch_tokens=64)
+    common = tools.prompt(200, seed=9)
+    prompts = {f"r{i}": common + tools.prompt(10, seed=i) for i in range(6)}
+    # 1. all are dispatched at once; P computes the common part for the first alone
+    for request_id, prompt in prompts.items():
+        message = tools.prefill(request_id, prompt, max_tokens=3)
+        two.d.send(Reserve(request_id, 0, message.token_ids))
+        two.p.send(msgspec.structs.replace(message, tell_blocks=True, tell_layers=True))
+    said = []
+    while two.p.worker.step():
+        for item in two.p.take():
+            said.append(item)
+            if isinstance(item, Stored):
+                ahead = PullAhead(item.request_id, 0, item.first_block, item.refs, item.layers_from)
+                two.d.send(ahead)
+                two.d.worker.step()
+    for request_id, prompt in prompts.items():
+        heard = tools.Transcript.of(said, request_id)
+        tokens = prompt + heard.token_ids
+        two.d.send(tools.decode(request_id, tokens, num_prompt=len(prompt), offer=heard.offer, max_tokens=3))
+    # 2. so D pulls it once
+    two.d.run()
+    answers = [item for item in two.d.take() if isinstance(item, Pulled)]
+    assert len(answers) == 6 and all(item.failure is None for item in answers)
+    assert sum(item.num_tokens - item.num_cached_tokens for item in answers) <= 200 + 6 * 14
+    two.end(*prompts)
