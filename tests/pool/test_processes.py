@@ -35,10 +35,15 @@ class Owner:
         self.process = subprocess.Popen(
             command, env=environment, pass_fds=self.fds, stdout=subprocess.PIPE, text=True
         )
-        self.written = memfd.map_bytes(self.fds[2], NUM_BLOCKS * 8, writable=False).view(np.uint64)
-        readonly = [memfd.reopen_readonly(fd) for fd in self.fds[:2]]
-        receiver.pool.add_peer(ArenaGrant("owner", 1, Tier.DEVICE, NUM_BLOCKS, block_bytes), *readonly)
-        assert self.process.stdout is not None and self.process.stdout.readline() == "up\n"
+        try:
+            self.written = memfd.map_bytes(self.fds[2], NUM_BLOCKS * 8, writable=False).view(np.uint64)
+            readonly = [memfd.reopen_readonly(fd) for fd in self.fds[:2]]
+            receiver.pool.add_peer(ArenaGrant("owner", 1, Tier.DEVICE, NUM_BLOCKS, block_bytes), *readonly)
+            assert self.process.stdout is not None and self.process.stdout.readline() == "up\n"
+        except BaseException:
+            self.process.kill()  # it writes as fast as it can, for ever
+            self.process.communicate()
+            raise
 
     def pull(self, into: np.ndarray) -> tuple[PullResult, np.ndarray]:
         """Pull all its blocks; returns the generations asked for too."""
