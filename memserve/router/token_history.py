@@ -114,13 +114,14 @@ class TokenHistory:
         if prompt.known is None:
             return
         before, data = prompt.known.text, text.encode()
-        num_kept, ends = self._texts.num_reading_as(token_ids, before, data)
+        drawn = np.asarray(token_ids, dtype=np.int32)
+        num_kept, ends = self._texts.num_reading_as(drawn, before, data)
         if not num_kept:
             return
         first = len(prompt.token_ids)
         said = data[: int(ends[-1])]
         tokens = Tokens(
-            np.concatenate((prompt.token_ids, np.asarray(token_ids[:num_kept], np.int32))),
+            np.concatenate((prompt.token_ids, drawn[:num_kept])),
             np.concatenate((prompt.known.tokens.ends, ends + np.int32(len(before)))),
         )
         self._add(

@@ -16,7 +16,6 @@ Nothing here depends on how a text would be tokenised. Pure; may be used from an
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -42,7 +41,10 @@ class TokenText:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._spelled: dict[int, bytes] = {}
+        # By id, filled in as they are met; the last place is that of every id that is not in the vocabulary.
+        self._pieces = np.full(tokenizer.vocab_size + 1, b"", dtype=object)
+        self._lengths = np.full(tokenizer.vocab_size + 1, -1, dtype=np.int32)
+        self._lengths[-1] = 0
         self._added = {
             token_id: token.encode() for token_id, token in tokenizer.added_tokens.items() if token
         }
@@ -52,16 +54,6 @@ class TokenText:
         # What goes in front of every prompt; where something goes behind it too, no prompt begins with this.
         self._front = tokenizer.encode("", add_special_tokens=True).tolist()
 
-    def spell(self, token_ids: Sequence[int]) -> list[bytes]:
-        """The bytes of each token, for an added one its spelling; b"" for an unknown id."""
-        pieces = list(map(self._spelled.get, token_ids))
-        known = [piece for piece in pieces if piece is not None]
-        if len(known) == len(pieces):
-            return known
-        for token_id in set(token_ids) - self._spelled.keys():
-            self._spelled[token_id] = self._added.get(token_id) or self._tokenizer.token_bytes(token_id)
-        return list(map(self._spelled.__getitem__, token_ids))
-
     def ends_of_prompt(self, token_ids: Ints, text: bytes, *, has_front: bool) -> Ints | None:
         """The ends of a whole prompt's tokens; None unless they read as `text`. `has_front`: it was tokenised
         with what goes in front of a prompt, whose ends are 0.
@@ -69,7 +61,7 @@ class TokenText:
         num_front = len(self._front) if has_front else 0
         if token_ids[:num_front].tolist() != self._front[:num_front]:
             return None
-        ends = self._ends(token_ids[num_front:].tolist(), text, begins=True)
+        ends = self._ends(token_ids[num_front:], text, begins=True)
         return None if ends is None else np.concatenate((np.zeros(num_front, np.int32), ends))
 
     def encode_rest(self, text: bytes) -> Tokens | None:
@@ -78,12 +70,12 @@ class TokenText:
         """
         rest = text.decode()
         token_ids = self._tokenizer.encode(rest, add_special_tokens=False)
-        ends = self._ends(token_ids.tolist(), text, begins=False)
+        ends = self._ends(token_ids, text, begins=False)
         if ends is not None:
             return Tokens(token_ids, ends)
         for anchor in _ANCHORS:
             token_ids = self._tokenizer.encode(anchor + rest, add_special_tokens=False)
-            ends = self._ends(token_ids.tolist(), anchor.encode() + text, begins=True)
+            ends = self._ends(token_ids, anchor.encode() + text, begins=True)
             if ends is None:
                 return None
             num_anchor = int(np.searchsorted(ends, 1, side="right"))
@@ -100,15 +92,16 @@ class TokenText:
                     return start
         return None
 
-    def num_reading_as(self, token_ids: Sequence[int], before: bytes, text: bytes) -> tuple[int, Ints]:
+    def num_reading_as(self, token_ids: Ints, before: bytes, text: bytes) -> tuple[int, Ints]:
         """How many of `token_ids`, taken from the first, read as what `text` says after `before`; and where
         in `text` alone these end. Stops before a token without a text of its own.
         """
-        pieces = self.spell(token_ids)
-        ends = _cumulated(pieces)
+        pieces, lengths = self._spell(token_ids)
+        ends = np.cumsum(lengths, dtype=np.int32)
         agreed = agreement(b"".join(pieces), text)
         num_tokens = int(np.searchsorted(ends, agreed, side="right"))
-        num_tokens = next((i for i in range(num_tokens) if not pieces[i]), num_tokens)
+        without_text = np.flatnonzero(lengths[:num_tokens] == 0)
+        num_tokens = int(without_text[0]) if len(without_text) else num_tokens
         if self._pattern is not None and num_tokens:
             whole = before[-self._longest :] + text
             shift = len(whole) - len(text)
@@ -120,18 +113,30 @@ class TokenText:
                     # It may be whole only with what the text goes on with: `added_across` is asked there.
                     break
                 i = int(np.searchsorted(ends, start, side="right"))
-                if i >= num_tokens or ends[i] != end or token_ids[i] not in self._added:
+                if i >= num_tokens or ends[i] != end or int(token_ids[i]) not in self._added:
                     num_tokens = min(num_tokens, i)
                     break
         return num_tokens, ends[:num_tokens]
 
-    def _ends(self, token_ids: list[int], text: bytes, *, begins: bool) -> Ints | None:
+    def _spell(self, token_ids: Ints) -> tuple[list[bytes], Ints]:
+        """The bytes of each token, for an added one its spelling, for an unknown id none; and how many."""
+        known = np.minimum(token_ids, len(self._pieces) - 1)
+        lengths = self._lengths[known]
+        if len(lengths) and int(lengths.min()) < 0:
+            for token_id in set(known[lengths < 0].tolist()):
+                piece = self._added.get(token_id) or self._tokenizer.token_bytes(token_id)
+                self._pieces[token_id] = piece
+                self._lengths[token_id] = len(piece)  # last: it says that the piece is there
+            lengths = self._lengths[known]
+        pieces: list[bytes] = self._pieces[known].tolist()
+        return pieces, lengths
+
+    def _ends(self, token_ids: Ints, text: bytes, *, begins: bool) -> Ints | None:
         """`begins`: a blank that the text does not have may come before its first word."""
-        pieces = self.spell(token_ids)
+        pieces, lengths = self._spell(token_ids)
         if b"".join(pieces) == text:
-            return _cumulated(pieces)
-        lengths = [*map(len, pieces)]
-        added = [i for i, token_id in enumerate(token_ids) if token_id in self._added]
+            return np.cumsum(lengths, dtype=np.int32)
+        added = [i for i, token_id in enumerate(token_ids.tolist()) if token_id in self._added]
         position = first = 0
         for i in (*added, len(token_ids)):
             run = b"".join(pieces[first:i])
@@ -157,7 +162,3 @@ def agreement(a: bytes, b: bytes) -> int:
         return length
     differ = np.frombuffer(a, np.uint8, length) != np.frombuffer(b, np.uint8, length)
     return int(differ.argmax())
-
-
-def _cumulated(pieces: list[bytes]) -> Ints:
-    return np.cumsum(np.fromiter(map(len, pieces), np.int32, len(pieces)), dtype=np.int32)
