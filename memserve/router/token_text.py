@@ -51,15 +51,19 @@ class TokenText:
         longest_first = sorted(set(self._added.values()), key=len, reverse=True)
         self._longest = len(longest_first[0]) if longest_first else 0
         self._pattern = re.compile(b"|".join(map(re.escape, longest_first))) if longest_first else None
-        # What goes in front of every prompt; where something goes behind it too, no prompt begins with this.
-        self._front = tokenizer.encode("", add_special_tokens=True).tolist()
+        # How many ids go in front of a prompt; None where some go behind it: then nothing goes on from one.
+        front, bare, whole = (
+            tokenizer.encode(text, add_special_tokens=add).tolist()
+            for text, add in (("", True), ("a", False), ("a", True))
+        )
+        self._num_front = len(front) if whole == front + bare else None
 
     def ends_of_prompt(self, token_ids: Ints, text: bytes, *, has_front: bool) -> Ints | None:
         """The ends of a whole prompt's tokens; None unless they read as `text`. `has_front`: it was tokenised
         with what goes in front of a prompt, whose ends are 0.
         """
-        num_front = len(self._front) if has_front else 0
-        if token_ids[:num_front].tolist() != self._front[:num_front]:
+        num_front = self._num_front if has_front else 0
+        if num_front is None:
             return None
         ends = self._ends(token_ids[num_front:], text, begins=True)
         return None if ends is None else np.concatenate((np.zeros(num_front, np.int32), ends))

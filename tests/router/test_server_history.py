@@ -166,6 +166,19 @@ async def test_every_choice_of_several_prompts(
         assert ids == drawn[i]
 
 
+async def test_the_header_is_of_the_first_prompt_that_departs(
+    serve: Serve, model: ServedModel, reply: Reply
+) -> None:
+    server = await serve(reply, model=model)
+    _, _, known = await ask(server, COMPLETIONS, {"prompt": "1 2 3 4", "max_tokens": 50})
+    prompts = ["nothing", "1 2 3 4", "1 2 x", "1 x", "1 2 3 x"]
+    _, headers, _ = await ask(server, COMPLETIONS, {"prompt": prompts, "max_tokens": 50, "n": 2})
+    plain = model.tokenizer.encode("1 2 x").tolist()
+    assert int(headers[DIVERGED_AT]) == len(plain) - 1
+    assert plain[:-1] == known[: len(plain) - 1]
+    assert await counters(server) == [0, 0, 3]
+
+
 async def test_a_long_answer_is_remembered_too(
     serve: Serve, model: ServedModel, reply: Reply, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,6 +211,8 @@ async def test_no_request_is_refused_for_its_history(
     _, _, reused = await ask(server, CHAT, body | {"max_completion_tokens": 50})
     room = model.max_model_len - len(reused) + 1
     _, _, ids = await ask(server, CHAT, body | {"max_completion_tokens": room})
+    assert len(ids) < len(reused)
+    _, _, ids = await ask(server, CHAT, body | {"min_tokens": room})
     assert len(ids) < len(reused)
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import normalizers
+from numpy.typing import NDArray
+from tokenizers import normalizers, processors
 
 import memserve
 from memserve.router.token_history import Reading, Scope, TokenHistory
@@ -217,6 +219,7 @@ def test_where_a_prompt_departs(small: Tokenizer) -> None:
         (f"hi{TURN}hello w", num_prompt + 2),
         (f"hi{END}", 2),
         ("ha", 1),
+        ("hel", None),  # a character, but no token
     ):
         assert history.read(prompt, CHAT).diverged_at == diverged_at, prompt
 
@@ -234,7 +237,7 @@ def test_sentencepiece_blanks(tmp_path: Path, kind: str, bos: bool) -> None:
     # 1. a text that is gone on with: at a blank, within a word, at the end
     first, text = answered(history, tokenizer, "hello [x]", drawn, scope=TEXT)
     assert text == "hello [x] hello"
-    for more in (" we", "we", "", "\nlo", "\n\n", "é"):
+    for more in (" we", "we", "", "\nlo", "\n\n", "é", "nd"):
         reading = history.read(text + more, TEXT)
         assert reading.num_reused == len(first.token_ids) + len(drawn), more
         assert reading.token_ids[: reading.num_reused].tolist() == [*first.token_ids, *drawn]
@@ -261,12 +264,19 @@ def test_a_blank_in_front_of_a_byte_level_text(tmp_path: Path) -> None:
         assert spelled(tokenizer, ours) == spelled(tokenizer, plain)
 
 
-@pytest.mark.parametrize("normalizer", [normalizers.Lowercase(), normalizers.NFC(), normalizers.Strip()])
-def test_a_tokenizer_that_changes_the_text(tmp_path: Path, normalizer: object) -> None:
+@pytest.mark.parametrize(
+    ("normalizer", "changed"),
+    [
+        (normalizers.Lowercase(), "Hello"),
+        (normalizers.NFC(), "he\u0301llo"),
+        (normalizers.Strip(), " hello"),
+        (normalizers.Strip(), "hello "),
+    ],
+)
+def test_a_tokenizer_that_changes_the_text(tmp_path: Path, normalizer: object, changed: str) -> None:
     tokenizer = load(byte_level(normalizer=normalizer), tmp_path)
     history = TokenHistory(tokenizer)
     # 1. what it would change is left alone, in the prompt and in the rest
-    changed = " He\u0301llo "
     assert spelled(tokenizer, tokenizer.encode(changed).tolist()) != changed
     _, text = answered(history, tokenizer, changed, ids_of(tokenizer, "hel", "lo"))
     assert len(history) == 0 and history.read(text, CHAT).num_reused == 0
@@ -276,6 +286,38 @@ def test_a_tokenizer_that_changes_the_text(tmp_path: Path, normalizer: object) -
     assert reading.token_ids.tolist() == tokenizer.encode(f"hihello{changed}").tolist()
     # 2. what it leaves as it is, is reused
     assert history.read(f"hihello{END}we", CHAT).num_reused == 3 + (len(tokenizer.encode("hi")) - 1)
+
+
+def test_a_tokenizer_that_ends_every_prompt(tmp_path: Path) -> None:
+    """What it puts behind a prompt would stand within the next one."""
+    backend = sentencepiece("first")
+    special = [("<s>", 1), ("</s>", 2)]
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=special)
+    tokenizer = load(backend, tmp_path)
+    history = TokenHistory(tokenizer)
+    drawn = tokenizer.encode("a", add_special_tokens=False).tolist()
+    for prompt in ("hello", "</s>", ""):
+        _, text = answered(history, tokenizer, prompt, drawn, scope=TEXT)
+        assert history.read(text, TEXT).token_ids.tolist() == tokenizer.encode(text).tolist()
+    assert len(history) == 0
+    _, text = answered(history, tokenizer, "hello", drawn)
+    assert history.read(text, CHAT).num_reused
+
+
+def test_the_rest_of_a_template_is_tokenised_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = load(sentencepiece("always"), tmp_path)
+    history = TokenHistory(tokenizer)
+    _, text = answered(history, tokenizer, "<s>[he] hello [/he]", tokenizer.encode("we").tolist()[1:])
+    encoded: list[str] = []
+    encode = tokenizer.encode
+
+    def counting(text: str, *, add_special_tokens: bool = True) -> NDArray[np.int32]:
+        encoded.append(text)
+        return encode(text, add_special_tokens=add_special_tokens)
+
+    monkeypatch.setattr(tokenizer, "encode", counting)
+    history.read(f"{text}</s><s>[he] we [/he]", CHAT)
+    assert encoded == ["</s><s>[he] we [/he]"]
 
 
 def test_a_decoder_of_unknown_kind(tmp_path: Path) -> None:
@@ -314,6 +356,20 @@ def test_the_bytes_are_bounded_and_the_oldest_goes(small: Tokenizer) -> None:
         answered(history, small, "a" * 90, drawn, scope=Scope(f"{number:010}", False))
     assert len(history) <= 4 and len(history._sorted) == len(history)
     assert {len(texts) for texts in history._sorted.values()} == {1}
+
+
+def test_an_answer_that_was_read_otherwise_is_still_known(small: Tokenizer) -> None:
+    """A longer sequence in which it is plain text takes nothing from it."""
+    history = TokenHistory(small)
+    first, text = answered(history, small, "hi", ids_of(small, "hel", "lo"))
+    reading = history.read(text + END, CHAT, may_reuse=False)
+    history.remember(reading, ids_of(small, "h"), "h")
+    answered(history, small, "hey", ids_of(small, "he"))
+    reading = history.read(f"heyhe{END}", CHAT, may_reuse=False)
+    history.remember(reading, ids_of(small, "w"), "w")
+    assert len(history) == 4
+    assert history.read(text + TURN, CHAT).num_reused == len(first.token_ids) + 2
+    assert history.read(f"heyhe{TURN}", CHAT).num_reused == len(small.encode("hey")) + 1
 
 
 def test_other_answers_to_one_prompt(small: Tokenizer) -> None:

@@ -32,7 +32,7 @@ MERGES += [
     ("n", "d"),
     ("Ġ", "a"),
 ]
-MERGES += [("Ã", "©"), ("Ġ", "Ġ"), ("w", "or")]
+MERGES += [("Ã", "©"), ("Ġ", "Ġ"), ("w", "or"), ("Ċ", "Ċ")]
 
 
 def byte_level(*, normalizer: object = None, prefix_space: bool = False) -> tokenizers.Tokenizer:
@@ -64,6 +64,7 @@ def sentencepiece(kind: str, *, bos: bool = True) -> tokenizers.Tokenizer:
         ("▁", "w"),
         ("▁w", "o"),
         ("▁", "▁"),
+        ("a", "n"),
     ]
     tokens += [a + b for a, b in merges]
     vocabulary = {token: i for i, token in enumerate(tokens)}
