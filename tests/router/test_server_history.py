@@ -206,14 +206,16 @@ async def test_no_request_is_refused_for_its_history(
     for max_tokens in (room + 1, model.max_model_len - len(plain)):
         _, _, ids = await ask(server, COMPLETIONS, {"prompt": prompt, "max_tokens": max_tokens})
         assert ids == plain
-    await ask(server, CHAT, {"messages": [user("hi")], "max_completion_tokens": 50})
-    body = {"messages": [user("hi"), assistant(ANSWER)]}
-    _, _, reused = await ask(server, CHAT, body | {"max_completion_tokens": 50})
-    room = model.max_model_len - len(reused) + 1
-    _, _, ids = await ask(server, CHAT, body | {"max_completion_tokens": room})
-    assert len(ids) < len(reused)
-    _, _, ids = await ask(server, CHAT, body | {"min_tokens": room})
-    assert len(ids) < len(reused)
+    # 3. what a chat asks for, or the least that it asks for
+    for number, field in enumerate(("max_completion_tokens", "max_tokens", "min_tokens")):
+        question = user(f"hi {number}")
+        await ask(server, CHAT, {"messages": [question], "max_tokens": 50})
+        body = {"messages": [question, assistant(ANSWER)]}
+        _, _, reused = await ask(server, CHAT, body | {"max_tokens": 50})
+        _, _, ids = await ask(server, CHAT, body | {field: model.max_model_len - len(reused)})
+        assert ids == reused
+        _, _, ids = await ask(server, CHAT, body | {field: model.max_model_len - len(reused) + 1})
+        assert len(ids) < len(reused)
 
 
 async def test_without_a_history(serve: Serve, served_model: ServedModel, reply: Reply) -> None:
