@@ -335,6 +335,15 @@ class PulledBack(_Message, frozen=True, array_like=True, tag=True, gc=False):
     failure: str | None
 
 
+class Removed(_Message, frozen=True, array_like=True, tag=True, gc=False):
+    """Blocks that are no longer cached where they were: their addresses `refs` do not verify any more. Their
+    content is at `moved_to` now, in the same order (swapped out or in), or nowhere.
+    """
+
+    refs: BlockRefs
+    moved_to: BlockRefs | None
+
+
 class Output(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """New tokens of one request in one step (a step draws one token a request)."""
 
@@ -373,6 +382,7 @@ ToRouter = (
     | Prefilled
     | Pulled
     | PulledBack
+    | Removed
     | StepOutputs
     | Failed
 )

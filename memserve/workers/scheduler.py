@@ -30,6 +30,7 @@ import numpy as np
 from memserve.model_config import blocks_for
 from memserve.pool.allocator import BlockIds
 from memserve.pool.block_table import BlockTable
+from memserve.pool.index import Match
 from memserve.workers.budget import MIN_CHUNK_TOKENS, StepTally
 from memserve.workers.request import Request, RequestState
 from memserve.workers.steps import Chunk, Refusal, StepPlan
@@ -48,7 +49,7 @@ class BlockSource(Protocol):
     @property
     def num_available(self) -> int: ...
     def alloc_mem(self, num_blocks: int, /) -> BlockIds | None: ...
-    def match(self, tokens: bytes, salt: str, /) -> int: ...
+    def match(self, tokens: bytes, salt: str, /) -> Match: ...
     def acquire(self, tokens: bytes, salt: str, /) -> BlockTable: ...
     def release(self, table: BlockTable, /) -> None: ...
 
@@ -279,7 +280,7 @@ class Scheduler:
             num_common = self._common_tokens(request, other)
             if num_common - self._progress(other) < MIN_FOLLOWED_TOKENS:
                 continue
-            num_cached = self._pool.match(self._cacheable(request), request.cache_salt)
+            num_cached = self._pool.match(self._cacheable(request), request.cache_salt).num_tokens
             if num_common - num_cached >= MIN_FOLLOWED_TOKENS:
                 request.leader, request.num_common_tokens = other, num_common
                 request.num_follows += 1

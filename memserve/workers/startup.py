@@ -37,8 +37,7 @@ from memserve.model_config import KVGeometry, blocks_for, fingerprint
 from memserve.models.transformer import Transformer
 from memserve.models.weights import Weights, load_weights_to_device, map_weights, write_weights
 from memserve.pool.arena import Arena, ArenaFds
-from memserve.pool.index import Index
-from memserve.pool.mempool import MemPool
+from memserve.pool.mempool import MemPool, Retention
 from memserve.step_memory import cuda_pool_blocks, cuda_step_bytes
 from memserve.torch_dtypes import TORCH_DTYPES
 from memserve.workers.budget import StepBudget
@@ -78,8 +77,9 @@ def start(init: Init, channel: SocketChannel, grants: GrantSocket) -> tuple[Work
     doorbell = Doorbell()
     doorbell.watch(channel.fileno())
     doorbell.watch(grants.fileno())
-    index = Index(config.block_size) if config.caches else None
-    pool = MemPool(arena, config.instance, init.incarnation, doorbell.ring, index=index)
+    identity = fingerprint(config.model, geometry, digest)
+    retention = Retention(identity) if config.caches else None
+    pool = MemPool(arena, config.instance, init.incarnation, doorbell.ring, retention=retention)
     transformer = Transformer(config.model, weights, config.max_model_len, device, dtype)
     runner = ModelRunner(transformer, pool.kv, config.block_size, pool.progress.advance)
     worker = Worker(config, channel, grants, pool, runner)
@@ -97,7 +97,7 @@ def start(init: Init, channel: SocketChannel, grants: GrantSocket) -> tuple[Work
             num_blocks=arena.num_blocks,
             block_size=config.block_size,
             max_model_len=config.max_model_len,
-            fingerprint=fingerprint(config.model, geometry, digest),
+            fingerprint=identity,
             device=config.device,
             dtype=config.dtype,
             load_s=time.monotonic() - began_at,

@@ -32,8 +32,7 @@ from memserve.messages import (
 )
 from memserve.model_config import KVGeometry
 from memserve.pool.arena import Arena, ArenaFds
-from memserve.pool.index import Index
-from memserve.pool.mempool import MemPool
+from memserve.pool.mempool import MemPool, Retention
 from memserve.router.dispatcher import Dispatcher, DispatcherLimits
 from memserve.router.events import (
     Abandon,
@@ -322,7 +321,7 @@ class Cluster:
             instance,
             incarnation,
             lambda: None,
-            index=Index(config.block_size) if config.caches else None,
+            retention=Retention() if config.caches else None,
             clock=self._clock,
             on_free=poison,
             copy=gate.copy,

@@ -43,8 +43,7 @@ from memserve.messages import (
 from memserve.model_config import KVGeometry, ModelConfig, RopeConfig, load_model_config
 from memserve.models.checkpoint import tensor_shapes
 from memserve.pool.arena import Arena, ArenaFds
-from memserve.pool.index import Index
-from memserve.pool.mempool import MemPool
+from memserve.pool.mempool import MemPool, Retention
 from memserve.workers.channel import MessageTooLong, ReceivedGrant
 from memserve.workers.steps import Chunk, Drawn
 from memserve.workers.worker import Worker
@@ -266,9 +265,16 @@ class Rigs:
 
         options = {} if copy is None else {"copy": copy}
         channel, grants, clock = FakeChannel(), FakeGrants(), Clock()
-        index = Index(config.block_size) if config.caches else None
+        retention = Retention() if config.caches else None
         pool = MemPool(
-            arena, config.instance, 0, lambda: None, index=index, clock=clock, on_free=poison, **options
+            arena,
+            config.instance,
+            0,
+            lambda: None,
+            retention=retention,
+            clock=clock,
+            on_free=poison,
+            **options,
         )
         runner = runner_of(pool.kv, config.block_size)
         if isinstance(runner, HashRunner):
