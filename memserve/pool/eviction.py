@@ -9,7 +9,6 @@ that pile up are swept out.
 from __future__ import annotations
 
 import heapq
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -56,14 +55,15 @@ class Candidates:
     Args:
         rank: order of eviction, lowest first. A node's must never be below that of one beneath it.
         may_go: whether a node is such an end now.
+        serial: numbers of entries, shared by the tiers: a node goes from one to another.
     """
 
-    def __init__(self, rank: Rank, may_go: Callable[[Node], bool]) -> None:
+    def __init__(self, rank: Rank, may_go: Callable[[Node], bool], serial: Iterator[int]) -> None:
         self._rank = rank
         self._may_go = may_go
         self._heap: list[tuple[tuple[float, float], int, Node]] = []
         self._num_live = 0
-        self._serial = itertools.count()
+        self._serial = serial
 
     def __len__(self) -> int:
         """Entries, dead ones included."""

@@ -110,6 +110,11 @@ class HostTier:
 
     # --- size ---
 
+    def populate(self) -> None:
+        """Back the blocks in use with memory. Raises MemoryError_ if there is not enough."""
+        assert self.arena.blocks is not None
+        memfd.populate(self.arena.blocks[: self._num_blocks].reshape(-1))
+
     def grow_to(self, num_blocks: int) -> None:
         """Use more of the arena. Raises MemoryError_, and changes nothing, if the memory is not there."""
         assert self._num_blocks <= num_blocks <= self.capacity

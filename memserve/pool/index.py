@@ -20,6 +20,7 @@ Invariants
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -115,8 +116,9 @@ class Index:
         self._rank = rank
         self._lower = lower
         self._tree: RadixTree[Held] = RadixTree(block_size, _new_root, _split_held)
-        self._device = Candidates(rank, _is_device_end)
-        self._host = Candidates(rank, _is_host_end)
+        serial = itertools.count()
+        self._device = Candidates(rank, _is_device_end, serial)
+        self._host = Candidates(rank, _is_host_end, serial)
 
     def blocks(self, tier: Tier = Tier.DEVICE) -> BlockIds:
         """Every block of a tier that the index owns, in no order. It walks the tree."""

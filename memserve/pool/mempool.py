@@ -151,6 +151,11 @@ class MemPool:
         return self._allocator.num_blocks
 
     @property
+    def host_capacity(self) -> int:
+        """Blocks that the host tier may have at most; 0 = there is none."""
+        return 0 if self._host is None else self._host.capacity
+
+    @property
     def num_available(self) -> int:
         """Blocks that `alloc_mem` could give now: the free ones, and those that it would evict."""
         return self._allocator.num_free + (0 if self._index is None else self._index.num_evictable)
@@ -340,7 +345,7 @@ class MemPool:
     # --- other instances ----------------------------------------------------------------------------------
 
     def add_peer(self, grant: ArenaGrant, arena_fd: int, generations_fd: int) -> None:
-        """Map a peer's arena to pull from; a second grant of the same instance replaces the first.
+        """Map a peer's arena to pull from; a second grant of the same instance and tier replaces the first.
 
         Its mapping is populated by `populate`, or in the background if that was before. The descriptors are
         ours from now on: they are closed, whatever happens. Raises MemoryError_.
@@ -353,6 +358,8 @@ class MemPool:
             os.close(arena_fd)
             os.close(generations_fd)
         self._transfer.add_peer(peer)
+        if peer.tier is Tier.HOST:
+            return  # mostly holes, which reading would fill
         if self._is_populated:
             self._populate_later(peer)
         else:
@@ -401,6 +408,8 @@ class MemPool:
 
         if self._arena.blocks is not None:
             memfd.populate(self._arena.blocks.reshape(-1), progress=partial(tell, 0))
+        if self._host is not None:
+            self._host.populate()
         for part, peer in enumerate(peers, start=1):
             self._populate_peer(peer, partial(tell, part))
         tell(num_parts - 1, 1.0)

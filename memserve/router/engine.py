@@ -153,6 +153,9 @@ class ServingEngine:
             pull_back_misses_total=counters.pull_back_misses,
             pulled_back_tokens_total=counters.pulled_back_tokens,
             pulled_back_bytes_total=counters.pulled_back_bytes,
+            evicted_blocks_total=counters.evicted_blocks,
+            swapped_out_blocks_total=counters.swapped_out_blocks,
+            swapped_in_blocks_total=counters.swapped_in_blocks,
         )
 
     def _instance_status(self, instance: str, role: Role) -> InstanceStatus:
@@ -256,7 +259,7 @@ class ServingEngine:
                     output.logprobs,
                     output.prompt_logprobs,
                     output.finish_reason,
-                    output.num_cached_tokens,
+                    output.cached,
                 )
             )
 

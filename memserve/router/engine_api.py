@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from memserve.config import Role
 from memserve.errors import MemserveError
-from memserve.messages import FinishReason, Load, SamplingParams, TokenLogprobs
+from memserve.messages import CachedTokens, FinishReason, Load, SamplingParams, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +44,8 @@ class Delta(msgspec.Struct, frozen=True):
 
     `token_ids` include the stop token that ended the sequence (`finish_reason` STOP); hiding its text is the
     server's part. `logprobs` runs parallel to `token_ids` and is None unless asked for. `prompt_logprobs`
-    comes once, with the first delta, one entry a prompt token (the first is None). `num_cached_tokens` is the
-    number of prompt tokens that did not have to be computed; that of the first delta counts. (A msgspec
+    comes once, with the first delta, one entry a prompt token (the first is None). `cached` are the
+    prompt tokens that did not have to be computed; that of the first delta counts. (A msgspec
     struct, as one is made for every token.)
     """
 
@@ -53,7 +53,7 @@ class Delta(msgspec.Struct, frozen=True):
     logprobs: tuple[TokenLogprobs, ...] | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     finish_reason: FinishReason | None = None
-    num_cached_tokens: int = 0
+    cached: CachedTokens | None = None
 
 
 # Called on the event loop with each delta, or with the error that ends the sequence. It takes note and
@@ -114,6 +114,9 @@ class EngineStatus:
     pull_back_misses_total: int = 0
     pulled_back_tokens_total: int = 0
     pulled_back_bytes_total: int = 0
+    evicted_blocks_total: int = 0
+    swapped_out_blocks_total: int = 0
+    swapped_in_blocks_total: int = 0
 
 
 class Engine(Protocol):

@@ -45,7 +45,7 @@ def usage_of(choices: Sequence[Choice]) -> Usage:
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,
         total_tokens=prompt_tokens + completion_tokens,
-        prompt_tokens_details=PromptTokensDetails(sum(choice.num_cached_tokens for choice in firsts)),
+        prompt_tokens_details=PromptTokensDetails(sum(choice.cached.total for choice in firsts)),
     )
 
 

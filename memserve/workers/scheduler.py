@@ -25,8 +25,10 @@ from bisect import insort
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+import msgspec
 import numpy as np
 
+from memserve.messages import CachedTokens
 from memserve.model_config import blocks_for
 from memserve.pool.allocator import BlockIds
 from memserve.pool.block_table import BlockTable
@@ -91,8 +93,14 @@ class Scheduler:
     def pulled(self, request: Request, num_tokens: int) -> None:
         """PULLING → RUNNING: the KV of the first `num_tokens` tokens is there, the rest is to be computed."""
         self.pulling.remove(request)
-        request.offer = None
+        offer, request.offer = request.offer, None
         request.num_computed_tokens = min(num_tokens, request.num_tokens - 1)
+        assert offer is not None and request.cached is not None
+        num_pulled = request.num_computed_tokens - request.cached.total
+        if num_pulled > 0:
+            request.cached = msgspec.structs.replace(
+                request.cached, pulled=num_pulled, pulled_from=offer.refs.instance
+            )
         request.state = RequestState.RUNNING
         insort(self.running, request, key=_arrival)
 
@@ -249,8 +257,10 @@ class Scheduler:
             block_ids = self._pool.alloc_mem(num_lacking)
             assert block_ids is not None
             request.table.append(block_ids)
-        if request.num_cached_tokens is None:
-            request.num_cached_tokens = request.table.num_shared * self._block_size
+        if request.cached is None:
+            host = request.table.num_swapped_in * self._block_size
+            device = request.table.num_shared * self._block_size - host
+            request.cached = CachedTokens(device, host)
         return True
 
     def _cacheable(self, request: Request) -> bytes:

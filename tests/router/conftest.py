@@ -15,7 +15,7 @@ from aiohttp import web
 import memserve
 from memserve.config import Role
 from memserve.errors import MemserveError, Overloaded
-from memserve.messages import FinishReason, Load, TokenLogprobs
+from memserve.messages import CachedTokens, FinishReason, Load, TokenLogprobs
 from memserve.model_config import DefaultSampling
 from memserve.router.chat_template import ChatTemplate
 from memserve.router.connections import HttpConnection
@@ -124,7 +124,7 @@ def make_deltas(request: GenerateRequest, token_ids: Sequence[int]) -> list[Delt
             reason = FinishReason.LENGTH
         logprobs = None if params.logprobs is None else (_logprobs(token_id, params.logprobs),)
         deltas.append(
-            Delta((token_id,), logprobs, prompt_logprobs if i == 0 else None, reason, num_cached_tokens=1)
+            Delta((token_id,), logprobs, prompt_logprobs if i == 0 else None, reason, cached=CachedTokens(1))
         )
         if reason is not None:
             return deltas

@@ -9,6 +9,7 @@ import pytest
 
 from memserve.errors import EngineError, MemserveError, Overloaded, Unavailable
 from memserve.messages import (
+    CachedTokens,
     Cancel,
     Decode,
     Failed,
@@ -74,13 +75,13 @@ async def test_tokens_come_through() -> None:
     task = asyncio.create_task(collect(rig.engine, request()))
     await asyncio.sleep(0)
     assert isinstance(rig.sent[0], Decode)
-    rig.say(Output("r", 0, (5,), num_cached_tokens=1))
+    rig.say(Output("r", 0, (5,), cached=CachedTokens(1)))
     rig.say(Output("r", 0, (6,)))
     await asyncio.sleep(0)
     rig.say(Output("r", 0, (7,), finish_reason=FinishReason.STOP))
     deltas = await task
     assert [d.token_ids for d in deltas] == [(5,), (6,), (7,)]
-    assert deltas[0].num_cached_tokens == 1
+    assert deltas[0].cached.total == 1
     assert deltas[-1].finish_reason is FinishReason.STOP
     assert not rig.engine._listeners
     assert not any(isinstance(message, Cancel) for message in rig.sent)
