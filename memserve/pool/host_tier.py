@@ -144,13 +144,15 @@ class HostTier:
         self._allocator.withdraw(np.setdiff1d(ids, self._allocator.held_blocks(), assume_unique=True))
 
     def shrink_to(self, num_blocks: int) -> None:
-        """Give the memory of all blocks from `num_blocks` on, which must be free, back to the machine.
+        """Give the memory of all blocks from `num_blocks` on, which must be free, back to the machine; what
+        was withdrawn below can be had again.
 
-        Blocks may have been withdrawn before. Readers of theirs find another generation or zeros: before a
-        block was freed its generation was raised.
+        Readers of theirs find another generation, and zeros: it was raised when the block was freed.
         """
-        above = np.arange(num_blocks, self._num_blocks)
-        self._allocator.withdraw(above[~self._allocator.is_withdrawn(above)])
+        ids = np.arange(self._num_blocks)
+        is_withdrawn = self._allocator.is_withdrawn(ids)
+        self._allocator.restore(ids[is_withdrawn & (ids < num_blocks)])
+        self._allocator.withdraw(ids[~is_withdrawn & (ids >= num_blocks)])
         self._num_blocks = num_blocks
         assert self.arena.blocks is not None
         memfd.release(self.arena.blocks[num_blocks:].reshape(-1))
