@@ -226,7 +226,7 @@ class _Server:
         async with EventStream(request, self._limits) as stream:
             try:
                 while updates := await generation.next():
-                    if head:
+                    if not stream.response.prepared:
                         stream.response.headers[CACHED_HEADER] = cached_header(choices)
                     usage = _usage_so_far(job, choices)
                     if choices[0].plan.num_logprobs is None:
