@@ -9,8 +9,8 @@ by content alone: equal beginnings, as a server's cache sees them.
 
 Pieces are a str, a tuple of token ids, or a small lazy object (`LazyPiece`) that makes its text or ids when
 asked: a trace of 20,000 prompts of 100k tokens must not stand in memory. So a load generator never looks at
-a piece: it calls `expand(piece)` or `join_prompt(pieces)` shortly before it sends, and drops what they return.
-Both are pure: the same piece always expands to the same value. Everything here is immutable.
+a piece: it calls `expand(piece)` or `join_prompt(pieces)` shortly before it sends, and drops what they
+return. Both are pure: the same piece always expands to the same value. Everything here is immutable.
 """
 
 from __future__ import annotations
