@@ -71,19 +71,21 @@ def test_answers_count_in_one_of_two_caches(lazy: bool) -> None:
         tokens = Tokens(IDS, [key], [length])
         return tokens if lazy else tuple(tokens.numbers().tolist())
 
-    document, question, answer, other = piece(1, 8), piece(2, 2), piece(3, 7), piece(4, 6)
-    workload = make_workload([(document, answer), (question, None)], [(document, None)], [(other, None)])
+    document, question, answer, other = piece(1, 8), piece(2, 2), piece(3, 8), piece(4, 6)
+    workload = make_workload(
+        [(document, answer), (question, None)], [(document, None)], [(other, None)], [(other, None)]
+    )
     reuse = measure_reuse(workload, ESTIMATE, block_size=4)
     assert reuse.requests == (
         RequestReuse("0", 0, 8, 0, 0),
-        # 17 tokens. Of the 8 of the document both caches have all; of document and answer, 15, whose last
-        # has no KV, three whole blocks.
-        RequestReuse("0", 1, 17, 8, 12),
+        # Both caches have the document's 8; of document and answer, 16 whose last has no KV, one has 12.
+        RequestReuse("0", 1, 18, 8, 12),
         RequestReuse("1", 0, 8, 4, 4),
         RequestReuse("2", 0, 6, 0, 0),
+        RequestReuse("3", 0, 6, 4, 4),
     )
-    assert reuse.num_prompt_tokens == 39
-    assert reuse.ratio == pytest.approx(12 / 39) and reuse.ratio_with_answers == pytest.approx(16 / 39)
+    assert reuse.num_prompt_tokens == 46
+    assert reuse.ratio == pytest.approx(16 / 46) and reuse.ratio_with_answers == pytest.approx(20 / 46)
 
 
 def test_prompts_alone_give_the_same_in_any_order() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import time
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +121,16 @@ def test_azure_rows_share_nothing_and_keep_their_lengths(tmp_path: Path) -> None
     assert common(sessions[0].turns[0].input, sessions[1].turns[0].input) == 0
 
 
+@pytest.fixture
+def far_from_greenwich(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+@pytest.mark.usefixtures("far_from_greenwich")
 def test_azure_columns_are_found_by_name_and_times_may_have_a_zone(tmp_path: Path) -> None:
     file = write(
         tmp_path / "azure.csv",

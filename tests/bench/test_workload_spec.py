@@ -49,6 +49,7 @@ def test_every_generator_makes_what_is_asked_for(source: Source) -> None:
     assert max(len(session.turns[0].input) for session in workload.sessions) <= 500
     assert load_workload(spec) == workload
     assert len(load_workload(WorkloadSpec(source)).sessions) == 100
+    assert load_workload(WorkloadSpec(source, shape=Shape(num_requests=120))).num_requests == 120
 
 
 @pytest.mark.parametrize("tokenizer", [None, TINY_MODEL], ids=["estimate", "tokenizer"])
