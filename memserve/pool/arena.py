@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from memserve import memfd
-from memserve.messages import ArenaGrant, generation_table_bytes
+from memserve.messages import ArenaGrant, Tier, generation_table_bytes
 from memserve.model_config import KVGeometry
 from memserve.torch_dtypes import TORCH_DTYPES
 
@@ -117,6 +117,7 @@ class PeerArena:
     """
 
     instance: str
+    tier: Tier
     blocks: NDArray[np.uint8]
     generations: NDArray[np.uint64]
     progress: NDArray[np.uint64]
@@ -130,7 +131,7 @@ class PeerArena:
         data = memfd.map_bytes(fds.arena, grant.num_blocks * grant.block_bytes, writable=False)
         table = memfd.map_bytes(fds.generations, generation_table_bytes(grant.num_blocks), writable=False)
         words, blocks = table.view(np.uint64), data.reshape(grant.num_blocks, grant.block_bytes)
-        return cls(grant.instance, blocks, words[: grant.num_blocks], words[grant.num_blocks :])
+        return cls(grant.instance, grant.tier, blocks, words[: grant.num_blocks], words[grant.num_blocks :])
 
     def layers_written(self, incarnation: int) -> int | None:
         """`Progress.count` of that life of the owner; None once another has begun."""
