@@ -105,6 +105,21 @@ class BlockRefs(msgspec.Struct, frozen=True, array_like=True, gc=False):
     generations: tuple[int, ...]
 
 
+class Transfer(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Blocks that one pool offers to another, `target`, which pulls them: those at `refs`, from block
+    `first_block` of a sequence on (MemServe §MemPool API). With `tokens`, whole blocks from the sequence's
+    beginning, the receiver publishes what it has pulled; else it goes `into` blocks of its own, or into new
+    ones.
+    """
+
+    target: str
+    refs: BlockRefs
+    tokens: bytes = b""
+    salt: str = ""
+    first_block: int = 0
+    into: tuple[int, ...] | None = None
+
+
 class Offer(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """KV of the first `num_tokens` tokens of a request: `refs` are its blocks from `first_block` on.
 

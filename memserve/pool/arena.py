@@ -84,6 +84,15 @@ class Arena:
     progress: NDArray[np.uint64]
 
     @classmethod
+    def create(cls, name: str, geometry: KVGeometry, num_blocks: int) -> tuple[Arena, ArenaFds]:
+        """A new arena in shared memory, and its descriptors, which are the caller's: others may map it by
+        them. Raises MemoryError_.
+        """
+        data = memfd.create_memfd(f"{name}-arena", num_blocks * geometry.block_bytes)
+        fds = ArenaFds(data, memfd.create_memfd(f"{name}-generations", generation_table_bytes(num_blocks)))
+        return cls.map(geometry, num_blocks, fds), fds
+
+    @classmethod
     def map(cls, geometry: KVGeometry, num_blocks: int, fds: ArenaFds) -> Arena:
         """Map the memfds of this pool for writing; `fds` stay the caller's.
 

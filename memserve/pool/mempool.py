@@ -31,12 +31,13 @@ from numpy.typing import ArrayLike
 
 from memserve import memfd
 from memserve.errors import MemserveError
-from memserve.messages import ArenaGrant, BlockRefs, Removed, Tier
+from memserve.messages import ArenaGrant, BlockRefs, Removed, Tier, Transfer
 from memserve.pool.allocator import BlockAllocator, BlockIds
 from memserve.pool.arena import Arena, ArenaFds, PeerArena, Progress
 from memserve.pool.block_table import BlockTable
 from memserve.pool.eviction import Rank, least_recently_used
 from memserve.pool.host_tier import HostTier
+from memserve.pool.incoming import Incoming, Received, tail
 from memserve.pool.index import Index, Lock, Match
 from memserve.pool.removals import RemovalLog
 from memserve.pool.transports.base import FailedPull, Pull
@@ -388,6 +389,81 @@ class MemPool:
             self._wake()
             return FailedPull(f"unknown peer {refs.instance}")
         return self._transfer.begin(refs, np.asarray(into, dtype=np.int64), layers_from)
+
+    def transfer(self, target: str, ids: ArrayLike, into: tuple[int, ...] | None = None) -> Transfer:
+        """Offer our blocks `ids` to the pool `target`: what to send it, for its `receive` (the paper's
+        `transfer`; the receiver copies). Without `into`, blocks that it has allocated, it allocates. The
+        caller holds `ids` until the receiver has answered.
+        """
+        return Transfer(target, self.addresses(ids), into=into)
+
+    def transfer_with_insert(
+        self, target: str, tokens: bytes, salt: str = ""
+    ) -> tuple[Transfer, Lock | None]:
+        """Offer what the device tier caches of `tokens`; the receiver publishes it once it is there.
+
+        Returns what to send it, and the lock that keeps the blocks until the receiver has answered and
+        `unlock` is called.
+        """
+        lock = self.lock(tokens, salt)
+        blocks = self.match(tokens, salt).device_blocks
+        known = tokens[: len(blocks) * 4 * self.block_size]
+        return Transfer(target, self.addresses(blocks), known, salt), lock
+
+    def receive(self, offered: Transfer, *, spare: int = 0) -> Incoming:
+        """Take a transfer from another pool: pull what is lacking here, and publish it if it comes with
+        tokens. Never raises or waits; a transfer for which there is no room, or less than `spare` blocks
+        would be left, ends at once.
+        """
+        assert offered.target == self._instance, offered.target
+        if not offered.tokens:
+            return self._receive_blocks(offered, spare)
+        table = self.acquire(offered.tokens, offered.salt)
+        num_blocks = len(offered.tokens) // (4 * self.block_size)
+        num_here = table.num_shared
+        refs = offered.refs
+
+        def finish(num_verified: int, num_bytes: int, failure: str | None) -> Received:
+            start, stop = (4 * self.block_size * end for end in (num_here, num_here + num_verified))
+            self.publish(table, offered.tokens[start:stop])
+            blocks = table.ids(num_here + num_verified).copy()
+            self.release(table)
+            return Received(num_verified, num_bytes, blocks, failure)
+
+        failure: str | None = None
+        if offered.first_block + len(refs.blocks) != num_blocks:
+            failure = f"{len(refs.blocks)} blocks from {offered.first_block} for {num_blocks}"
+        elif num_here < offered.first_block:
+            failure = "the prefix before it is no longer cached"
+        elif num_here < num_blocks and self.num_available - (num_blocks - num_here) < spare:
+            failure = "no room"
+        if failure is not None or num_here == num_blocks:
+            return Incoming(None, finish, failure)
+        ids = self.alloc_mem(num_blocks - num_here)
+        assert ids is not None
+        table.append(ids)
+        return Incoming(self.fetch(tail(refs, num_here - offered.first_block), ids), finish)
+
+    def _receive_blocks(self, offered: Transfer, spare: int) -> Incoming:
+        count = len(offered.refs.blocks)
+        if offered.into is not None and len(offered.into) != count:
+            failure = f"{count} blocks into {len(offered.into)}"
+            return Incoming(None, lambda *end: Received(0, 0, _NO_BLOCKS, end[2]), failure)
+        ids = None
+        if offered.into is not None:
+            ids = np.array(offered.into, dtype=np.int64)
+        elif self.num_available - count >= spare:
+            ids = self.alloc_mem(count)
+        if ids is None:
+            return Incoming(None, lambda *end: Received(0, 0, _NO_BLOCKS, end[2]), "no room")
+        into = ids
+
+        def finish(num_verified: int, num_bytes: int, failure: str | None) -> Received:
+            if offered.into is None:
+                self.free_mem(into[num_verified:])
+            return Received(num_verified, num_bytes, into[:num_verified], failure)
+
+        return Incoming(self.fetch(offered.refs, into), finish)
 
     # --- life --------------------------------------------------------------------------------------------
 

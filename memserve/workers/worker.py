@@ -84,7 +84,7 @@ class Worker:
         self._scheduler = Scheduler(pool, config.block_size, config.max_running, caches=config.caches)
         self.budget = StepBudget(config.max_batch_tokens, config.max_step_ms, pair_cost(config.model))
         self._pulls = Pulls(pool, config.block_size, caches=config.caches)
-        self._pull_backs = PullBacks(pool, config.block_size)
+        self._pull_backs = PullBacks(pool, config.instance)
         self._cache_admin = CacheAdmin(pool)
         self._offers = OfferBook()
         self.gauges = Gauges(self._scheduler, self._offers, pool, clock)

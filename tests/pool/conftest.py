@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from memserve import memfd
-from memserve.messages import ArenaGrant, Tier, generation_table_bytes
+from memserve.messages import ArenaGrant, Tier
 from memserve.model_config import KVGeometry
 from memserve.pool.arena import Arena, ArenaFds
 from memserve.pool.mempool import HostArena, MemPool, Retention
@@ -87,15 +87,6 @@ class Ticks:
         return self.now
 
 
-def make_arena(name: str, geometry: KVGeometry, num_blocks: int) -> tuple[Arena, ArenaFds]:
-    """An arena and its memfds, as the supervisor makes them."""
-    fds = ArenaFds(
-        memfd.create_memfd(name, num_blocks * geometry.block_bytes),
-        memfd.create_memfd(name, generation_table_bytes(num_blocks)),
-    )
-    return Arena.map(geometry, num_blocks, fds), fds
-
-
 def poison(arena: Arena) -> Callable[[np.ndarray], None]:
     """Spoils the content of blocks."""
 
@@ -130,10 +121,10 @@ def make_pool() -> Iterator[MakePool]:
         geometry = KVGeometry(
             num_layers=2, num_kv_heads=2, block_size=block_size, head_dim=8, dtype="float32"
         )
-        arena, fds = make_arena(instance, geometry, num_blocks)
+        arena, fds = Arena.create(instance, geometry, num_blocks)
         host = host_fds = keeps = None
         if host_blocks is not None:
-            host, host_fds = make_arena(f"{instance}-host", geometry, max_host_blocks)
+            host, host_fds = Arena.create(f"{instance}-host", geometry, max_host_blocks)
             retention["host"] = HostArena(host, host_blocks, poison(host))
         if caches or host is not None:
             keeps = Retention(**retention)

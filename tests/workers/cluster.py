@@ -117,7 +117,7 @@ class Life:
         parts += [part for ahead in pulls._ahead.values() for part in ahead.parts]
         parts += [part for claimed in pulls._claimed.values() for part in claimed]
         parts += [part for cancelled, _ in pulls._cancelled for part in cancelled]
-        return [part.pull for part in parts] + [running.pull for running in pull_backs._running]
+        return [part.pull for part in parts] + [running.incoming for running in pull_backs._running]
 
     @property
     def is_copying(self) -> bool:
