@@ -145,11 +145,15 @@ def test_file_under_the_command_line(command: Command, tmp_path: Path) -> None:
     file = tmp_path / "memserve.toml"
     file.write_text(
         'model = "m"\nport = 1234\nmax-running = 5\n'
-        "device_memory = 0.5\ndevices = [0, 1]\nprefill-threads = 3\n"
+        "device_memory = 0.5\ndevices = [0, 1]\nprefill-threads = 3\nreuse-history-tokens = false\n"
     )
     worker = WorkerOptions(devices=(0, 1), device_memory="0.5", max_running=5)
     expected = ServeConfig(
-        model="m", port=1234, worker=worker, prefill_worker=msgspec.structs.replace(worker, threads=3)
+        model="m",
+        port=1234,
+        reuse_history_tokens=False,
+        worker=worker,
+        prefill_worker=msgspec.structs.replace(worker, threads=3),
     )
     assert command.config("--config", str(file)) == expected
     assert command.config("--port", "1", "--config", str(file)) == msgspec.structs.replace(expected, port=1)

@@ -128,6 +128,13 @@ class TokenHistory:
             prompt.scope, _Sequence(before + said, tokens, (*prompt.known.drawn, (first, first + num_kept)))
         )
 
+    def clear(self) -> None:
+        """Forget all."""
+        with self._lock:
+            self._sorted.clear()
+            self._sequences.clear()
+            self.num_bytes = 0
+
     def __len__(self) -> int:
         """How many sequences are remembered."""
         return len(self._sequences)

@@ -167,8 +167,9 @@ async def test_every_choice_of_several_prompts(
 
 
 async def test_the_header_is_of_the_first_prompt_that_departs(
-    serve: Serve, model: ServedModel, reply: Reply
+    serve: Serve, model: ServedModel, reply: Reply, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("DEBUG", "memserve.router.server")
     server = await serve(reply, model=model)
     _, _, known = await ask(server, COMPLETIONS, {"prompt": "1 2 3 4", "max_tokens": 50})
     prompts = ["nothing", "1 2 3 4", "1 2 x", "1 x", "1 2 3 x"]
@@ -177,6 +178,8 @@ async def test_the_header_is_of_the_first_prompt_that_departs(
     assert int(headers[DIVERGED_AT]) == len(plain) - 1
     assert plain[:-1] == known[: len(plain) - 1]
     assert await counters(server) == [0, 0, 3]
+    said = [record.message for record in caplog.records if "prompt tokens are remembered" in record.message]
+    assert [line.rsplit(": ")[-1] for line in said][1:4] == ["None", "None", headers[DIVERGED_AT]]
 
 
 async def test_a_long_answer_is_remembered_too(
@@ -216,6 +219,21 @@ async def test_no_request_is_refused_for_its_history(
         assert ids == reused
         _, _, ids = await ask(server, CHAT, body | {field: model.max_model_len - len(reused) + 1})
         assert len(ids) < len(reused)
+
+
+async def test_a_flush_of_all_forgets_it(
+    serve: Serve, model: ServedModel, reply: Reply, letters: list[int]
+) -> None:
+    server = await serve(reply, model=model)
+    assert model.history is not None
+    await ask(server, COMPLETIONS, {"prompt": "Tell: ", "max_tokens": 50})
+    for body, num_left in (({"instance": "prefill-0"}, 1), ({}, 0)):
+        async with server.session.post("/v1/cache/flush", json=body) as response:
+            assert response.status == 200
+        assert len(model.history) == num_left
+    assert model.history.num_bytes == 0
+    _, _, ids = await ask(server, COMPLETIONS, {"prompt": f"Tell: {ANSWER}", "max_tokens": 50})
+    assert ids == model.tokenizer.encode(f"Tell: {ANSWER}").tolist()
 
 
 async def test_without_a_history(serve: Serve, served_model: ServedModel, reply: Reply) -> None:
