@@ -24,7 +24,14 @@ from rig import SHAPES, server, stream_completion
 
 SHAPE = SHAPES["small"]
 SETTINGS = ("off", "full")
-OPTIONS = ["--prefill=1", "--decode=1", "--load-format=dummy", "--dtype=bfloat16", "--served-model-name=bench", "--threads=1"]
+OPTIONS = [
+    "--prefill=1",
+    "--decode=1",
+    "--load-format=dummy",
+    "--dtype=bfloat16",
+    "--served-model-name=bench",
+    "--threads=1",
+]
 
 
 async def converse(urls: dict[str, str], turns: int, new: int, out: int) -> dict[str, list[float]]:
