@@ -42,7 +42,7 @@ class StepShape(NamedTuple):
 
 
 class Ramp(msgspec.Struct, frozen=True, tag=True):
-    """A curve by rows that bends at `knots` (ascending, the first is 0); `slopes[i]`: ms a row from knot i."""
+    """A curve by rows that bends at `knots` (ascending, the first is 0); `slopes[i]`: ms a row from there."""
 
     knots: tuple[int, ...]
     slopes: tuple[float, ...]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -78,24 +78,32 @@ class HolderTree:
         live: dict[str, Holding] = {}
         lost: list[Holding] = []
         seen: set[Life] = set()
+        new: Iterable[tuple[Life, Span]]
+        new_tuple = tuple.__new__
         block_size, step = self.block_size, self.block_bytes
         node, take, end = found.node, found.num_blocks_in_node, found.num_blocks
         while node.parent is not None:
             spans = node.payload.spans
             above = end - take
-            for life in spans.keys() - seen if seen else spans:
-                span = spans[life]
+            new = [(life, spans[life]) for life in spans.keys() - seen] if seen else spans.items()
+            is_any_stale = False
+            for life, span in new:
                 if span.seen_at < fresh:
+                    is_any_stale = True
                     continue
-                seen.add(life)
                 num_here = len(span.codes)
                 num_here = take if num_here > take else num_here
                 num_host = self._num_host(life, node, num_here) if life.num_host else 0
-                holding = Holding(life, (above + num_here) * block_size, num_host * block_size)
+                # half the time of `Holding(...)`
+                holding = new_tuple(Holding, (life, (above + num_here) * block_size, num_host * block_size))
                 if life.is_lost:
                     lost.append(holding)
                 else:
                     live[life.instance] = holding
+            if is_any_stale:
+                seen.update(life for life, span in new if span.seen_at >= fresh)
+            else:
+                seen.update(spans)
             node, end = node.parent, above
             take = len(node.key) // step
         return Found(found.node, found.num_blocks, live, lost)

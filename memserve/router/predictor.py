@@ -12,7 +12,7 @@ import math
 from enum import Enum, auto
 from typing import NamedTuple
 
-from memserve.router.cost_model import CostModel, StepShape, room, speed_of
+from memserve.router.cost_model import CostModel, room, speed_of
 
 _MEMO_SIZE = 65_536
 # How finely decode batches are told apart, so that predictions are found again: 2**(1/6) is 12 %.
@@ -49,10 +49,11 @@ class Correction:
 
     def __init__(self) -> None:
         self._logs: dict[tuple[Phase, bool], float] = {}
+        self._factors: dict[tuple[Phase, bool], float] = {}
 
     def factor(self, phase: Phase, is_beside: bool) -> float:
         """What to multiply a raw prediction by; 1 until something was observed."""
-        return math.exp(self._logs.get((phase, is_beside), 0.0))
+        return self._factors.get((phase, is_beside), 1.0) if self._factors else 1.0
 
     def observe(self, phase: Phase, is_beside: bool, raw_ms: float, measured_ms: float) -> None:
         """A raw prediction (not corrected), and what it was in truth."""
@@ -61,7 +62,8 @@ class Correction:
         bound = math.log(_MAX_FACTOR)
         seen = min(bound, max(-bound, math.log(measured_ms / raw_ms)))
         log = self._logs.get((phase, is_beside), 0.0)
-        self._logs[phase, is_beside] = log + _RATE * (seen - log)
+        log += _RATE * (seen - log)
+        self._logs[phase, is_beside], self._factors[phase, is_beside] = log, math.exp(log)
 
 
 class Predictor:
@@ -76,6 +78,10 @@ class Predictor:
         self._rows_ms = [
             model.operators.fixed_ms + model.operators.rows.ms(n) for n in range(model.budget.max_tokens + 1)
         ]
+        self._decode_row_ms = model.operators.decode_row_ms + model.operators.logit_row_ms
+        self._context_ms = model.operators.context_ms
+        pull = model.links.from_device
+        self._pull_latency_ms, self._pull_token_ms = pull.latency_ms, model.kv_token_bytes / pull.bytes_per_ms
         self._memo: dict[tuple[int, int, int, int], float] = {}
 
     def prefill_ms(self, num_tokens: int, num_cached: int, batch: Batch = IDLE) -> float:
@@ -89,12 +95,15 @@ class Predictor:
             known = self._memo[key] = self._step_through(num_tokens, num_cached, num_rows, num_context)
         return known
 
-    def decode_ms(self, batch: Batch) -> float:
-        """Time of a step in which a batch draws one token each."""
-        rows = batch.num_rows
-        return self.model.operators.step_ms(
-            StepShape(rows, num_decodes=rows, num_context=batch.num_context, num_logit_rows=rows)
-        )
+    def decode_ms(self, num_rows: int, num_context: int) -> float:
+        """Time of a step in which so many requests, attending to so many tokens, draw one each."""
+        rows_ms = self._rows_ms
+        ms = rows_ms[num_rows] if num_rows < len(rows_ms) else self._many_rows_ms(num_rows)
+        return ms + num_rows * self._decode_row_ms + num_context * self._context_ms
+
+    def pull_ms(self, num_tokens: int) -> float:
+        """Time to pull the KV of so many tokens from another instance's device tier."""
+        return self._pull_latency_ms + num_tokens * self._pull_token_ms if num_tokens else 0.0
 
     def _step_through(self, num_tokens: int, num_cached: int, num_rows: int, num_context: int) -> float:
         operators, budget, speed = self.model.operators, self.model.budget, self._speed
@@ -110,11 +119,7 @@ class Predictor:
             num_squares += chunk * chunk
             num_steps += 1
             at += chunk
-        decodes_ms = (
-            operators.decode_row_ms * num_rows
-            + operators.context_ms * num_context
-            + operators.logit_row_ms * num_rows
-        )
+        decodes_ms = self._decode_row_ms * num_rows + self._context_ms * num_context
         attention_ms = operators.pair_ms * num_pairs + operators.square_ms * num_squares
         return ms + attention_ms + num_steps * decodes_ms + operators.logit_row_ms
 

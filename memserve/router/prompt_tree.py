@@ -207,6 +207,13 @@ class PromptTree:
         tiers = (codes & 1).astype(np.uint8)
         return Addresses((codes >> 1).astype(np.int64), tiers, life.generations[codes])
 
+    def num_known_tokens(self, found: Found, life: Life) -> int:
+        """For how many tokens `addresses` has addresses."""
+        codes = self.nodes.codes(life, found)
+        is_unknown = codes == UNKNOWN
+        first = int(is_unknown.argmax()) if len(codes) else 0
+        return (first if len(codes) and is_unknown[first] else len(codes)) * self.block_size
+
     # --- inside ---
 
     def _live_life(self, instance: str, incarnation: int) -> Life | None:

@@ -173,11 +173,20 @@ def test_more_cached_is_never_slower_and_a_batch_never_free() -> None:
     assert predictor.prefill_ms(2048, 0, Batch(16, 16_000)) > predictor.prefill_ms(2048, 0) + 16 * 0.2
 
 
+def test_decode_and_pull_are_the_models() -> None:
+    shape = StepShape(9, num_decodes=9, num_context=9000, num_logit_rows=9)
+    assert Predictor(CPU).decode_ms(9, 9000) == pytest.approx(CPU.operators.step_ms(shape))
+    crowded = make_model(Budget(4), fixed_ms=1.0)
+    assert Predictor(crowded).decode_ms(20, 0) == pytest.approx(crowded.operators.step_ms(StepShape(20)))
+    for num_tokens in (0, 3000):
+        assert Predictor(CPU).pull_ms(num_tokens) == pytest.approx(CPU.transfer_ms(num_tokens, Tier.DEVICE))
+
+
 def test_built_in_instances_are_of_the_right_size() -> None:
     # 2 * 7e9 FLOP a token and 16 GB of weights; measured engines are in these ranges
     h200 = Predictor(h200_llama_3_8b())
     assert 70 < h200.prefill_ms(4096, 0) < 160
-    assert 4 < h200.decode_ms(Batch(1, 1000)) < 9
+    assert 4 < h200.decode_ms(1, 1000) < 9
     assert h200_llama_3_8b().kv_token_bytes == 131_072
     h800 = Predictor(h800_llama_2_13b())
     assert 70 < h800.prefill_ms(4096, 0) < 200

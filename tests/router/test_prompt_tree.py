@@ -259,10 +259,13 @@ class PromptTreeMachine(RuleBasedStateMachine):
             holding = got[life]
             in_host = sum(place is not None and place[1] == Tier.HOST for place in places)
             assert holding.num_host_tokens == in_host * self.block_size
-            known = places[: places.index(None)] if None in places else places
-            told = self.tree.addresses(found, holding.life)
-            assert list(zip(*(column.tolist() for column in told), strict=True)) == known
-            assert len(self.tree.addresses(found, holding.life, 1).blocks) == max(0, len(known) - 1)
+            for first in (0, 1):
+                after = places[first:]
+                known = after[: after.index(None)] if None in after else after
+                told = self.tree.addresses(found, holding.life, first)
+                assert list(zip(*(column.tolist() for column in told), strict=True)) == known
+                if first == 0:
+                    assert self.tree.num_known_tokens(found, holding.life) == len(known) * self.block_size
 
     @invariant()
     def is_sound(self) -> None:
