@@ -7,6 +7,7 @@ start says why in one line (status 1). Everything heavy is imported late, so tha
 
 from __future__ import annotations
 
+import copy
 import difflib
 import math
 import sys
@@ -206,6 +207,12 @@ COUNT = click.IntRange(1, 64)
     "Makes the seeds of requests that bring none repeatable, and dummy weights [default: none].",
     type=click.IntRange(0, 2**63 - 1),
 )
+@_option(
+    "--calibration",
+    "Folder that keeps what the first start has measured of the workers' speed; off: nothing is measured "
+    "[default: ~/.cache/memserve/calibration].",
+    metavar="FOLDER|off",
+)
 @_worker_options(None)
 @_worker_options("prefill")
 @_worker_options("decode")
@@ -239,6 +246,49 @@ def serve(**options: Any) -> None:
         click.echo(f"memserve: {' '.join(str(error).split())}", err=True)
         status = 1
     sys.exit(status)
+
+
+@cli.command()
+@click.option("--quick", is_flag=True, help="Fewer and shorter points: a few seconds.")
+@click.option("--reuse", is_flag=True, help="Check what an earlier run has measured, if there is that.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@click.option(
+    "--plot",
+    help="Draw predicted against measured to a PNG, PDF or SVG file.",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, path_type=Path),
+)
+def calibrate(quick: bool, reuse: bool, as_json: bool, plot: Path | None, **options: Any) -> None:
+    """Measure how fast this machine computes, and how well that is predicted."""
+    config = serve_config({name: value for name, value in options.items() if value is not None})
+    try:
+        from memserve.router.placement import check_roles
+
+        check_roles(config)
+        from memserve.router.calibrate import CalibrateOptions, run
+
+        status = run(config, CalibrateOptions(quick, reuse, as_json, plot))
+    except StartupError as error:
+        click.echo(f"memserve: {' '.join(str(error).split())}", err=True)
+        status = 1
+    sys.exit(status)
+
+
+_OF_REQUESTS = {
+    *("tokenizer", "chat_template", "transfer", "reuse_history_tokens", "host", "port", "max_waiting"),
+    *("drain_timeout_s", "request_timeout_s"),
+}
+
+
+def _also_for_calibrate(option: click.Parameter) -> click.Parameter:
+    """An option of `serve`, out of sight if it makes no difference: a --config file may have it."""
+    option = copy.copy(option)
+    if isinstance(option, click.Option):
+        option.hidden = option.name in _OF_REQUESTS
+    return option
+
+
+calibrate.params += map(_also_for_calibrate, serve.params)
 
 
 # --- options → config --------------------------------------------------------------------------------------

@@ -55,7 +55,9 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     `seed` makes a server repeatable: the seeds of requests that bring none follow from it (None: each is
     drawn at random), and dummy weights (None: those of seed 0). `reuse_history_tokens`: an answer that comes
-    back in a prompt is read as the ids that were generated, unless nothing is cached.
+    back in a prompt is read as the ids that were generated, unless nothing is cached. `calibration`: folder
+    for the cost models that are measured at the first start, None = the user's cache folder; "off" = nothing
+    is measured, they are guessed.
     """
 
     model: str | None = None
@@ -78,6 +80,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     eviction: Eviction = "lru"
     cache_ttl_s: float | None = None
     seed: int | None = None
+    calibration: str | None = None
     worker: WorkerOptions = WorkerOptions()
     prefill_worker: WorkerOptions | None = None
     decode_worker: WorkerOptions | None = None

@@ -46,6 +46,16 @@ class CacheVerb(StrEnum):
     RESIZE = "resize"
 
 
+class MeasureVerb(StrEnum):
+    """What a `Measure` asks for."""
+
+    STEP = "step"
+    SWAP_IN = "swap_in"
+    LEND = "lend"
+    PULL = "pull"
+    WAITS = "waits"
+
+
 class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
     """Base of the wire structs: positional msgpack, tagged with the class name.
 
@@ -129,6 +139,19 @@ class Offer(msgspec.Struct, frozen=True, array_like=True, gc=False):
     refs: BlockRefs
     num_tokens: int
     first_block: int = 0
+
+
+class StepSpec(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A step to be timed: a chunk of `num_new` tokens after `context_len` others, and `num_decodes` decodes
+    that attend to `decode_context` tokens before their own. `draws`: the chunk ends its prompt, so that a
+    token is drawn.
+    """
+
+    num_new: int = 0
+    context_len: int = 0
+    draws: bool = True
+    num_decodes: int = 0
+    decode_context: int = 0
 
 
 class CachedTokens(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -274,6 +297,23 @@ class CacheCommand(_Message, frozen=True, array_like=True, tag=True, gc=False):
     num_host_blocks: int = 0
 
 
+class Measure(_Message, frozen=True, array_like=True, tag=True, gc=False):
+    """Time something on an idle worker, `num_repeats` times; answered by `Measured` with the same id.
+
+    `STEP` times `step`, `SWAP_IN` copies of `num_blocks` blocks from the own host tier, `PULL` pulls of what
+    is at `refs` of another instance. `LEND` gives addresses of `num_blocks` free blocks of a tier to pull
+    from, good until somebody needs them. `WAITS` tells how long the worker's threads had to wait for a core.
+    """
+
+    command_id: int
+    verb: MeasureVerb
+    num_repeats: int = 1
+    step: StepSpec | None = None
+    num_blocks: int = 0
+    tier: Tier = Tier.DEVICE
+    refs: BlockRefs | None = None
+
+
 class Cancel(_Message, frozen=True, array_like=True, tag=True, gc=False):
     """Forget this attempt in whatever phase it is and give its blocks back. Unknown ids are ignored."""
 
@@ -415,6 +455,27 @@ class CacheReport(_Message, frozen=True, array_like=True, tag=True, gc=False):
     error: str | None = None
 
 
+class Repeat(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One repeat of a measurement. `waited_ms`: how long, of it, the thread that waited most had work but no
+    core, because of other processes.
+    """
+
+    ms: float
+    waited_ms: float = 0.0
+
+
+class Measured(_Message, frozen=True, array_like=True, tag=True, gc=False):
+    """The answer to a `Measure`: its repeats in order, and the bytes that each moved; or `refs`, or why not.
+    `WAITS` has one repeat for each thread, which counts from its start.
+    """
+
+    command_id: int
+    repeats: tuple[Repeat, ...] = ()
+    num_bytes: int = 0
+    refs: BlockRefs | None = None
+    error: str | None = None
+
+
 class Output(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """New tokens of one request in one step (a step draws one token a request). `cached` comes with the first
     ones of an attempt.
@@ -445,7 +506,17 @@ class Failed(_Message, frozen=True, array_like=True, tag=True, gc=False):
 
 
 ToWorker = (
-    Init | Prefill | Reserve | PullAhead | Decode | PullBack | CacheCommand | Cancel | Release | Shutdown
+    Init
+    | Prefill
+    | Reserve
+    | PullAhead
+    | Decode
+    | PullBack
+    | CacheCommand
+    | Measure
+    | Cancel
+    | Release
+    | Shutdown
 )
 ToRouter = (
     Loading
@@ -459,6 +530,7 @@ ToRouter = (
     | PulledBack
     | Removed
     | CacheReport
+    | Measured
     | StepOutputs
     | Failed
 )

@@ -171,6 +171,11 @@ class MemPool:
         self.release(table)
         return num_blocks
 
+    def load(self, host_ids: ArrayLike, into: ArrayLike) -> None:
+        """Copy blocks of the host tier into as many of the device tier; the caller holds both."""
+        assert self._host is not None
+        self._host.load(np.asarray(host_ids, dtype=np.int64), np.asarray(into, dtype=np.int64))
+
     def resize(self, num_blocks: int) -> int:
         """Let the host tier have so many blocks, from 0 to its capacity; returns how many it has now.
 

@@ -147,7 +147,7 @@ async def serve(run: Run, sock: socket.socket, console: Console) -> int:
     background = [asyncio.create_task(_every(TICK_S, engine.tick))]
     try:
         await http.start(sock)
-        if not await _start(supervisor, stop, display):
+        if not await start_workers(supervisor, stop, display):
             return INTERRUPTED
         gc.collect()
         gc.freeze()  # modules and tables stay: collections need not walk them while requests stream
@@ -214,6 +214,10 @@ class StopSignals:
     def _on_signal(self) -> None:
         (self.second if self.first.is_set() else self.first).set()
 
+    async def or_first(self, work: Coroutine[object, object, object]) -> bool:
+        """Await `work` unless a signal comes first; whether it was done."""
+        return await _unless(self.first, work)
+
     async def or_second(self, work: Coroutine[object, object, object]) -> bool:
         """Await `work` unless a second signal comes first; whether it was done."""
         return await _unless(self.second, work)
@@ -235,7 +239,7 @@ async def _unless(event: asyncio.Event, work: Coroutine[object, object, object])
         waiting.cancel()
 
 
-async def _start(supervisor: Supervisor, stop: StopSignals, display: Display) -> bool:
+async def start_workers(supervisor: Supervisor, stop: StopSignals, display: Display) -> bool:
     """Bring the workers up under the display; False if a signal came first."""
     with display.starting():
         return await _unless(stop.first, supervisor.start())

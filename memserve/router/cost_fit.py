@@ -68,6 +68,9 @@ def fit(points: Sequence[Point], rows: Ramp | Waves | None = None) -> Operators:
         decode_row_ms=rest[2],
         context_ms=rest[3],
         logit_row_ms=rest[4],
+        draw_ms=rest[5],
+        gather_ms=rest[6],
+        mixed_ms=rest[7],
     )
 
 
@@ -116,7 +119,8 @@ def _columns(point: Point, form: Ramp | Waves) -> list[float]:
         (Operator.ROWS, form.columns(shape.num_rows)),
         (Operator.PREFILL_ATTENTION, [shape.num_pairs, shape.num_squares]),
         (Operator.DECODE_ATTENTION, [float(shape.num_decodes), shape.num_context]),
-        (Operator.HEAD, [float(shape.num_logit_rows)]),
+        (Operator.HEAD, [float(shape.num_logit_rows), float(shape.num_logit_rows > 0)]),
+        (Operator.PREFILL_ATTENTION, [shape.num_gathered, float(shape.is_mixed)]),
     ]
     return [
         value if only is None or only is operator else 0.0 for operator, values in groups for value in values

@@ -5,9 +5,10 @@ hardware.py's.
 
     step_ms = fixed
             + projections, MLP, norms     by rows (tokens of the step): waves, or a ramp with bends
-            + attention of prefill        pairs with the context before the chunk, and within it
+            + attention of prefill        pairs with the context before the chunk, and within it; the context
+                                          that is gathered for it; more in a step that has decodes too
             + attention of decode         tokens of context read, and rows
-            + head                        rows that draw a token
+            + head                        rows that draw a token, and that there are any
 
 All times are in ms. Coefficients are not negative, so no prediction falls when work is added.
 """
@@ -29,8 +30,8 @@ AIM = 0.88
 
 class StepShape(NamedTuple):
     """What a step holds. `num_rows` counts chunks and decodes; `num_pairs` is the sum over chunks of tokens
-    times context before them, `num_squares` of tokens squared; `num_context` the tokens that decodes attend
-    to.
+    times context before them, `num_squares` of tokens squared, `num_gathered` of the context; `num_context`
+    the tokens that decodes attend to. `is_mixed`: it has chunks and decodes.
     """
 
     num_rows: int
@@ -39,6 +40,8 @@ class StepShape(NamedTuple):
     num_decodes: int = 0
     num_context: float = 0.0
     num_logit_rows: int = 0
+    num_gathered: float = 0.0
+    is_mixed: bool = False
 
 
 class Ramp(msgspec.Struct, frozen=True, tag=True):
@@ -80,7 +83,9 @@ class Waves(msgspec.Struct, frozen=True, tag=True):
 
 
 class Operators(msgspec.Struct, frozen=True, kw_only=True):
-    """Coefficients of the operators; see the module and `StepShape` for what each multiplies."""
+    """Coefficients of the operators; see the module and `StepShape` for what each multiplies. `draw_ms` is
+    for a step that draws at all, `mixed_ms` for one that is mixed, which needs two kinds of attention.
+    """
 
     rows: Ramp | Waves
     fixed_ms: float = 0.0
@@ -89,6 +94,9 @@ class Operators(msgspec.Struct, frozen=True, kw_only=True):
     decode_row_ms: float = 0.0
     context_ms: float = 0.0
     logit_row_ms: float = 0.0
+    gather_ms: float = 0.0
+    mixed_ms: float = 0.0
+    draw_ms: float = 0.0
 
     def step_ms(self, shape: StepShape) -> float:
         """Time of one step."""
@@ -100,6 +108,9 @@ class Operators(msgspec.Struct, frozen=True, kw_only=True):
             + self.decode_row_ms * shape.num_decodes
             + self.context_ms * shape.num_context
             + self.logit_row_ms * shape.num_logit_rows
+            + self.gather_ms * shape.num_gathered
+            + self.mixed_ms * shape.is_mixed
+            + self.draw_ms * (shape.num_logit_rows > 0)
         )
 
 
@@ -134,13 +145,16 @@ class Budget(msgspec.Struct, frozen=True):
 
 
 class CostModel(msgspec.Struct, frozen=True, kw_only=True):
-    """One kind of instance with one model. `kv_token_bytes`: K and V of one token over all layers."""
+    """One kind of instance with one model. `kv_token_bytes`: K and V of one token over all layers.
+    `request_ms`: what a request takes beside its steps, until the router has its first token.
+    """
 
     name: str
     operators: Operators
     budget: Budget
     kv_token_bytes: int
     links: Links
+    request_ms: float = 0.0
 
     def transfer_ms(self, num_tokens: int, tier: Tier, queue_ms: float = 0.0) -> float:
         """Time to pull the KV of so many tokens from another instance's tier."""

@@ -21,7 +21,7 @@ from memserve.config import WorkerConfig
 from memserve.errors import MemserveError, Unavailable
 from memserve.messages import CacheCommand, CacheReport, Heartbeat, Load, Output, Ready, ToRouter, ToWorker
 from memserve.model_config import KVGeometry
-from memserve.router.cache_commands import CacheCommands
+from memserve.router.commands import Commands
 from memserve.router.dispatcher import Dispatcher
 from memserve.router.engine_api import (
     Delta,
@@ -44,6 +44,7 @@ from memserve.router.events import (
     WorkerDown,
     WorkerUp,
 )
+from memserve.router.measurements import Measurements
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,9 @@ class ServingEngine:
         clock: seconds, monotone.
         on_progress: told how the workers' start-up goes (instance, stage, fraction).
 
-    `all_lost` is set when no instance is alive and none will come back.
+    `all_lost` is set when no instance is alive and none will come back. `measurements` are for workers that
+    have no requests: set `is_calibrating` meanwhile, which keeps requests away. `fingerprint` is that of all
+    workers' model and KV layout, "" before one is up.
     """
 
     def __init__(
@@ -85,7 +88,10 @@ class ServingEngine:
         self._num_restarts: Counter[str] = Counter()
         self._was_ready = False
         self._draining = False
-        self._cache_commands = CacheCommands(self._send_to)
+        self._cache_commands: Commands[CacheCommand, CacheReport] = Commands(self._send_to)
+        self.measurements = Measurements(self._send_to)
+        self.is_calibrating = False
+        self.fingerprint = ""
         self.all_lost = asyncio.Event()
 
     def connect(self, send: Callable[[str, ToWorker], object]) -> None:
@@ -120,7 +126,7 @@ class ServingEngine:
             return "the server is shutting down"
         if self.all_lost.is_set():
             return "the server has lost its workers and is shutting down"
-        return None if self._was_ready else "the server is starting"
+        return None if self._was_ready and not self.is_calibrating else "the server is starting"
 
     def check_room(self, num_sequences: int) -> None:
         """See `engine_api.Engine`."""
@@ -135,9 +141,12 @@ class ServingEngine:
 
         Instances that are lost for good do not count: the others do their part.
         """
+        return not self._draining and not self.is_calibrating and self._is_staffed()
+
+    def _is_staffed(self) -> bool:
         wanted = {role for instance, role in self._roles.items() if instance not in self._lost}
         alive = {self._roles[instance] for instance in self._alive}
-        return not self._draining and bool(wanted) and wanted <= alive
+        return bool(wanted) and wanted <= alive
 
     def status(self) -> EngineStatus:
         """See `engine_api.Engine`."""
@@ -196,7 +205,8 @@ class ServingEngine:
         instance = config.instance
         self._num_restarts[instance] += instance in self._last_incarnation
         self._alive[instance] = self._last_incarnation[instance] = incarnation
-        self._was_ready = self._was_ready or self.ready()
+        self.fingerprint = ready.fingerprint
+        self._was_ready = self._was_ready or self._is_staffed()
         self._feed(
             WorkerUp(
                 instance=instance,
@@ -214,6 +224,8 @@ class ServingEngine:
             if self._alive.get(instance) == incarnation:
                 self._cache_commands.on_report(instance, message)
             return
+        if self._alive.get(instance) == incarnation and self.measurements.take(instance, message):
+            return
         self._feed(FromWorker(instance, incarnation, message))
         if isinstance(message, Heartbeat) and message.in_step_s > 5:
             logger.warning("%s has been in one step for %.1f s", instance, message.in_step_s)
@@ -223,6 +235,7 @@ class ServingEngine:
         logger.warning("%s (incarnation %d) is down: %s", instance, incarnation, reason)
         self._alive.pop(instance, None)
         self._cache_commands.on_down(instance)
+        self.measurements.on_down(instance)
         self._feed(WorkerDown(instance, incarnation, reason))
 
     def on_instance_lost(self, instance: str) -> None:

@@ -1,4 +1,5 @@
-"""Cost models of instances that are not at hand, from the roofline of their hardware: for the simulator.
+"""Cost models of instances that are not at hand, or are not to be measured, from the roofline of their
+hardware.
 
     rows        max(weights read once a step, multiplications of the rows)
     attention   prefill by multiplications, decode by the KV that is read
@@ -12,7 +13,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from memserve.router.cost_model import Budget, CostModel, Link, Links, Operators, Ramp
+import msgspec
+
+from memserve.model_config import ModelConfig
+from memserve.router.cost_model import Budget, CostModel, Link, Links, Operators, Ramp, StepShape, Waves
 
 _TFLOP_PER_MS = 1e9
 _GB_PER_MS = 1e6
@@ -44,6 +48,10 @@ class Shape(NamedTuple):
 
 H200 = Device(tflops=989, memory_gb_s=4800, peer_gb_s=450, host_gb_s=55)
 H800 = Device(tflops=989, memory_gb_s=3350, peer_gb_s=200, host_gb_s=55)
+# One core of a server.
+CPU_CORE = Device(tflops=0.1, memory_gb_s=10, peer_gb_s=5, host_gb_s=5)
+# Copies between two memories of one machine, where nothing is known.
+PLAIN_LINK = Link(0.5, 4e6)
 LLAMA_3_8B = Shape(32, 4096, 14336, 32, 8, 128, 128_256)
 LLAMA_2_13B = Shape(40, 5120, 13824, 40, 40, 128, 32_000)
 
@@ -108,3 +116,42 @@ def h800_llama_2_13b() -> CostModel:
 
 
 BUILT_IN = {"h200-llama-3-8b": h200_llama_3_8b, "h800-llama-2-13b": h800_llama_2_13b}
+
+
+def guess(
+    model: ModelConfig, device: str, num_threads: int, measured: tuple[StepShape, float] | None
+) -> Operators:
+    """Operators of a device ("cpu" or "cuda") that were not calibrated: the roofline's, scaled so that one
+    measured step (its shape and ms) comes out right.
+    """
+    shape = Shape(
+        model.num_layers,
+        model.hidden_size,
+        model.intermediate_size,
+        model.num_heads,
+        model.num_kv_heads,
+        model.head_dim,
+        model.vocab_size,
+    )
+    if device == "cpu":
+        operators = roofline("", CPU_CORE, shape, num_devices=1, fixed_ms=1.0).operators
+        factor = 1 / max(1, num_threads)
+    else:
+        operators, factor = roofline("", H200, shape).operators, 1.0
+    if measured is not None:
+        step, ms = measured
+        factor = ms / operators.step_ms(step)
+    return scaled(operators, factor)
+
+
+def scaled(operators: Operators, factor: float) -> Operators:
+    """All times multiplied."""
+    rows = operators.rows
+    if isinstance(rows, Ramp):
+        rows = Ramp(rows.knots, tuple(slope * factor for slope in rows.slopes))
+    else:
+        rows = Waves(rows.wave_rows, rows.full_ms * factor, rows.last_ms * factor, rows.last_row_ms * factor)
+    times = {
+        name: getattr(operators, name) * factor for name in Operators.__struct_fields__ if name != "rows"
+    }
+    return msgspec.structs.replace(operators, rows=rows, **times)

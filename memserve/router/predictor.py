@@ -75,11 +75,12 @@ class Predictor:
     def __init__(self, model: CostModel) -> None:
         self.model = model
         self._speed = None if model.budget.max_step_ms is None else speed_of(model)
+        operators = model.operators
         self._rows_ms = [
-            model.operators.fixed_ms + model.operators.rows.ms(n) for n in range(model.budget.max_tokens + 1)
+            operators.fixed_ms + operators.rows.ms(n) for n in range(model.budget.max_tokens + 1)
         ]
-        self._decode_row_ms = model.operators.decode_row_ms + model.operators.logit_row_ms
-        self._context_ms = model.operators.context_ms
+        self._decode_row_ms = operators.decode_row_ms + operators.logit_row_ms
+        self._context_ms = operators.context_ms
         pull = model.links.from_device
         self._pull_latency_ms, self._pull_token_ms = pull.latency_ms, model.kv_token_bytes / pull.bytes_per_ms
         self._memo: dict[tuple[int, int, int, int], float] = {}
@@ -99,7 +100,8 @@ class Predictor:
         """Time of a step in which so many requests, attending to so many tokens, draw one each."""
         rows_ms = self._rows_ms
         ms = rows_ms[num_rows] if num_rows < len(rows_ms) else self._many_rows_ms(num_rows)
-        return ms + num_rows * self._decode_row_ms + num_context * self._context_ms
+        draw_ms = self.model.operators.draw_ms if num_rows else 0.0
+        return ms + draw_ms + num_rows * self._decode_row_ms + num_context * self._context_ms
 
     def pull_ms(self, num_tokens: int) -> float:
         """Time to pull the KV of so many tokens from another instance's device tier."""
@@ -109,7 +111,7 @@ class Predictor:
         operators, budget, speed = self.model.operators, self.model.budget, self._speed
         rows_ms = self._rows_ms
         at = min(num_cached, num_tokens - 1)
-        num_steps, ms, num_pairs, num_squares = 0, 0.0, 0.0, 0.0
+        num_steps, ms, num_pairs, num_squares, num_gathered = 0, 0.0, 0.0, 0.0, 0
         held_pairs = num_context + num_rows
         while at < num_tokens:
             chunk = min(num_tokens - at, room(budget, speed, num_rows, held_pairs, at, is_first=True))
@@ -117,11 +119,17 @@ class Predictor:
             ms += rows_ms[step_rows] if step_rows < len(rows_ms) else self._many_rows_ms(step_rows)
             num_pairs += chunk * at
             num_squares += chunk * chunk
+            num_gathered += at
             num_steps += 1
             at += chunk
-        decodes_ms = self._decode_row_ms * num_rows + self._context_ms * num_context
-        attention_ms = operators.pair_ms * num_pairs + operators.square_ms * num_squares
-        return ms + attention_ms + num_steps * decodes_ms + operators.logit_row_ms
+        ms += operators.pair_ms * num_pairs + operators.square_ms * num_squares
+        ms += operators.gather_ms * num_gathered
+        if num_rows:
+            ms += num_steps * (operators.mixed_ms + operators.draw_ms)
+            ms += num_steps * (self._decode_row_ms * num_rows + self._context_ms * num_context)
+        else:
+            ms += operators.draw_ms
+        return ms + operators.logit_row_ms + self.model.request_ms
 
     def _many_rows_ms(self, num_rows: int) -> float:
         """More decodes than the budget has room for."""

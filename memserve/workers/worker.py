@@ -26,6 +26,7 @@ from memserve.messages import (
     Decode,
     Failed,
     FinishReason,
+    Measure,
     Offer,
     Output,
     Prefill,
@@ -47,6 +48,7 @@ from memserve.workers.channel import Channel, Doorbell, GrantSource, MessageTooL
 from memserve.workers.executor import Executor
 from memserve.workers.gauges import Gauges
 from memserve.workers.handoff import OfferBook, Pulls
+from memserve.workers.measurer import Measurer
 from memserve.workers.publisher import Publisher
 from memserve.workers.pull_backs import PullBacks
 from memserve.workers.request import Request, RequestKind, RequestState
@@ -86,6 +88,7 @@ class Worker:
         self._pulls = Pulls(pool, config.block_size, caches=config.caches)
         self._pull_backs = PullBacks(pool, config.instance)
         self._cache_admin = CacheAdmin(pool)
+        self._measurer = Measurer(config, pool, runner)
         self._offers = OfferBook()
         self.gauges = Gauges(self._scheduler, self._offers, pool, clock)
         self._requests: dict[str, Request] = {}
@@ -114,6 +117,9 @@ class Worker:
                 self._channel.send(answer)
         if self._stopping:
             return False
+        if self._measurer:
+            self._measure()
+            return True
         self._expire()
         tally = self.budget.open()
         plan = self._scheduler.schedule(tally)
@@ -144,6 +150,19 @@ class Worker:
         self._publisher.tell_removed()
         self.gauges.end_step()
         return True
+
+    def _measure(self) -> None:
+        """One repeat of what is to be measured, if it is undisturbed; then messages are read again."""
+        self._receive_grants()
+        self.gauges.begin_step()
+        answer = self._measurer.turn(self._is_idle)
+        self.gauges.end_step()
+        if answer is not None:
+            self._channel.send(answer)
+
+    @property
+    def _is_idle(self) -> bool:
+        return not (self._requests or self._pulls or self._pull_backs or len(self._offers))
 
     def _expire(self) -> None:
         """Forget what was not used for its time to live. Looked at now and then: it walks all ends."""
@@ -203,6 +222,7 @@ class Worker:
             self._drop(request)
         self._pulls.drop_all_ahead()
         self._pull_backs.cancel_all()
+        self._measurer.close()
         for table in self._offers.take_all():
             self._pool.release(table)
 
@@ -225,6 +245,8 @@ class Worker:
             case CacheCommand():
                 self._channel.send(self._cache_admin.obey(message))
                 self._publisher.tell_removed()
+            case Measure():
+                self._measurer.add(message)
             case Cancel():
                 self._cancel(message.request_id, message.attempt)
             case Release():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from memserve.messages import CacheCommand, CacheReport, CacheVerb, unpack_tokens
-from memserve.router.cache_commands import CacheCommands
+from memserve.router.commands import Commands
 from memserve.router.engine_api import Delta, GenerateRequest
 from memserve.router.tokenizer import Tokenizer
 
@@ -97,7 +97,7 @@ async def test_resize(serve: Serve, say: Say) -> None:
 
 async def test_answers_find_who_asked() -> None:
     sent: list[tuple[str, CacheCommand]] = []
-    commands = CacheCommands(lambda instance, command: sent.append((instance, command)))
+    commands = Commands(lambda instance, command: sent.append((instance, command)))
     flush = CacheCommand(0, CacheVerb.FLUSH)
     # 1. two instances are asked; an answer from the wrong one, or to nothing, is dropped
     asking = asyncio.create_task(commands.ask({"a": flush, "b": flush, "c": flush}, timeout_s=0.05))

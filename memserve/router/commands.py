@@ -1,7 +1,8 @@
-"""Commands on the workers' caches and the answers to them: forget everything, look something up, resize.
+"""Commands past the dispatcher and the answers to them, found by an id: to caches (forget everything, look
+something up, resize), and to measure something.
 
-They are about instances, not requests, so they go past the dispatcher. Each instance answers between two of
-its steps. One that dies or stays silent for too long has no answer.
+They are about instances, not requests. Each instance answers between two of its steps. One that dies or stays
+silent for too long has no answer.
 """
 
 from __future__ import annotations
@@ -10,50 +11,47 @@ import asyncio
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
-from memserve.messages import CacheCommand, CacheReport
+import msgspec
+
+from memserve.messages import CacheCommand, CacheReport, Measure, Measured
 
 # A step takes 200 ms at most on a CPU; a worker that is busy with several things may need a few.
 ANSWER_WITHIN_S = 10.0
 
+Command = TypeVar("Command", CacheCommand, Measure)
+Report = TypeVar("Report", CacheReport, Measured)
+
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
+class _Asked(Generic[Report]):
     instance: str
-    answer: asyncio.Future[CacheReport | None]
+    answer: asyncio.Future[Report | None]
 
 
-class CacheCommands:
+class Commands(Generic[Command, Report]):
     """Those that wait for their answers.
 
     Args:
         send: to an instance.
     """
 
-    def __init__(self, send: Callable[[str, CacheCommand], object]) -> None:
-        self._send = send
+    def __init__(self, send: Callable[[str, Command], object]) -> None:
+        self._send: Callable[[str, Command], object] = send
         self._ids = itertools.count(1)
-        self._asked: dict[int, _Asked] = {}
+        self._asked: dict[int, _Asked[Report]] = {}
 
     async def ask(
-        self, commands: Mapping[str, CacheCommand], timeout_s: float = ANSWER_WITHIN_S
-    ) -> dict[str, CacheReport | None]:
+        self, commands: Mapping[str, Command], timeout_s: float = ANSWER_WITHIN_S
+    ) -> dict[str, Report | None]:
         """Send each instance its command, with an id of its own; the reports, None where none came."""
-        asked: dict[int, _Asked] = {}
+        asked: dict[int, _Asked[Report]] = {}
         for instance, command in commands.items():
             command_id = next(self._ids)
             asked[command_id] = _Asked(instance, asyncio.get_running_loop().create_future())
             self._asked[command_id] = asked[command_id]
-            self._send(
-                instance,
-                CacheCommand(
-                    command_id,
-                    command.verb,
-                    command.token_ids,
-                    command.cache_salt,
-                    command.num_host_blocks,
-                ),
-            )
+            self._send(instance, msgspec.structs.replace(command, command_id=command_id))
         try:
             if asked:
                 await asyncio.wait([each.answer for each in asked.values()], timeout=timeout_s)
@@ -64,7 +62,7 @@ class CacheCommands:
             each.instance: each.answer.result() if each.answer.done() else None for each in asked.values()
         }
 
-    def on_report(self, instance: str, report: CacheReport) -> None:
+    def on_report(self, instance: str, report: Report) -> None:
         """An instance answered; what nobody waits for any more is dropped."""
         asked = self._asked.get(report.command_id)
         if asked is not None and asked.instance == instance and not asked.answer.done():

@@ -1,0 +1,335 @@
+"""Cost models of the workers that are up: from a file of an earlier start, or measured now (MemServe §Cost
+model).
+
+    kinds of workers ─► file? ─► else measure the first worker of the kind: steps, pulls, swaps, requests
+                                       ─► fit ─► check at steps held out ─► file
+
+One worker at a time is measured, the others are idle; no requests are taken meanwhile. What is measured, and
+what is made of it, is calibration_plan.py's. A worker that cannot be measured gets a guess (hardware.py), so
+that a server never fails to start for this.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memserve.config import WorkerConfig
+from memserve.core_waits import longest_wait, read_waits
+from memserve.messages import CacheCommand, CacheVerb, Measure, Measured, MeasureVerb, Repeat, StepSpec, Tier
+from memserve.router.calibration_files import (
+    Calibration,
+    Key,
+    default_folder,
+    load,
+    machine_name,
+    save,
+    torch_version,
+)
+from memserve.router.calibration_plan import (
+    Kind,
+    fit_link,
+    fit_steps,
+    make_model,
+    plan_copies,
+    plan_steps,
+    shape_of,
+    too_long,
+    typical_ms,
+)
+from memserve.router.cost_fit import Errors
+from memserve.router.cost_model import CostModel, Link
+from memserve.router.engine import ServingEngine
+from memserve.router.hardware import guess
+from memserve.router.machine import read_machine
+from memserve.router.predictor import Predictor
+
+logger = logging.getLogger(__name__)
+
+Tokens = NDArray[np.int32]
+
+SALT = "calibration"
+_IDLE_WITHIN_S = 5.0
+_COPY_REPEATS = 5
+_REQUEST_TOKENS = 24
+_GUESS_BY = StepSpec(64)
+
+
+class Effort(NamedTuple):
+    """How much to measure: rounds over all steps of at most so many seconds for a kind of worker (two rounds
+    in any case), and repeats of a small request.
+    """
+
+    max_rounds: int = 5
+    max_s: float = 3.0
+    num_requests: int = 7
+
+
+NORMAL = Effort()
+QUICK = Effort(max_rounds=2, max_s=1.0, num_requests=3)
+
+
+class NotMeasured(Exception):
+    """A worker did not do as it was asked; the text says why."""
+
+
+class Found(NamedTuple):
+    """Where a cost model came from: "file", "measured" or "guess"; `held_out` where it was checked."""
+
+    model: CostModel
+    source: str
+    held_out: Errors | None = None
+
+
+async def cost_models(
+    engine: ServingEngine, plan: Sequence[WorkerConfig], folder: Path | None
+) -> dict[str, CostModel]:
+    """A cost model for each instance of `plan`, all of which are up; takes seconds the first time.
+
+    Args:
+        folder: where models are kept (`calibration_folder`); None = nothing is measured but one step each.
+    """
+    return {instance: found.model for instance, found in (await find_models(engine, plan, folder)).items()}
+
+
+def calibration_folder(option: str | None) -> Path | None:
+    """The folder that `--calibration` names: None for "off"; the default where nothing was said."""
+    if option == "off":
+        return None
+    return default_folder(os.environ) if option is None else Path(option).expanduser()
+
+
+async def find_models(
+    engine: ServingEngine,
+    plan: Sequence[WorkerConfig],
+    folder: Path | None,
+    effort: Effort = NORMAL,
+    *,
+    reuse: bool = True,
+) -> dict[str, Found]:
+    """As `cost_models`, with where each came from. `reuse` False: files are written, but not read."""
+    kinds: defaultdict[Kind, list[WorkerConfig]] = defaultdict(list)
+    for config in plan:
+        kinds[Kind.of(config)].append(config)
+    machine = "" if folder is None else await asyncio.to_thread(_machine, plan)
+    engine.is_calibrating = True
+    try:
+        found: dict[str, Found] = {}
+        for kind, configs in kinds.items():
+            key = Key(machine, engine.fingerprint, kind, torch_version())
+            one = await _find(engine, configs[0], plan, key, folder, effort, reuse=reuse)
+            found.update({config.instance: one for config in configs})
+        return found
+    finally:
+        engine.is_calibrating = False
+
+
+async def _find(
+    engine: ServingEngine,
+    config: WorkerConfig,
+    plan: Sequence[WorkerConfig],
+    key: Key,
+    folder: Path | None,
+    effort: Effort,
+    *,
+    reuse: bool,
+) -> Found:
+    worker = Worker(engine, config)
+    if folder is None:
+        return Found(await _guess(worker), "guess")
+    known = load(folder, key) if reuse else None
+    if known is not None:
+        return Found(known.model, "file", known.held_out)
+    began_at = time.monotonic()
+    try:
+        peers = [other.instance for other in plan if other.instance != config.instance]
+        calibration = await _calibrate(worker, peers, key, effort)
+    except NotMeasured as error:
+        logger.warning("%s cannot be calibrated, a guess is used: %s", config.instance, error)
+        return Found(await _guess(worker), "guess")
+    took_s, held_out = time.monotonic() - began_at, calibration.held_out
+    if held_out is not None:
+        logger.info(
+            "calibrated %s in %.1f s: %.0f %% off in the median at steps held out",
+            key.kind.name,
+            took_s,
+            100 * held_out.median,
+        )
+    save(folder, calibration)
+    return Found(calibration.model, "measured", held_out)
+
+
+async def _guess(worker: Worker) -> CostModel:
+    measured = None
+    try:
+        measured = shape_of(_GUESS_BY), typical_ms((await worker.step(_GUESS_BY, 3))[1:])
+    except NotMeasured as error:
+        logger.warning("%s did not measure a step: %s", worker.config.instance, error)
+    config = worker.config
+    kind = Kind.of(config)
+    return make_model(config, guess(config.model, kind.device, config.threads, measured))
+
+
+async def _calibrate(worker: Worker, peers: Sequence[str], key: Key, effort: Effort) -> Calibration:
+    plan = plan_steps(worker.config, worker.num_blocks)
+    times, held_out = await _measure_steps(worker, key.kind, plan.rows, plan.others, plan.held_out, effort)
+    fitted = fit_steps(times, held_out)
+    model = make_model(
+        worker.config,
+        fitted.operators,
+        pull=await _pull_link(worker, peers, Tier.DEVICE),
+        host_pull=await _pull_link(worker, peers, Tier.HOST),
+        swap_in=await _swap_link(worker),
+    )
+    predicted_ms = Predictor(model).prefill_ms(_REQUEST_TOKENS, 0)
+    requests = []
+    for number in range(effort.num_requests):
+        repeat, _ = await worker.prefill(worker.prompt(_REQUEST_TOKENS, number))
+        requests.append(repeat)
+    await worker.flush()
+    if len(requests) > 1:
+        request_ms = max(0.0, typical_ms(requests[1:]) - predicted_ms)
+        model = make_model(
+            worker.config,
+            fitted.operators,
+            pull=model.links.from_device,
+            host_pull=model.links.from_host,
+            swap_in=model.links.swap_in,
+            request_ms=request_ms,
+        )
+    return Calibration(key, model, fitted.held_out)
+
+
+Times = dict[StepSpec, list[Repeat]]
+
+
+async def _measure_steps(
+    worker: Worker,
+    kind: Kind,
+    rows: Sequence[StepSpec],
+    others: Sequence[StepSpec],
+    held_out: Sequence[StepSpec],
+    effort: Effort,
+    clock: Callable[[], float] = time.monotonic,
+) -> tuple[Times, Times]:
+    """Repeats of each step, in rounds over all of them, so that what disturbs does not disturb one alone.
+
+    The first repeat of a step is left out: it makes what the others find made.
+    """
+    times: Times = {}
+    deadline = clock() + effort.max_s
+    last_ms = 0.0
+    for number in range(effort.max_rounds):
+        for spec in (*rows, *others, *held_out) if number == 0 else tuple(times):
+            if number > 1 and clock() > deadline:
+                break
+            if number == 0 and spec in rows and too_long(kind, last_ms):
+                continue
+            if number > 0 and too_long(kind, times[spec][0].ms - times[spec][0].waited_ms):
+                continue
+            repeats = await worker.step(spec, 2 if number == 0 else 1)
+            last_ms = repeats[-1].ms - repeats[-1].waited_ms
+            times.setdefault(spec, []).append(repeats[-1])
+    checks = {spec: times.pop(spec) for spec in held_out if spec in times}
+    return times, checks
+
+
+async def _pull_link(worker: Worker, peers: Sequence[str], tier: Tier) -> Link | None:
+    """From a tier of one of the peers; None if that cannot be measured."""
+    for peer in peers:
+        source = Worker(worker.engine, worker.config, peer)
+        num_blocks = min(worker.num_blocks, source.num_blocks if tier is Tier.DEVICE else source.num_host)
+        copies: dict[int, list[Repeat]] = {}
+        try:
+            for count in plan_copies(num_blocks):
+                lent = await source.ask(Measure(0, MeasureVerb.LEND, num_blocks=count, tier=tier))
+                pull = Measure(0, MeasureVerb.PULL, _COPY_REPEATS, refs=lent.refs)
+                pulled = await worker.ask(pull)
+                copies[pulled.num_bytes] = list(pulled.repeats)
+        except NotMeasured as error:
+            logger.debug("no pull from %s: %s", peer, error)
+            continue
+        if (link := fit_link(copies)) is not None:
+            return link
+    return None
+
+
+async def _swap_link(worker: Worker) -> Link | None:
+    """From the own host tier."""
+    copies: dict[int, list[Repeat]] = {}
+    try:
+        for count in plan_copies(min(worker.num_blocks, worker.num_host)):
+            loaded = await worker.ask(Measure(0, MeasureVerb.SWAP_IN, _COPY_REPEATS, num_blocks=count))
+            copies[loaded.num_bytes] = list(loaded.repeats)
+    except NotMeasured as error:
+        logger.debug("%s: no swap: %s", worker.config.instance, error)
+    return fit_link(copies)
+
+
+class Worker:
+    """One instance that is measured, `instance` if it is not that of `config` but alike. Raises NotMeasured
+    where it does not answer, dies, or refuses.
+    """
+
+    def __init__(self, engine: ServingEngine, config: WorkerConfig, instance: str | None = None) -> None:
+        self.engine = engine
+        self.config = config
+        self.instance = config.instance if instance is None else instance
+        (status,) = [row for row in engine.status().instances if row.instance == self.instance]
+        self.num_blocks = status.num_blocks
+        self.num_host = status.load.num_host_blocks if status.max_host_blocks else 0
+
+    async def ask(self, command: Measure) -> Measured:
+        """Have something measured; while requests that came before are running, try again."""
+        deadline = time.monotonic() + _IDLE_WITHIN_S
+        while True:
+            answer = await self.engine.measurements.measure(self.instance, command)
+            if answer is None:
+                raise NotMeasured(f"{self.instance} is down or did not answer")
+            if answer.error is None:
+                return answer
+            if answer.error != "requests are running" or time.monotonic() > deadline:
+                raise NotMeasured(answer.error)
+            await asyncio.sleep(0.05)
+
+    async def step(self, spec: StepSpec, num_repeats: int) -> Sequence[Repeat]:
+        """Time a step."""
+        return (await self.ask(Measure(0, MeasureVerb.STEP, num_repeats, spec))).repeats
+
+    async def prefill(self, token_ids: Tokens) -> tuple[Repeat, int]:
+        """Time a request from here, to its first token; and how many of its tokens were cached."""
+        ours, theirs = read_waits(), await self._waits()
+        timed = await self.engine.measurements.prefill(self.instance, token_ids, SALT)
+        if timed is None:
+            raise NotMeasured(f"a prompt of {len(token_ids)} tokens failed on {self.instance}")
+        waited_ms = longest_wait(ours, read_waits()) + longest_wait(theirs, await self._waits())
+        return Repeat(timed.ms, min(timed.ms, waited_ms)), timed.num_cached
+
+    async def _waits(self) -> dict[str, float]:
+        answer = await self.ask(Measure(0, MeasureVerb.WAITS))
+        return {str(number): repeat.waited_ms for number, repeat in enumerate(answer.repeats)}
+
+    def prompt(self, num_tokens: int, seed: int) -> Tokens:
+        """Arbitrary tokens."""
+        generator = np.random.default_rng(seed)
+        return generator.integers(0, self.config.model.vocab_size, num_tokens, dtype=np.int32)
+
+    async def flush(self) -> None:
+        """Forget what prompts have left in the cache."""
+        await self.engine.command_caches({self.instance: CacheCommand(0, CacheVerb.FLUSH)})
+
+
+def _machine(plan: Sequence[WorkerConfig]) -> str:
+    index = next((int(c.device.partition(":")[2]) for c in plan if c.device.startswith("cuda:")), None)
+    machine = read_machine(with_gpus=index is not None)
+    gpu = next((gpu.name for gpu in machine.gpus if gpu.index == index), None)
+    return machine_name(len(machine.cpus), gpu)
