@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import statistics
+import time
 from collections.abc import Callable, Sequence
 
 import msgspec
@@ -24,7 +25,9 @@ logger = logging.getLogger(__name__)
 RATIOS = (0.0, 0.25, 0.5, 0.75, 0.9)
 LENGTHS = (48, 120, 300, 700, 1500, 3000, 6000, 12_000, 24_000)
 # A prompt that is predicted to take longer than this is not tried.
-_LONGEST_MS = 6000.0
+_LONGEST_MS = 3000.0
+# For so long more repeats are made in the hope of quiet ones.
+_HOPE_S = 3.0
 
 
 class AccuracyPoint(msgspec.Struct, frozen=True):
@@ -82,6 +85,7 @@ async def _point(
     shared = worker.prompt(num_shared, length)
     if num_shared:
         await worker.prefill(np.append(shared, shared[:1]))
+    hope_ends_at = time.monotonic() + _HOPE_S
     repeats: list[Repeat] = []
     cached: list[int] = []
     for number in range(3 * num_repeats + 1):
@@ -90,7 +94,8 @@ async def _point(
         if number > 0:  # the first meets shapes that no step has had before
             repeats.append(repeat)
             cached.append(num_cached)
-        if number >= num_repeats and sum(map(is_quiet, repeats)) >= num_repeats:
+        has_enough = sum(map(is_quiet, repeats)) >= num_repeats or time.monotonic() > hope_ends_at
+        if number >= num_repeats and has_enough:
             break
     num_cached = int(statistics.median_low(cached))
     return AccuracyPoint(

@@ -39,6 +39,7 @@ from memserve.router.calibration_plan import (
     Kind,
     fit_link,
     fit_steps,
+    is_hopeless,
     make_model,
     plan_copies,
     plan_steps,
@@ -61,6 +62,9 @@ SALT = "calibration"
 _IDLE_WITHIN_S = 5.0
 _COPY_REPEATS = 5
 _REQUEST_TOKENS = 24
+# Steps of this length are repeated in fewer rounds.
+_LONG_MS = 60.0
+_LONG_ROUNDS = 3
 _GUESS_BY = StepSpec(64)
 
 
@@ -227,20 +231,24 @@ async def _measure_steps(
     """
     times: Times = {}
     deadline = clock() + effort.max_s
-    last_ms = 0.0
     for number in range(effort.max_rounds):
         for spec in (*rows, *others, *held_out) if number == 0 else tuple(times):
-            if number > 1 and clock() > deadline:
-                break
-            if number == 0 and spec in rows and too_long(kind, last_ms):
-                continue
-            if number > 0 and too_long(kind, times[spec][0].ms - times[spec][0].waited_ms):
+            if number == 0:
+                if is_hopeless(kind, times, spec):
+                    continue
+            elif not _is_due(kind, number, typical_ms(times[spec]), is_late=clock() > deadline):
                 continue
             repeats = await worker.step(spec, 2 if number == 0 else 1)
-            last_ms = repeats[-1].ms - repeats[-1].waited_ms
             times.setdefault(spec, []).append(repeats[-1])
     checks = {spec: times.pop(spec) for spec in held_out if spec in times}
     return times, checks
+
+
+def _is_due(kind: Kind, round_number: int, ms: float, *, is_late: bool) -> bool:
+    """Whether a step that was measured before is worth another repeat: long ones scatter less."""
+    if too_long(kind, ms) or (is_late and round_number > 1):
+        return False
+    return round_number < _LONG_ROUNDS or ms < _LONG_MS
 
 
 async def _pull_link(worker: Worker, peers: Sequence[str], tier: Tier) -> Link | None:

@@ -21,7 +21,7 @@ from memserve.config import WorkerConfig
 from memserve.messages import Repeat, StepSpec
 from memserve.model_config import KVGeometry
 from memserve.router.cost_fit import DEFAULT_KNOTS, Errors, Point, errors, fit, nnls
-from memserve.router.cost_model import Budget, CostModel, Link, Links, Operators, Ramp, StepShape
+from memserve.router.cost_model import FAR_CONTEXT, Budget, CostModel, Link, Links, Operators, Ramp, StepShape
 from memserve.router.hardware import PLAIN_LINK
 
 # A repeat that lost more than this share to other processes is not quiet.
@@ -29,6 +29,9 @@ QUIET_SHARE = 0.02
 # Times of steps longer than this, in units of the bound on a step, are not worth their price.
 _LONGEST_STEP = 1.2
 _SLOW_MS = 250.0
+# Twice the tokens take at least so much of twice the time, from so many tokens on.
+_SURE_SHARE = 0.6
+_TELLING_ROWS = 16
 
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _MOST_SHARE_OF_POOL = 0.9
@@ -97,7 +100,9 @@ def plan_steps(config: WorkerConfig, num_blocks: int) -> StepPlan:
             StepSpec(128, draws=False),
             *(StepSpec(16, c) for c in contexts(64, 1024, 4096)),
             *(StepSpec(64, c) for c in contexts(64, 1024, 3072)),
-            *(StepSpec(192, c) for c in contexts(256, 1024)),
+            *(StepSpec(128, c) for c in contexts(2048)),
+            *(StepSpec(256, c) for c in contexts(1024, 4096)),
+            *(StepSpec(512, c) for c in contexts(2048)),
             *(StepSpec(0, 0, True, 1, c) for c in contexts(16, 2048)),
             *(StepSpec(0, 0, True, 4, c) for c in contexts(512)),
             StepSpec(0, 0, True, min(16, most), 128),
@@ -125,6 +130,17 @@ def too_long(kind: Kind, ms: float) -> bool:
     return ms > (_SLOW_MS if kind.max_step_ms is None else _LONGEST_STEP * kind.max_step_ms)
 
 
+def is_hopeless(kind: Kind, times: Mapping[StepSpec, Sequence[Repeat]], spec: StepSpec) -> bool:
+    """Whether what was measured says that a chunk will be too long, so that it need not be tried."""
+    return any(
+        0 < known.num_new <= spec.num_new
+        and known.context_len <= spec.context_len
+        and too_long(kind, _SURE_SHARE * typical_ms(repeats) * spec.num_new / known.num_new)
+        for known, repeats in times.items()
+        if known.num_new >= _TELLING_ROWS
+    )
+
+
 def typical_ms(repeats: Sequence[Repeat]) -> float:
     """The median of the quiet repeats, or of the quieter half where they are few; free of waits."""
     ordered = sorted(repeats, key=lambda repeat: repeat.waited_ms / max(repeat.ms, 1e-9))
@@ -149,6 +165,7 @@ def shape_of(spec: StepSpec) -> StepShape:
         num_context=decodes * (spec.decode_context + 1),
         num_logit_rows=decodes + (n > 0 and spec.draws),
         num_gathered=context,
+        num_far_pairs=n * max(0, context - FAR_CONTEXT),
         is_mixed=n > 0 and decodes > 0,
     )
 

@@ -26,12 +26,15 @@ from memserve.messages import Tier
 # the bound on time that is aimed at.
 MIN_CHUNK_TOKENS = 16
 AIM = 0.88
+# Keys and values of so many tokens leave the caches of a CPU: pairs with what is before them cost more.
+FAR_CONTEXT = 2048
 
 
 class StepShape(NamedTuple):
     """What a step holds. `num_rows` counts chunks and decodes; `num_pairs` is the sum over chunks of tokens
-    times context before them, `num_squares` of tokens squared, `num_gathered` of the context; `num_context`
-    the tokens that decodes attend to. `is_mixed`: it has chunks and decodes.
+    times context before them, `num_far_pairs` that of tokens times the context beyond FAR_CONTEXT,
+    `num_squares` of tokens squared, `num_gathered` of the context; `num_context` the tokens that decodes
+    attend to. `is_mixed`: it has chunks and decodes.
     """
 
     num_rows: int
@@ -42,6 +45,7 @@ class StepShape(NamedTuple):
     num_logit_rows: int = 0
     num_gathered: float = 0.0
     is_mixed: bool = False
+    num_far_pairs: float = 0.0
 
 
 class Ramp(msgspec.Struct, frozen=True, tag=True):
@@ -97,6 +101,7 @@ class Operators(msgspec.Struct, frozen=True, kw_only=True):
     gather_ms: float = 0.0
     mixed_ms: float = 0.0
     draw_ms: float = 0.0
+    far_pair_ms: float = 0.0
 
     def step_ms(self, shape: StepShape) -> float:
         """Time of one step."""
@@ -110,6 +115,7 @@ class Operators(msgspec.Struct, frozen=True, kw_only=True):
             + self.logit_row_ms * shape.num_logit_rows
             + self.gather_ms * shape.num_gathered
             + self.mixed_ms * shape.is_mixed
+            + self.far_pair_ms * shape.num_far_pairs
             + self.draw_ms * (shape.num_logit_rows > 0)
         )
 

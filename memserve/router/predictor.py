@@ -12,7 +12,7 @@ import math
 from enum import Enum, auto
 from typing import NamedTuple
 
-from memserve.router.cost_model import CostModel, room, speed_of
+from memserve.router.cost_model import FAR_CONTEXT, CostModel, room, speed_of
 
 _MEMO_SIZE = 65_536
 # How finely decode batches are told apart, so that predictions are found again: 2**(1/6) is 12 %.
@@ -111,19 +111,20 @@ class Predictor:
         operators, budget, speed = self.model.operators, self.model.budget, self._speed
         rows_ms = self._rows_ms
         at = min(num_cached, num_tokens - 1)
-        num_steps, ms, num_pairs, num_squares, num_gathered = 0, 0.0, 0.0, 0.0, 0
+        num_steps, ms, num_pairs, num_far_pairs, num_squares, num_gathered = 0, 0.0, 0, 0, 0, 0
         held_pairs = num_context + num_rows
         while at < num_tokens:
             chunk = min(num_tokens - at, room(budget, speed, num_rows, held_pairs, at, is_first=True))
             step_rows = chunk + num_rows
             ms += rows_ms[step_rows] if step_rows < len(rows_ms) else self._many_rows_ms(step_rows)
             num_pairs += chunk * at
+            num_far_pairs += chunk * max(0, at - FAR_CONTEXT)
             num_squares += chunk * chunk
             num_gathered += at
             num_steps += 1
             at += chunk
         ms += operators.pair_ms * num_pairs + operators.square_ms * num_squares
-        ms += operators.gather_ms * num_gathered
+        ms += operators.gather_ms * num_gathered + operators.far_pair_ms * num_far_pairs
         if num_rows:
             ms += num_steps * (operators.mixed_ms + operators.draw_ms)
             ms += num_steps * (self._decode_row_ms * num_rows + self._context_ms * num_context)

@@ -156,7 +156,8 @@ class Measurer:
         counts = [blocks_for(length, config.block_size) for length, _ in pieces]
         self._ids = self._take(sum(counts))
         kv = self._pool.kv
-        kv.index_fill_(0, torch.from_numpy(self._ids).to(kv.device), 0)
+        block = torch.randn(kv.shape[1:], generator=torch.Generator().manual_seed(0))
+        kv[torch.from_numpy(self._ids).to(kv.device)] = block.to(kv)
         chunks: list[Chunk] = []
         start = 0
         for (length, num_new), count in zip(pieces, counts, strict=True):
