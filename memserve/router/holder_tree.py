@@ -166,6 +166,26 @@ class HolderTree:
             if is_gone[first]:
                 self._cut(life, node, first)
 
+    def move(self, life: Life, codes: Codes, new_codes: Codes, generations: Generations) -> None:
+        """Blocks of a life, all placed, go by other codes, of which none is placed."""
+        slots = life.slots[codes]
+        for slot in np.unique(slots).tolist():
+            node = self._nodes[slot]
+            assert node is not None
+            span = node.payload.spans[life]
+            here = slots == slot
+            order = np.argsort(codes[here])
+            old, new = codes[here][order], new_codes[here][order]
+            at = np.flatnonzero(np.isin(span.codes, old))
+            picked = np.searchsorted(old, span.codes[at])
+            num_host = num_in_host(new) - num_in_host(old)
+            span.codes[at] = new[picked]
+            span.num_host += num_host
+            life.num_host += num_host
+            life.slots[old] = NO_SLOT
+            life.slots[new] = slot
+        life.generations[new_codes] = generations
+
     def cut_at(self, life: Life, namespace: str, tokens: bytes, num_blocks: int) -> None:
         """Leave a life the first blocks of these tokens."""
         found = self.find(namespace, tokens)

@@ -165,6 +165,19 @@ class PromptTree:
         codes, generations = codes[is_known], addresses.generations[is_known]
         self.nodes.take_out(life, codes[life.generations[codes] == generations])
 
+    def move_blocks(self, instance: str, incarnation: int, addresses: Addresses, moved_to: Addresses) -> None:
+        """Blocks are elsewhere now, in the same order: swapped out or in, or moved together."""
+        life = self._live_life(instance, incarnation)
+        if life is None:
+            return
+        codes, new_codes = addresses.codes(), moved_to.codes()
+        life.reserve(codes)
+        life.reserve(new_codes)
+        # What was believed to be at the new places is there no more, wherever it was.
+        self.nodes.take_out(life, new_codes)
+        is_known = (life.slots[codes] != NO_SLOT) & (life.generations[codes] == addresses.generations)
+        self.nodes.move(life, codes[is_known], new_codes[is_known], moved_to.generations[is_known])
+
     def relearn(
         self,
         instance: str,
