@@ -117,7 +117,7 @@ class _Measure:
             assert isinstance(second, str)
             return first + second
         assert isinstance(first, Tokens) and isinstance(second, Tokens)
-        return first.join(second)
+        return Tokens.concat([first, second])
 
     def scale(self, piece: Piece, factor: float) -> Piece:
         if factor == 1.0:

@@ -8,11 +8,13 @@ of some streams, one after another:
 
 Token i of stream k is a counter-based hash of (seed, k, i), as in SplitMix64: no generator state, any order,
 the same on every machine. The first four tokens of a stream spell its key in base `size`, lowest digit first,
-so that two keys below size**4 never agree in all of the first four tokens, and neighbours differ in the first.
+so that two keys below size**4 never agree in all of the first four tokens, and neighbours differ in the
+first.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -53,8 +55,10 @@ class Vocabulary:
         total = int(lengths.sum())
         ends = np.cumsum(lengths)
         position = np.arange(total, dtype=np.int64) - np.repeat(ends - lengths, lengths)
-        of_key = _mix(keys.astype(np.uint64) * np.uint64(_STEP_OF_KEY) + np.uint64(self._seed_bits(0)))
-        draws = _mix(np.repeat(of_key, lengths) + position.astype(np.uint64) * np.uint64(_STEP_OF_POSITION))
+        of_key = mix_bits(keys.astype(np.uint64) * np.uint64(_STEP_OF_KEY) + np.uint64(self._seed_bits(0)))
+        draws = mix_bits(
+            np.repeat(of_key, lengths) + position.astype(np.uint64) * np.uint64(_STEP_OF_POSITION)
+        )
         # The high half, scaled: a modulo of 64-bit numbers costs more, and is no more uniform.
         numbers = (((draws >> np.uint64(32)) * np.uint64(self.size)) >> np.uint64(32)).astype(np.int64)
         rest = keys
@@ -66,8 +70,7 @@ class Vocabulary:
         return numbers
 
     def _seed_bits(self, stream: int) -> int:
-        mixed = _mix(np.array([(self.seed * _STEP_OF_POSITION + stream * _STEP_OF_KEY) & _MASK], np.uint64))
-        return int(mixed[0])
+        return _mix_int((self.seed * _STEP_OF_POSITION + stream * _STEP_OF_KEY) & _MASK)
 
 
 class Tokens:
@@ -112,12 +115,16 @@ class Tokens:
 
     def expand(self) -> str | list[int]:
         """The token ids, or the text where the vocabulary has words; the caller owns them."""
-        numbers = self._vocabulary.draw(self._keys, self._lengths)
+        numbers = self.numbers()
         words = self._vocabulary.words
         if words is not None:
             return "".join([words[number] for number in numbers.tolist()])
         ids: list[int] = (numbers + self._vocabulary.first_id).tolist()
         return ids
+
+    def numbers(self) -> NDArray[np.int64]:
+        """One number a token, id or word: the same number is the same token. The caller owns the array."""
+        return self._vocabulary.draw(self._keys, self._lengths)
 
     def cut(self, num_tokens: int) -> Tokens:
         """The first `num_tokens` tokens (all, if there are no more)."""
@@ -130,11 +137,13 @@ class Tokens:
             lengths[-1] -= int(ends[num_runs - 1]) - num_tokens
         return Tokens(self._vocabulary, self._keys[:num_runs], lengths)
 
-    def join(self, other: Tokens) -> Tokens:
-        """This piece, then the other."""
-        assert self._vocabulary == other._vocabulary
-        keys = np.concatenate([self._keys, other._keys])
-        return Tokens(self._vocabulary, keys, np.concatenate([self._lengths, other._lengths]))
+    @classmethod
+    def concat(cls, pieces: Sequence[Tokens]) -> Tokens:
+        """One piece of several, at least one, of one vocabulary."""
+        vocabulary = pieces[0]._vocabulary
+        assert all(piece._vocabulary == vocabulary for piece in pieces)
+        keys = np.concatenate([piece._keys for piece in pieces])
+        return cls(vocabulary, keys, np.concatenate([piece._lengths for piece in pieces]))
 
     def scale(self, factor: float) -> Tokens:
         """Every run `factor` times as long, rounded, at least one token: equal runs stay equal."""
@@ -142,8 +151,15 @@ class Tokens:
         return Tokens(self._vocabulary, self._keys, lengths)
 
 
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def mix_bits(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """SplitMix64's finaliser (Steele, Lea, Flood 2014): a bijection of 64 bits without visible structure."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+def _mix_int(x: int) -> int:
+    """The same for one number."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & _MASK
+    return x ^ (x >> 31)

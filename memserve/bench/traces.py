@@ -1,9 +1,9 @@
 """Reads published traces, which have arrivals and lengths but no text: token ids are made up.
 
-Mooncake (FAST'25), one JSON object a line: timestamp (ms), input_length, output_length (tokens), hash_ids, one
-for each 512 tokens of the prompt, the last block being partial. An id stands for a block *and all before it*,
-so equal ids mean an equal prompt up to there. Here an id is the key of a stream of tokens (`tokens.py`): two
-prompts share exactly the blocks whose ids they share.
+Mooncake (FAST'25), one JSON object a line: timestamp (ms), input_length, output_length (tokens), hash_ids,
+one for each 512 tokens of the prompt, the last block being partial. An id stands for a block *and all before
+it*, so equal ids mean an equal prompt up to there. Here an id is the key of a stream of tokens (`tokens.py`):
+two prompts share exactly the blocks whose ids they share.
 
 Azure (Splitwise, ISCA'24), CSV: TIMESTAMP, ContextTokens, GeneratedTokens. Nothing is known of what prompts
 share, so they share nothing.
@@ -28,7 +28,7 @@ from memserve.errors import WorkloadError
 
 MOONCAKE_BLOCK_TOKENS = 512
 MAX_TOKENS = 10_000_000
-"""No prompt or answer of a trace is longer: a longer one is a mistake, and would only show when it is sent."""
+"""No prompt or answer is longer: a longer one is a mistake, and would only show when it is sent."""
 
 _Prompt = Annotated[int, msgspec.Meta(ge=1, le=MAX_TOKENS)]
 _Output = Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)]
@@ -53,8 +53,8 @@ def read_mooncake(path: Path, vocabulary: Vocabulary) -> Draft:
             raise at_line(
                 path,
                 line,
-                f"{row.input_length} tokens are {num_blocks} blocks of {MOONCAKE_BLOCK_TOKENS}, but there are "
-                f"{len(row.hash_ids)} hash ids",
+                f"{row.input_length} tokens are {num_blocks} blocks of {MOONCAKE_BLOCK_TOKENS}, but there "
+                f"are {len(row.hash_ids)} hash ids",
             )
         lengths = [MOONCAKE_BLOCK_TOKENS] * num_blocks
         lengths[-1] = row.input_length - (num_blocks - 1) * MOONCAKE_BLOCK_TOKENS
