@@ -51,7 +51,6 @@ class LoadOptions:
         concurrency: most sessions at once.
         think: time between an answer and the next turn.
         answers: what a conversation is continued with.
-        max_requests: only the first so many requests of the workload, in the order of its sessions.
         duration_s: nothing is sent later; what runs may end.
         seed: of arrivals and think times. Equal seeds, equal times, whatever the server does.
     """
@@ -62,7 +61,6 @@ class LoadOptions:
     concurrency: int | None = None
     think: ThinkTime = ThinkTime()
     answers: Answers = "replayed"
-    max_requests: int | None = None
     duration_s: float | None = None
     seed: int = 0
 
@@ -121,11 +119,11 @@ async def run_load(
     """
     if request_format.endpoint == "chat" and not workload.is_text:
         raise BenchError("a workload of token ids cannot be sent as chat: use --endpoint completions")
-    sessions = first_requests(workload.sessions, options.max_requests)
+    sessions = workload.sessions
     if options.answers == "replayed":
         check_answers(sessions)
     dues = arrival_times(sessions, options)
-    state.num_requests = sum(len(session.turns) for session in sessions)
+    state.num_requests = workload.num_requests
     if state.interrupted:
         return
     run = _Run(request_format, options, send, state)
@@ -145,19 +143,6 @@ async def run_load(
 
 
 # --- what is sent when (pure) -------------------------------------------------------------------------------
-
-
-def first_requests(sessions: Sequence[Session], count: int | None) -> list[Session]:
-    """The sessions up to their `count`-th turn in all; the last one may lose turns."""
-    if count is None:
-        return list(sessions)
-    taken: list[Session] = []
-    for session in sessions:
-        if count <= 0:
-            break
-        taken.append(Session(session.id, session.turns[:count], session.at_s))
-        count -= len(session.turns)
-    return taken
 
 
 def check_answers(sessions: Sequence[Session]) -> None:

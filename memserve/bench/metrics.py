@@ -38,6 +38,15 @@ class Distribution(msgspec.Struct, frozen=True):
     max: float
 
 
+class Available(msgspec.Struct, frozen=True):
+    """Share of the prompt tokens that a cache without bounds would have had: one that keeps prompts alone,
+    and one that keeps answers too.
+    """
+
+    prompts: float
+    everything: float
+
+
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that a run's table says. None: there is nothing to say it of.
 
@@ -48,7 +57,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
         num_with_usage: completed requests whose server counted their tokens; of others every chunk counts
             as a token, and their prompts as nothing.
         cached_ratio: cached_tokens / prompt_tokens of those requests that tell both.
-        available_ratio: what an infinite cache would have had of the workload's prompts.
+        available: what an infinite cache would have had of the prompts of completed requests.
         goodput: requests a second that met every limit.
         mean_running, max_running: requests at the same time.
     """
@@ -65,7 +74,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     output_tokens: int
     cached_tokens: int | None
     cached_ratio: float | None
-    available_ratio: float | None
+    available: Available | None
     request_rate: float
     input_throughput: float | None
     output_throughput: float
@@ -85,7 +94,7 @@ def summarize(
     records: Sequence[RequestRecord],
     *,
     limits_ms: Mapping[str, float] | None = None,
-    available_ratio: float | None = None,
+    available: Available | None = None,
     num_skipped: int = 0,
 ) -> Summary:
     """The figures of a run. `limits_ms`: of `ttft`, `tpot`, `jct`, for the goodput."""
@@ -115,7 +124,7 @@ def summarize(
         output_tokens=output_tokens,
         cached_tokens=cached if caches else None,
         cached_ratio=cached / cachable if cachable else None,
-        available_ratio=available_ratio,
+        available=available,
         request_rate=a_second(len(done)),
         input_throughput=a_second(sum(prompts)) if prompts else None,
         output_throughput=a_second(output_tokens),

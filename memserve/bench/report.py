@@ -52,8 +52,10 @@ def counts_table(report: Report) -> Table:
     table.add_row("output throughput", _rate(summary.output_throughput))
     table.add_row("running, mean and most", f"{summary.mean_running:.1f}, {summary.max_running}")
     table.add_row("cached tokens", f"{_percent(summary.cached_ratio)} of the prompts")
-    if summary.available_ratio is not None:
-        table.add_row("with an infinite cache", f"{_percent(summary.available_ratio)} of the prompts")
+    if summary.available is not None:
+        prompts, everything = _percent(summary.available.prompts), _percent(summary.available.everything)
+        table.add_row("  with an infinite cache of prompts", f"{prompts} of the prompts")
+        table.add_row("  and of answers", f"{everything} of the prompts")
     kept = report.punctuality
     table.add_row("sent late, P50 and P99", f"{kept.late_p50_ms:.2f}, {kept.late_p99_ms:.2f} ms")
     return table
@@ -102,7 +104,7 @@ def failures(report: Report) -> list[str]:
 
 
 class File(msgspec.Struct, frozen=True, kw_only=True):
-    """What `--json` writes; `command` repeats the run."""
+    """What `--json` writes; `command` repeats the run. An infinite number is null."""
 
     memserve: str
     created: str
@@ -115,11 +117,6 @@ def write_json(path: Path, report: Report, command: list[str]) -> None:
     created = datetime.now(UTC).isoformat(timespec="seconds")
     file = File(memserve=__version__, created=created, command=command, report=report)
     write_file(path, msgspec.json.encode(file))
-
-
-def read_json(path: Path) -> File:
-    """A report that was written."""
-    return msgspec.json.decode(path.read_bytes(), type=File)
 
 
 def write_file(path: Path, data: bytes) -> None:

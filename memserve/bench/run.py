@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 
 from memserve.bench.client import Client
-from memserve.bench.load import LoadOptions, State, first_requests, run_load
-from memserve.bench.metrics import Summary, summarize
+from memserve.bench.load import LoadOptions, State, run_load
+from memserve.bench.metrics import Available, Summary, summarize
 from memserve.bench.punctuality import Punctuality, punctuality
 from memserve.bench.records import RequestRecord
 from memserve.bench.request_format import Endpoint, RequestFormat
+from memserve.bench.reuse import Reuse
 from memserve.bench.server_check import check_server, model_name
 from memserve.bench.workload import Piece, Session, Turn, Workload, expand
 from memserve.errors import BenchError
@@ -76,10 +78,10 @@ async def run(
     state: State,
     *,
     api_key: str | None = None,
-    available_ratio: float | None = None,
+    reuse: Reuse | None = None,
 ) -> Report:
-    """One run. `state` is new; `state.stop` ends the run early, with a report of what there is. Raises
-    BenchError if nothing could be measured.
+    """One run. `state` is new; `state.stop` ends the run early, with a report of what there is. `reuse`: of
+    the workload, where its answers are replayed. Raises BenchError if nothing could be measured.
     """
     notes: list[str] = []
     client = Client(target.url, api_key=api_key, timeout_s=target.timeout_s, stall_s=target.stall_s)
@@ -108,7 +110,7 @@ async def run(
     summary = summarize(
         state.records,
         limits_ms=options.limits_ms,
-        available_ratio=available_ratio,
+        available=None if reuse is None else available(reuse, state.records),
         num_skipped=state.num_skipped,
     )
     return Report(
@@ -124,13 +126,24 @@ async def run(
     )
 
 
+def available(reuse: Reuse, records: Sequence[RequestRecord]) -> Available | None:
+    """What an infinite cache would have had of the completed requests' prompts; None without any."""
+    done = {(record.session, record.turn) for record in records if record.completed}
+    requests = [request for request in reuse.requests if (request.session, request.turn) in done]
+    total = sum(request.num_prompt_tokens for request in requests)
+    if not total:
+        return None
+    prompts = sum(request.cached for request in requests)
+    return Available(prompts / total, sum(request.cached_with_answers for request in requests) / total)
+
+
 def warm_up(workload: Workload, count: int) -> Workload:
     """`count` requests like the workload's first ones, with nothing in common with them."""
-    sessions = []
-    for session in first_requests(workload.sessions, count):
-        for index, turn in enumerate(session.turns):
-            turns = (Turn(_backwards(turn.input), None, turn.max_tokens),)
-            sessions.append(Session(f"warm-up {session.id} {index}", turns))
+    firsts = itertools.islice((turn for session in workload.sessions for turn in session.turns), count)
+    sessions = [
+        Session(f"warm-up {index}", (Turn(_backwards(turn.input), None, turn.max_tokens),))
+        for index, turn in enumerate(firsts)
+    ]
     return Workload("warm-up", tuple(sessions), workload.is_text)
 
 

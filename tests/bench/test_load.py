@@ -12,10 +12,12 @@ import pytest
 from benchmarks.fake_server import FakeServer, Mode, serving
 from memserve.bench.arrivals import Ramp, ThinkTime
 from memserve.bench.client import Answer, Client
-from memserve.bench.load import LoadOptions, State, arrival_times, first_requests, run_load
+from memserve.bench.load import LoadOptions, State, arrival_times, run_load
+from memserve.bench.metrics import Available
 from memserve.bench.punctuality import LagMeter, punctuality
 from memserve.bench.records import ErrorKind, RequestRecord
 from memserve.bench.request_format import RequestFormat
+from memserve.bench.reuse import RequestReuse, Reuse
 from memserve.bench.run import RunOptions, Target, run, warm_up
 from memserve.bench.workload import Session, Turn, Workload
 from memserve.errors import BenchError
@@ -120,13 +122,6 @@ async def test_a_failed_turn_ends_a_live_session_only(server: FakeServer) -> Non
     assert (live.num_failed, live.num_skipped) == (1, 2)
 
 
-def test_first_requests() -> None:
-    sessions = [conversation("a", 3), conversation("b", 2)]
-    counts = {count: [len(s.turns) for s in first_requests(sessions, count)] for count in (1, 3, 4, 9)}
-    assert counts == {1: [1], 3: [3], 4: [3, 1], 9: [3, 2]}
-    assert first_requests(sessions, None) == sessions
-
-
 # --- when --------------------------------------------------------------------------------------------------
 
 
@@ -199,7 +194,7 @@ async def test_a_limit_holds_arrivals_back_without_being_late() -> None:
     assert state.records[2].scheduled_at == pytest.approx(state.records[2].held_s)
 
 
-async def test_duration_and_count() -> None:
+async def test_duration() -> None:
     workload = text_workload(*(conversation(str(index), 2) for index in range(100)))
     state, _ = await instant(workload, LoadOptions(concurrency=1, duration_s=0.1), answer_s=0.02)
     assert 1 <= len(state.records) <= 6
@@ -207,8 +202,6 @@ async def test_duration_and_count() -> None:
     options = LoadOptions(rate=20.0, burstiness=math.inf, duration_s=0.25)
     state, _ = await instant(workload, options)
     assert {record.session for record in state.records} == {"0", "1", "2"}  # every 0.1 s
-    state, _ = await instant(workload, LoadOptions(concurrency=7, max_requests=5))
-    assert len(state.records) == state.num_requests == 5
 
 
 # --- ends --------------------------------------------------------------------------------------------------
@@ -247,14 +240,17 @@ async def test_check_warm_up_flush_load(server: FakeServer) -> None:
     workload = text_workload(conversation("a", 2), conversation("b", 1))
     options = RunOptions(LoadOptions(concurrency=1), warmup=2, limits_ms={"jct": 60_000.0})
     state = State()
-    report = await run(Target(url=server.url), workload, options, state, available_ratio=0.5)
+    rows = (("a", 0, 10, 0, 0), ("a", 1, 20, 8, 16), ("b", 0, 10, 4, 4), ("never sent", 0, 99, 99, 99))
+    reuse = Reuse(4, tuple(RequestReuse(*row) for row in rows))
+    report = await run(Target(url=server.url), workload, options, state, reuse=reuse)
     prompts = [str(seen.prompt) for seen in server.seen]
     assert len(prompts) == 1 + 2 + 3  # the check, the warm-up, the load
     assert sorted(prompts[1:3]) == ["in0> <a", "in1> <a"]
     assert server.num_flushes == 1
     # after the flush the first prompts are cold; the second turn has the first one's prompt cached
     assert [record.cached_tokens for record in report.requests] == [0, len("<a in0>"), 1]
-    assert report.summary.num_completed == 3 and report.summary.available_ratio == 0.5
+    assert report.summary.num_completed == 3
+    assert report.summary.available == Available(12 / 40, 20 / 40)
     assert report.summary.goodput == pytest.approx(report.summary.request_rate)
     assert report.target.model == "fake" and report.notes == [] and not report.interrupted
 
