@@ -38,18 +38,15 @@ def say(name: str, report: Report, itl_ms: float) -> None:
     """One load's lines."""
     summary, kept = report.summary, report.punctuality
     assert summary.num_failed == 0 and summary.ttft and summary.tpot and kept.cpu is not None, summary
-    print(
-        f"{name}: {summary.num_requests} requests, {summary.mean_running:.0f} streams (at most "
-        f"{summary.max_running}), {summary.output_throughput:.0f} chunks/s"
-    )
-    print(
-        f"  sent late: P50 {kept.late_p50_ms:.2f}, P99 {kept.late_p99_ms:.2f}, most {kept.late_max_ms:.2f} ms;"
-        f" loop lag: P99 {kept.loop_lag_p99_ms:.2f}, most {kept.loop_lag_max_ms:.2f} ms; {kept.cpu:.0%} of a core"
-    )
-    print(
-        f"  TTFT P50 {summary.ttft.p50:.1f}, P99 {summary.ttft.p99:.1f} ms (the server's: {1e3 * TTFT_S:.0f});"
-        f" TPOT P50 {summary.tpot.p50:.2f}, P99 {summary.tpot.p99:.2f} ms (the server's: {itl_ms:g})"
-    )
+    late = (kept.late_p50_ms, kept.late_p99_ms, kept.late_max_ms)
+    lag = (kept.loop_lag_p99_ms, kept.loop_lag_max_ms)
+    print(f"{name}: {summary.num_requests} requests, {summary.output_throughput:.0f} chunks/s")
+    print(f"  streams: mean {summary.mean_running:.0f}, most {summary.max_running}")
+    print("  sent late: P50 {:.2f}, P99 {:.2f}, most {:.2f} ms".format(*late))
+    print("  event loop late: P99 {:.2f}, most {:.2f} ms".format(*lag))
+    print(f"  share of a core: {kept.cpu:.0%}")
+    print(f"  TTFT: P50 {summary.ttft.p50:.1f}, P99 {summary.ttft.p99:.1f} ms; set: {1e3 * TTFT_S:.0f}")
+    print(f"  TPOT: P50 {summary.tpot.p50:.2f}, P99 {summary.tpot.p99:.2f} ms; set: {itl_ms:g}")
     print(f"  verdict: {kept.complaint or 'kept up'}")
 
 

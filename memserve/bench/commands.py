@@ -102,7 +102,10 @@ def serve(context: click.Context, /, url: str, **options: Any) -> None:
 
 
 def load(options: dict[str, Any], console: Console) -> tuple[Workload, Reuse | None]:
-    """The workload, and what an infinite cache could do with it; None of live answers. Raises StartupError."""
+    """The workload, and what an infinite cache could do with it; None where logged answers are missing.
+    Raises StartupError.
+    """
+    from memserve.bench.load import has_answers
     from memserve.bench.reuse import measure_reuse
     from memserve.bench.text_tokens import TextTokens
     from memserve.bench.workload_spec import load_workload
@@ -111,7 +114,7 @@ def load(options: dict[str, Any], console: Console) -> tuple[Workload, Reuse | N
     with console.status("reading the workload"):
         text = TextTokens.load(spec.tokenizer)
         workload = load_workload(spec, text)
-        reuse = measure_reuse(workload, text) if options["answers"] == "replayed" else None
+        reuse = measure_reuse(workload, text) if has_answers(workload.sessions) else None
     console.print(f"[bold]{workload.name}[/bold]: {workload.description}", highlight=False)
     return workload, reuse
 

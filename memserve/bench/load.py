@@ -120,8 +120,8 @@ async def run_load(
     if request_format.endpoint == "chat" and not workload.is_text:
         raise BenchError("a workload of token ids cannot be sent as chat: use --endpoint completions")
     sessions = workload.sessions
-    if options.answers == "replayed":
-        check_answers(sessions)
+    if options.answers == "replayed" and not has_answers(sessions):
+        raise BenchError("the workload has no logged answers to replay: use --answers live")
     dues = arrival_times(sessions, options)
     state.num_requests = workload.num_requests
     if state.interrupted:
@@ -145,11 +145,9 @@ async def run_load(
 # --- what is sent when (pure) -------------------------------------------------------------------------------
 
 
-def check_answers(sessions: Sequence[Session]) -> None:
-    """Raises BenchError if a conversation cannot be replayed for want of logged answers."""
-    for session in sessions:
-        if any(turn.output is None for turn in session.turns[:-1]):
-            raise BenchError("the workload has no logged answers to replay: use --answers live")
+def has_answers(sessions: Sequence[Session]) -> bool:
+    """Whether every conversation can be replayed to its last turn."""
+    return all(turn.output is not None for session in sessions for turn in session.turns[:-1])
 
 
 def arrival_times(sessions: Sequence[Session], options: LoadOptions) -> list[float] | None:

@@ -40,7 +40,8 @@ class Distribution(msgspec.Struct, frozen=True):
 
 class Available(msgspec.Struct, frozen=True):
     """Share of the prompt tokens that a cache without bounds would have had: one that keeps prompts alone,
-    and one that keeps answers too.
+    which is all there is to find where logged answers are replayed, since the server's own are in nobody's
+    next prompt; and one that keeps answers too, for live ones.
     """
 
     prompts: float
