@@ -6,13 +6,16 @@ Exit status: 0, all requests completed; 1, some failed, or nothing could be meas
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from memserve.bench.options import (
+    comparison_options,
     load_options,
     output_options,
     run_options,
@@ -26,7 +29,9 @@ from memserve.errors import BenchError, StartupError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from memserve.bench.alternate import Arm
     from memserve.bench.reuse import Reuse
+    from memserve.bench.run import Report
     from memserve.bench.workload import Workload
 
 FAILED, INTERRUPTED = 1, 130
@@ -52,7 +57,7 @@ def bench() -> None:
 @bench.command(cls=_Command)
 @workload_options
 @click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="Server.", metavar="URL")
-@load_options
+@load_options()
 @target_options
 @output_options
 @click.pass_context
@@ -90,12 +95,116 @@ def serve(context: click.Context, /, url: str, **options: Any) -> None:
         if options["json"] is not None:
             write_json(options["json"], report, context.meta[_WORDS])
         if options["plot"] is not None:
-            plot_runs(options["plot"], f"{workload.name} on {target.url}", {workload.name: report.requests})
+            plot_runs(options["plot"], f"{workload.name} on {target.url}", {workload.name: [report.requests]})
         if interrupt.pressed:
             return INTERRUPTED
         return FAILED if report.summary.num_failed or not report.summary.num_completed else 0
 
     sys.exit(finish(measure))
+
+
+@bench.command(cls=_Command)
+@click.argument("a")
+@click.argument("b")
+@workload_options
+@comparison_options
+@load_options()
+@target_options
+@output_options
+@click.pass_context
+def compare(context: click.Context, /, a: str, b: str, **options: Any) -> None:
+    """Put the same load on two servers by turns, and say how B differs from A, and how sure that is.
+
+    A and B are URLs, or command lines of servers in quotes, which are started and stopped for every run:
+    {port} stands for a free port; without it --port N is added.
+
+    \b
+      memserve bench compare http://127.0.0.1:8000 http://127.0.0.1:9000 react-like
+      memserve bench compare "memserve serve --caching off" "memserve serve" sharegpt-like --rate 2
+    """
+
+    def prepare() -> tuple[list[Arm], list[tuple[str, str]]]:
+        arms = [arm_of(name, server, options) for name, server in (("A", a), ("B", b))]
+        return arms, [("A", "B")]
+
+    sys.exit(finish(lambda: _compared(prepare, options, context.meta[_WORDS])))
+
+
+@bench.command(cls=_Command)
+@workload_options
+@click.option("--serve", default="", metavar="OPTIONS", help="Options of memserve serve for all, quoted.")
+@click.option("--colocated", default=1, show_default=True, metavar="N", help="Workers when colocated.")
+@click.option("--prefill", default=1, show_default=True, metavar="N", help="Prefill workers otherwise.")
+@click.option("--decode", default=1, show_default=True, metavar="N", help="Decode workers otherwise.")
+@comparison_options
+@load_options(answers="live", warmup=4)
+@target_options
+@output_options
+@click.pass_context
+def settings(context: click.Context, /, serve: str, **options: Any) -> None:
+    """Measure the settings of the MemServe paper with our own server, all on the same cores.
+
+    PD-colocated without and with caching, PD-Basic and PD-Caching-1, -2, -3 are started and stopped by turns
+    under the same load, and the paper's three contrasts drawn. Answers are live: what a server generated can
+    be found in its cache only if the next turn has it.
+    """
+
+    def prepare() -> tuple[list[Arm], list[tuple[str, str]]]:
+        from memserve.bench.settings import CONTRASTS, SETTINGS, command
+
+        workers = {name: options[name] for name in ("colocated", "prefill", "decode")}
+        commands = {setting.name: command(setting, **workers, serve_options=serve) for setting in SETTINGS}
+        arms = [arm_of(name, line, options) for name, line in commands.items()]
+        return arms, [(against.name, setting.name) for setting, against in CONTRASTS]
+
+    sys.exit(finish(lambda: _compared(prepare, options, context.meta[_WORDS])))
+
+
+async def _compared(
+    prepare: Callable[[], tuple[list[Arm], list[tuple[str, str]]]], options: dict[str, Any], words: list[str]
+) -> int:
+    """The runs of all arms and the contrasts (a, b) between them; the exit status."""
+    from memserve.bench.alternate import alternate, by_arm, contrast, of_round
+    from memserve.bench.comparison_report import plot_comparison, print_comparison, write_json
+    from memserve.bench.interrupt import Interrupt
+    from memserve.bench.live import shown
+    from memserve.bench.plots import check_matplotlib
+    from memserve.bench.run import run
+
+    if options["plot"] is not None:
+        check_matplotlib()
+    console, num_rounds = make_console(), options["rounds"]
+    arms, pairs = prepare()
+    workload, reuse = load(options, console)
+    how = run_options(options, workload)
+    for arm in arms:
+        console.print(f"[bold]{arm.name}[/bold]: {arm.server}", highlight=False)
+    interrupt = Interrupt()
+
+    async def measure(arm: Arm, url: str, number: int) -> Report:
+        state = interrupt.new_state()
+        async with shown(state, console, f"round {number + 1} of {num_rounds}: {arm.name}"):
+            return await run(
+                target_of(options, url),
+                workload,
+                of_round(how, number),
+                state,
+                api_key=options["api_key"],
+                reuse=reuse,
+            )
+
+    with interrupt.listening(), cores_shared(options["cores"]):
+        runs = await alternate(arms, num_rounds, measure, interrupt)
+    reports = by_arm(runs)
+    contrasts = [contrast(a, b, reports) for a, b in pairs if a in reports and b in reports]
+    print_comparison(runs, contrasts, num_rounds, console)
+    if options["json"] is not None:
+        write_json(options["json"], words, arms, runs, contrasts)
+    if options["plot"] is not None and reports:
+        plot_comparison(options["plot"], workload.name, runs)
+    if interrupt.pressed:
+        return INTERRUPTED
+    return FAILED if any(measured.report.summary.num_failed for measured in runs) else 0
 
 
 # --- what the commands share -------------------------------------------------------------------------------
@@ -117,6 +226,39 @@ def load(options: dict[str, Any], console: Console) -> tuple[Workload, Reuse | N
         reuse = measure_reuse(workload, text) if has_answers(workload.sessions) else None
     console.print(f"[bold]{workload.name}[/bold]: {workload.description}", highlight=False)
     return workload, reuse
+
+
+def arm_of(name: str, server: str, options: dict[str, Any]) -> Arm:
+    """A server by its URL or its command line. Raises BenchError."""
+    from memserve.bench.alternate import Arm
+    from memserve.bench.client import base_url
+    from memserve.bench.servers import is_url, place, started
+
+    if is_url(server):
+        url = base_url(server)
+        return Arm(name, url, lambda: contextlib.nullcontext(url))
+    place(server, 1)
+    cpus = server_cores(options["cores"])
+    return Arm(name, server, lambda: started(server, cpus=cpus, timeout_s=options["start_timeout"]))
+
+
+def server_cores(count: int | None) -> list[int]:
+    """The cores of servers that are started: the first so many, or all. Raises BenchError."""
+    cores = sorted(os.sched_getaffinity(0))
+    if count is not None and count > len(cores):
+        raise BenchError(f"--cores {count}: there are {len(cores)}")
+    return cores[:count]
+
+
+@contextlib.contextmanager
+def cores_shared(count: int | None) -> Iterator[None]:
+    """Leave the servers' cores to them while the body runs, if there are others."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores - set(server_cores(count)) or cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 def finish(measure: Callable[[], Coroutine[Any, Any, int]]) -> int:

@@ -9,18 +9,16 @@ Nothing heavy is imported before a command runs.
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from memserve.bench.option_types import COUNT, JSON_OBJECT, LIMITS, POSITIVE, RAMP, SECONDS, THINK_TIME
 from memserve.errors import BenchError
 
 if TYPE_CHECKING:
-    from memserve.bench.arrivals import Ramp, ThinkTime
     from memserve.bench.run import RunOptions, Target
     from memserve.bench.workload import Workload
     from memserve.bench.workload_spec import WorkloadSpec
@@ -42,90 +40,6 @@ SOURCES = (
 ENDPOINTS = ("completions", "chat")
 DEFAULT_CONCURRENCY = 8
 _FILE = click.Path(path_type=Path)
-
-
-# --- values ------------------------------------------------------------------------------------------------
-
-
-class _Parsed(click.ParamType):  # type: ignore[type-arg,unused-ignore]
-    """A value with a syntax of its own; `parse` raises ValueError with a line for the user."""
-
-    def __init__(self, name: str, parse: Callable[[str], object]) -> None:
-        self.name = name
-        self._parse = parse
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """See `click.ParamType`."""
-        if not isinstance(value, str):
-            return value
-        try:
-            return self._parse(value)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-
-
-def _positive(text: str) -> float:
-    value = _number(text)
-    if not value > 0:
-        raise ValueError(f"{text!r} is not greater than 0")
-    return value
-
-
-def _finite(text: str) -> float:
-    value = _positive(text)
-    if math.isinf(value):
-        raise ValueError(f"{text!r} is not finite")
-    return value
-
-
-def _number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise ValueError(f"{text!r} is not a number") from None
-    if math.isnan(value):
-        raise ValueError(f"{text!r} is not a number")
-    return value
-
-
-def _ramp(text: str) -> Ramp:
-    from memserve.bench.arrivals import Ramp
-
-    start, _, end = text.partition(":")
-    first, last = _number(start), _finite(end)
-    if not 0 <= first < math.inf:
-        raise ValueError(f"{start!r} is no rate")
-    return Ramp(first, last)
-
-
-def _think(text: str) -> ThinkTime:
-    from memserve.bench.arrivals import ThinkTime
-
-    mean_s = _number(text.removeprefix("exp:"))
-    if not 0 <= mean_s < math.inf:
-        raise ValueError(f"{text!r} is no time")
-    return ThinkTime(mean_s, text.startswith("exp:"))
-
-
-def _goodput(text: str) -> dict[str, float]:
-    from memserve.bench.metrics import parse_goodput
-
-    return parse_goodput(text)
-
-
-def _fields(text: str) -> dict[str, object]:
-    try:
-        fields = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{text!r} is not JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"{text!r} is no JSON object")
-    return fields
-
-
-POSITIVE = _Parsed("number", _positive)
-SECONDS = _Parsed("seconds", _finite)
-COUNT = click.IntRange(min=1)
 
 
 # --- options -----------------------------------------------------------------------------------------------
@@ -164,40 +78,48 @@ workload_options = _all(
     _option("--seed", "Of the workload, arrivals, think times.", type=click.IntRange(min=0), default=0),
 )
 
-load_options = _all(
-    _option("--rate", "Requests a second, Poisson arrivals of sessions; inf: all at once.", type=POSITIVE),
-    _option("--burstiness", "Shape of the gaps: 1 Poisson, less is burstier.", type=POSITIVE, default=1.0),
-    _option("--ramp", "Requests a second at the start and at the end.", "A:B", type=_Parsed("A:B", _ramp)),
-    _option(
-        "--concurrency",
-        f"Most sessions at once; alone: closed loop [default without rate and trace: {DEFAULT_CONCURRENCY}].",
-        type=COUNT,
-    ),
-    _option(
-        "--think-time",
-        "Seconds between answer and next turn; exp:S: exponentially distributed.",
-        "[exp:]S",
-        type=_Parsed("seconds", _think),
-        default="0",
-    ),
-    _option(
-        "--answers",
-        "Continue conversations with the logged answers or with the live ones.",
-        None,
-        type=click.Choice(("replayed", "live")),
-        default="replayed",
-        show_default=True,
-    ),
-    _option("--duration", "Seconds after which nothing more is sent.", "S", type=SECONDS),
-    _option("--warmup", "Requests before that are not measured.", type=click.IntRange(min=0), default=0),
-    _option("--flush/--no-flush", "Drop the server's cache before a run, if it can.", None, default=True),
-    _option(
-        "--goodput",
-        "Limits in ms that a good request keeps: ttft:500,tpot:50 (also jct).",
-        "LIMITS",
-        type=_Parsed("limits", _goodput),
-    ),
-)
+
+def load_options(answers: str = "replayed", warmup: int = 0) -> Decorator:
+    """When requests are sent, and what counts; with the defaults of a command."""
+    return _all(
+        _option(
+            "--rate", "Requests a second, Poisson arrivals of sessions; inf: all at once.", type=POSITIVE
+        ),
+        _option(
+            "--burstiness", "Shape of the gaps: 1 Poisson, less is burstier.", type=POSITIVE, default=1.0
+        ),
+        _option("--ramp", "Requests a second at the start and at the end.", "A:B", type=RAMP),
+        _option(
+            "--concurrency",
+            f"Most sessions at once; alone a closed loop [default without a rate: {DEFAULT_CONCURRENCY}].",
+            type=COUNT,
+        ),
+        _option(
+            "--think-time",
+            "Seconds between answer and next turn; exp:S: exponentially distributed.",
+            "[exp:]S",
+            type=THINK_TIME,
+            default="0",
+        ),
+        _option(
+            "--answers",
+            "Continue conversations with the logged answers or with the live ones.",
+            None,
+            type=click.Choice(("replayed", "live")),
+            default=answers,
+            show_default=True,
+        ),
+        _option("--duration", "Seconds after which nothing more is sent.", "S", type=SECONDS),
+        _option("--warmup", "Requests before, not measured.", type=click.IntRange(min=0), default=warmup),
+        _option("--flush/--no-flush", "Drop the server's cache before a run, if it can.", None, default=True),
+        _option(
+            "--goodput",
+            "Limits in ms that a good request keeps: ttft:500,tpot:50 (also jct).",
+            "LIMITS",
+            type=LIMITS,
+        ),
+    )
+
 
 target_options = _all(
     _option("--model", "Model to ask for [default: the server's first].", "NAME"),
@@ -211,12 +133,18 @@ target_options = _all(
     ),
     _option("--temperature", "", type=click.FloatRange(0), default=0.0, show_default=True),
     _option("--ignore-eos/--no-ignore-eos", "Ask for answers of exactly the set length.", None, default=True),
-    _option("--extra-body", "JSON object merged into every request.", "JSON", type=_Parsed("JSON", _fields)),
+    _option("--extra-body", "JSON object merged into every request.", "JSON", type=JSON_OBJECT),
     _option("--api-key", "Sent as a bearer token; never written.", "KEY"),
     _option("--timeout", "Longest life of a request.", "S", type=SECONDS, default=600.0, show_default=True),
     _option(
         "--stall-timeout", "Longest silence in one.", "S", type=SECONDS, default=120.0, show_default=True
     ),
+)
+
+comparison_options = _all(
+    _option("--rounds", "Runs of every server.", type=COUNT, default=3, show_default=True),
+    _option("--cores", "Cores of started servers; the client has the rest [default: all].", type=COUNT),
+    _option("--start-timeout", "Until a started server is ready.", "S", type=SECONDS, default=300.0),
 )
 
 output_options = _all(

@@ -5,6 +5,7 @@ Figures are built without pyplot: no global state, no display.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,21 +36,23 @@ def check_matplotlib() -> None:
         ) from None
 
 
-def plot_runs(path: Path, title: str, runs: Mapping[str, Sequence[RequestRecord]]) -> None:
-    """CDFs of TTFT, TPOT and JCT, one line a run, and the timeline of each run beneath. Raises BenchError."""
+def plot_runs(path: Path, title: str, runs: Mapping[str, Sequence[Sequence[RequestRecord]]]) -> None:
+    """CDFs of TTFT, TPOT and JCT over all rounds of a run, one line a run, and beneath the timeline of each
+    run's first round. Raises BenchError.
+    """
     figure = _figure(12, 3.6 + 2.6 * len(runs))
     figure.suptitle(title)
     grid = figure.add_gridspec(1 + len(runs), 3)
     for column, metric in enumerate(_CDFS):
         axes = figure.add_subplot(grid[0, column])
-        for name, records in runs.items():
-            _draw_cdf(axes, latencies(records, metric), name)
+        for name, rounds in runs.items():
+            _draw_cdf(axes, latencies(itertools.chain.from_iterable(rounds), metric), name)
         axes.set(xlabel=f"{metric.upper()} (ms)", ylabel="share of requests", ylim=(0, 1))
         axes.grid(alpha=0.3)
         if len(runs) > 1 and axes.lines:
             axes.legend(fontsize="small")
-    for row, (name, records) in enumerate(runs.items(), start=1):
-        _draw_timeline(figure.add_subplot(grid[row, :]), records, name)
+    for row, (name, rounds) in enumerate(runs.items(), start=1):
+        _draw_timeline(figure.add_subplot(grid[row, :]), rounds[0], name)
     _save(figure, path)
 
 

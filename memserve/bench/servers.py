@@ -5,7 +5,7 @@
     stop     SIGTERM; after a while SIGKILL to the whole group. Also when the body raised or was cancelled
 
 `{port}` in a command line stands for the port; without it `--port N` is added, unless the command says a port
-itself.
+itself. The command `memserve` is the one that runs.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import re
 import shlex
 import signal
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -47,6 +48,8 @@ def place(command: str, port: int) -> tuple[list[str], int]:
         raise BenchError(f"{command!r} is no command line: {error}") from None
     if not words:
         raise BenchError("an empty command line is no server")
+    if words[0] == "memserve":  # this one, also where no such command is installed
+        words[:1] = [sys.executable, "-m", "memserve"]
     if any("{port}" in word for word in words):
         return [word.replace("{port}", str(port)) for word in words], port
     if own := _PORT.search(command):

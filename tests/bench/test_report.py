@@ -137,14 +137,14 @@ def test_json_has_everything(tmp_path: Path) -> None:
 
 def test_pictures(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    plot_runs(tmp_path / "one.png", "title", {"a": make_records()})
-    plot_runs(tmp_path / "two.png", "title", {"a": make_records(), "b": make_records(0), "c": []})
+    plot_runs(tmp_path / "one.png", "title", {"a": [make_records()]})
+    plot_runs(tmp_path / "two.png", "title", {"a": [make_records()] * 2, "b": [make_records(0)], "c": [[]]})
     plot_bars(tmp_path / "bars.png", "title", {"TTFT": {"a": (1.0, 0.5, 2.0), "b": (2.0, 2.0, 2.0)}})
     for name in ("one", "two", "bars"):
         data = (tmp_path / f"{name}.png").read_bytes()
         assert data.startswith(b"\x89PNG") and len(data) > 5000
     with pytest.raises(BenchError, match="cannot be written"):
-        plot_runs(tmp_path / "no" / "x.png", "title", {"a": []})
+        plot_runs(tmp_path / "no" / "x.png", "title", {"a": [[]]})
 
 
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
