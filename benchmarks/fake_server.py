@@ -2,16 +2,15 @@
 
 For tests of clients, and to measure a load generator (`load_generator.py`). Token k of an answer is written
 `ttft_s + k * itl_s` after the request came, by an absolute clock, however many streams there are. As a
-program it listens on a free port, which it prints:
+program it prints its URL:
 
-    python benchmarks/fake_server.py [TTFT_S] [ITL_S]
+    python benchmarks/fake_server.py [--port N] [--ttft-s S] [--itl-s S]
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -221,12 +220,12 @@ async def _write(response: web.StreamResponse, event: dict[str, object]) -> None
 
 
 @asynccontextmanager
-async def serving(server: FakeServer) -> AsyncIterator[FakeServer]:
-    """Listen on a free loopback port while the body runs; `server.url` says where."""
+async def serving(server: FakeServer, port: int = 0) -> AsyncIterator[FakeServer]:
+    """Listen on a loopback port, 0 for a free one, while the body runs; `server.url` says where."""
     # what a client left is cancelled, so that stalled answers end with it
     runner = web.AppRunner(server.app(), handler_cancellation=True, shutdown_timeout=0.1, access_log=None)
     await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0, backlog=1024)
+    site = web.TCPSite(runner, "127.0.0.1", port, backlog=1024)
     await site.start()
     try:
         server.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
@@ -235,16 +234,21 @@ async def serving(server: FakeServer) -> AsyncIterator[FakeServer]:
         await runner.cleanup()
 
 
-async def _main(ttft_s: float, itl_s: float) -> None:
-    async with serving(FakeServer(ttft_s, itl_s, keep=False)) as server:
+async def _main(ttft_s: float, itl_s: float, port: int) -> None:
+    async with serving(FakeServer(ttft_s, itl_s, keep=False), port) as server:
         print(server.url, flush=True)
         await asyncio.Event().wait()
 
 
 if __name__ == "__main__":
+    import argparse
     import contextlib
 
     import uvloop
 
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--ttft-s", type=float, default=0.01)
+    parser.add_argument("--itl-s", type=float, default=0.002)
     with contextlib.suppress(KeyboardInterrupt):
-        uvloop.run(_main(*(float(argument) for argument in sys.argv[1:])))
+        uvloop.run(_main(**vars(parser.parse_args())))

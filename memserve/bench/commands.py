@@ -21,6 +21,7 @@ from memserve.bench.options import (
     run_options,
     target_of,
     target_options,
+    worker_options,
     workload_options,
     workload_spec,
 )
@@ -29,7 +30,7 @@ from memserve.errors import BenchError, StartupError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from memserve.bench.alternate import Arm
+    from memserve.bench.alternate import Arm, Measured
     from memserve.bench.reuse import Reuse
     from memserve.bench.run import Report
     from memserve.bench.workload import Workload
@@ -133,9 +134,7 @@ def compare(context: click.Context, /, a: str, b: str, **options: Any) -> None:
 @bench.command(cls=_Command)
 @workload_options
 @click.option("--serve", default="", metavar="OPTIONS", help="Options of memserve serve for all, quoted.")
-@click.option("--colocated", default=1, show_default=True, metavar="N", help="Workers when colocated.")
-@click.option("--prefill", default=1, show_default=True, metavar="N", help="Prefill workers otherwise.")
-@click.option("--decode", default=1, show_default=True, metavar="N", help="Decode workers otherwise.")
+@worker_options
 @comparison_options
 @load_options(answers="live", warmup=4)
 @target_options
@@ -150,10 +149,10 @@ def settings(context: click.Context, /, serve: str, **options: Any) -> None:
     """
 
     def prepare() -> tuple[list[Arm], list[tuple[str, str]]]:
-        from memserve.bench.settings import CONTRASTS, SETTINGS, command
+        from memserve.bench.settings import CONTRASTS, SETTINGS, Workers, command
 
-        workers = {name: options[name] for name in ("colocated", "prefill", "decode")}
-        commands = {setting.name: command(setting, **workers, serve_options=serve) for setting in SETTINGS}
+        workers = Workers(options["prefill"], options["decode"], options["colocated"])
+        commands = {setting.name: command(setting, workers, serve) for setting in SETTINGS}
         arms = [arm_of(name, line, options) for name, line in commands.items()]
         return arms, [(against.name, setting.name) for setting, against in CONTRASTS]
 
@@ -193,17 +192,26 @@ async def _compared(
                 reuse=reuse,
             )
 
-    with interrupt.listening(), cores_shared(options["cores"]):
-        runs = await alternate(arms, num_rounds, measure, interrupt)
-    reports = by_arm(runs)
+    runs: list[Measured] = []
+    broken: BenchError | None = None
+    try:
+        with interrupt.listening(), cores_shared(options["cores"]):
+            await alternate(arms, num_rounds, measure, interrupt, runs)
+    except BenchError as error:
+        if not runs:
+            raise
+        broken = error  # what was measured before is reported first
+    reports = by_arm(runs, arms)
     contrasts = [contrast(a, b, reports) for a, b in pairs if a in reports and b in reports]
-    print_comparison(runs, contrasts, num_rounds, console)
+    print_comparison(reports, contrasts, runs, num_rounds, console)
     if options["json"] is not None:
         write_json(options["json"], words, arms, runs, contrasts)
     if options["plot"] is not None and reports:
-        plot_comparison(options["plot"], workload.name, runs)
+        plot_comparison(options["plot"], workload.name, reports)
     if interrupt.pressed:
         return INTERRUPTED
+    if broken is not None:
+        raise broken
     return FAILED if any(measured.report.summary.num_failed for measured in runs) else 0
 
 

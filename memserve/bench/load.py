@@ -104,6 +104,11 @@ class State:
         """Seconds since the start; 0 before."""
         return 0.0 if self.started is None else time.perf_counter() - self.started
 
+    @property
+    def is_running(self) -> bool:
+        """Whether requests are being sent."""
+        return self._main is not None and not self._main.done()
+
     def stop(self) -> None:
         """End the run now; `run_load` returns soon after."""
         self.interrupted = True
