@@ -137,12 +137,15 @@ class TextTokens:
         """Words that stay one token each in a row of words, in the order of their ids."""
         assert self._tokenizer is not None
         by_id = sorted((token_id, token) for token, token_id in self._tokenizer.get_vocab().items())
-        marked = [token for _, token in by_id if re.fullmatch("[Ġ▁ ][a-z]{2,}", token)]
-        words = [" " + token[1:] for token in marked[: 2 * MAX_WORDS]]
-        # Five against two: a tokenizer may add a token, or a space, at the beginning of a text.
-        long = self._tokenizer.encode_batch([word * 5 for word in words], add_special_tokens=False)
-        short = self._tokenizer.encode_batch([word * 2 for word in words], add_special_tokens=False)
-        kept = [w for w, a, b in zip(words, long, short, strict=True) if len(a.ids) - len(b.ids) == 3]
+        marked = [(token_id, token) for token_id, token in by_id if re.fullmatch("[Ġ▁ ][a-z]{2,}", token)]
+        words = [(token_id, " " + token[1:]) for token_id, token in marked[: 2 * MAX_WORDS]]
+        # The first of a row may have a token before it, or none of its own: some tokenizers add a space.
+        rows = self._tokenizer.encode_batch([word * 4 for _, word in words], add_special_tokens=False)
+        kept = [
+            word
+            for (token_id, word), row in zip(words, rows, strict=True)
+            if row.ids[1:][-3:] == [token_id] * 3
+        ]
         return tuple(kept[:MAX_WORDS])
 
 

@@ -76,4 +76,6 @@ class Gauges:
             num_steps=self._num_steps,
             num_prefill_tokens=self._num_prefill_tokens,
             num_decode_tokens=self._num_decode_tokens,
+            num_host_blocks=stats.num_host,
+            num_host_historical_blocks=stats.host_historical,
         )
