@@ -69,6 +69,7 @@ class FakeServer:
     keep: bool = True  # remember what was seen
     seen: list[Seen] = field(default_factory=list)
     num_flushes: int = 0
+    connections: set[object] = field(default_factory=set)
     url: str = ""
     _num: int = 0
     _cached: list[Prompt] = field(default_factory=list)
@@ -112,6 +113,7 @@ class FakeServer:
         seen = Seen(prompt, body, at)
         if self.keep:
             self.seen.append(seen)
+            self.connections.add(request.transport)
         number, self._num = self._num, self._num + 1
         try:
             return await self._answer(request, body, prompt, chat, self.mode(number), at)

@@ -143,7 +143,7 @@ class Client:
         assert self._http is not None
         for path in FLUSH_PATHS:
             try:
-                async with self._http.post(f"{self.url}{path}") as answer:
+                async with self._http.post(f"{self.url}{path}", json={}) as answer:
                     await answer.read()
                     if answer.status < 300:
                         return True

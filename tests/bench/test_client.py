@@ -153,6 +153,17 @@ async def test_a_request_that_is_stopped(server: FakeServer) -> None:
     assert record.error is not None and record.error.kind is ErrorKind.INTERRUPTED
 
 
+async def test_a_connection_is_used_again(server: FakeServer) -> None:
+    request_format = RequestFormat("fake")
+    async with Client(server.url) as client:
+        for _ in range(3):
+            record = RequestRecord(session="s", turn=0, max_tokens=1, scheduled_at=0.0)
+            body = request_format.body(["x"], 1)
+            await client.send(request_format.path, body, record, time.perf_counter)
+            assert record.completed
+    assert len(server.connections) == 1
+
+
 async def test_models_and_flush(server: FakeServer) -> None:
     async with Client(server.url + "/v1/") as client:
         assert await client.models() == ["fake"]

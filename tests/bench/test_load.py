@@ -281,6 +281,7 @@ async def test_a_server_that_fails_the_check(server: FakeServer, mode: Mode) -> 
     workload = text_workload(conversation("a", 1))
     with pytest.raises(BenchError, match="fails a first small request"):
         await run(Target(url=server.url), workload, RunOptions(LoadOptions(concurrency=1)), State())
+    assert len(server.seen) == 1  # a plainer request would be no better
 
 
 async def test_live_ids_need_a_server_that_tells_them(server: FakeServer) -> None:

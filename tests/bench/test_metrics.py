@@ -25,7 +25,7 @@ def record(
         session="s",
         turn=0,
         max_tokens=tokens if max_tokens is None else max_tokens,
-        scheduled_at=sent_at or 0.0,
+        scheduled_at=(sent_at or 0.0) - 0.125,  # how late it was sent is no latency of the server's
         sent_at=sent_at,
         chunk_times=chunks,
         ended_at=ended_at if ended_at is not None else chunks[-1] if chunks else sent_at,
@@ -44,6 +44,7 @@ ONE_TOKEN = record(0.0, [0.3], prompt=20, cached=None)  # 300    none          n
 TWO_IN_A_CHUNK = record(3.0, [3.2, 3.8], tokens=4, max_tokens=5)  # 200    600/3 = 200   600            800
 FAILED = record(3.0, [3.1, 3.2], error=ErrorKind.CUT, ended_at=4.0)
 REFUSED = record(3.5, [], error=ErrorKind.HTTP, prompt=None)
+FIRST.ended_at = 2.5  # nor is what came after the last token
 ALL = [FIRST, SECOND, ONE_TOKEN, TWO_IN_A_CHUNK, FAILED, REFUSED]
 
 
@@ -79,8 +80,8 @@ def test_a_summary() -> None:
     assert summary.input_throughput == 70 / 4
     assert summary.output_throughput == 10 / 4
     assert summary.goodput == 2 / 4
-    # 1.0 s, 0.5 s, 0.3 s, 0.8 s, 1.0 s and 0 s of 4.0 s
-    assert summary.mean_running == pytest.approx(3.6 / 4)
+    # 1.5 s, 0.5 s, 0.3 s, 0.8 s, 1.0 s and 0 s of 4.0 s
+    assert summary.mean_running == pytest.approx(4.1 / 4)
     assert summary.max_running == 2
     assert summary.ttft is not None and summary.ttft.mean == pytest.approx(275)
     assert summary.ttft.p50 == pytest.approx(250)

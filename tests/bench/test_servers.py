@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,7 +16,8 @@ import pytest
 from memserve.bench.servers import free_port, is_url, place, started
 from memserve.errors import BenchError
 
-FAKE = f"{sys.executable} {Path(__file__).resolve().parents[2] / 'benchmarks' / 'fake_server.py'}"
+REPOSITORY = Path(__file__).resolve().parents[2]
+FAKE = f"{sys.executable} {REPOSITORY / 'benchmarks' / 'fake_server.py'}"
 
 
 def children() -> set[int]:
@@ -74,7 +76,7 @@ async def test_a_server_that_ignores_the_signal_and_its_child_are_killed(
 async def test_servers_that_do_not_start() -> None:
     before = children()
     for command, message in (
-        ("/no/such/program", "cannot be started: No such file"),
+        ("/no/such/program", "/no/such/program cannot be started"),
         ("/bin/sh -c 'echo alas; exit 3'", r"status 3 before it was ready; the end of its log:\nalas"),
         ("/bin/sh -c 'sleep 60'", r"not ready after 0.3 s"),
     ):
@@ -82,6 +84,23 @@ async def test_servers_that_do_not_start() -> None:
             async with started(command, timeout_s=0.3):
                 raise AssertionError
     assert children() == before
+
+
+def test_a_benchmark_that_is_killed_leaves_no_server() -> None:
+    code = f"""
+import asyncio
+from memserve.bench.servers import started
+async def main():
+    async with started({FAKE!r}):
+        print("up", flush=True)
+        await asyncio.sleep(60)
+asyncio.run(main())
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=REPOSITORY) as bench:
+        assert bench.stdout is not None and bench.stdout.readline() == b"up\n"
+        (server,) = psutil.Process(bench.pid).children()
+        bench.kill()
+    server.wait(20)
 
 
 def test_ports() -> None:
