@@ -27,6 +27,7 @@ class Mode(Enum):
 
     WELL = auto()
     NO_USAGE = auto()
+    LIKE_SSE_STARLETTE = auto()  # CR LF, pings, no usage: llama-cpp-python and others on that package
     NO_DONE = auto()  # ended well, but without [DONE]
     STAYS_OPEN = auto()  # after [DONE]
     STATUS_500 = auto()
@@ -150,6 +151,9 @@ class FakeServer:
         await response.prepare(request)
         num_tokens = int(str(body["max_tokens"])) if mode is not Mode.EMPTY else 0
         until = num_tokens // 2 if mode in _HALF else num_tokens
+        crlf = mode is Mode.LIKE_SSE_STARLETTE
+        if crlf:
+            await response.write(b": ping - 2026-01-01 00:00:00+00:00\r\n\r\n")
         if chat:
             await _write(response, {"choices": [{"delta": {"role": "assistant", "content": ""}}]})
         for index in range(until):
@@ -161,7 +165,7 @@ class FakeServer:
             choice |= {"delta": {"content": text}} if chat else {"text": text}
             if body.get("return_token_ids"):
                 choice["token_ids"] = [1000 + index]
-            await _write(response, {"choices": [choice]})
+            await _write(response, {"choices": [choice]}, b"\r\n" if crlf else b"\n")
         if mode is Mode.STALL:
             await asyncio.sleep(3600)
         if mode is Mode.CUT:
@@ -181,7 +185,7 @@ class FakeServer:
             return response
         last = {"index": 0, "finish_reason": "length"} | ({"delta": {}} if chat else {"text": ""})
         await _write(response, {"choices": [last]})
-        if body.get("stream_options") and mode is not Mode.NO_USAGE:
+        if body.get("stream_options") and mode not in (Mode.NO_USAGE, Mode.LIKE_SSE_STARLETTE):
             usage: dict[str, object] = {"prompt_tokens": len(prompt), "completion_tokens": num_tokens}
             if self.tells_cached:
                 usage["prompt_tokens_details"] = {"cached_tokens": cached}
@@ -217,8 +221,8 @@ _HALF = {
 }
 
 
-async def _write(response: web.StreamResponse, event: dict[str, object]) -> None:
-    await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+async def _write(response: web.StreamResponse, event: dict[str, object], end: bytes = b"\n") -> None:
+    await response.write(b"data: " + json.dumps(event).encode() + 2 * end)
 
 
 @asynccontextmanager

@@ -136,6 +136,7 @@ FIGURES = (
     Figure("output throughput", "tokens/s", 1, of_run=lambda summary: summary.output_throughput),
     Figure("goodput", "/s", 1, of_run=lambda summary: summary.goodput),
     Figure("cached tokens", "of prompts", 0, of_run=lambda summary: summary.cached_ratio),
+    Figure("infinite cache", "of prompts", 0, of_run=lambda summary: summary.available_ratio),
     Figure("failed requests", "", -1, of_run=lambda summary: float(summary.num_failed)),
 )
 
@@ -152,6 +153,8 @@ def contrast(a: str, b: str, reports: Mapping[str, Sequence[Report]]) -> Contras
     """B against A; both have run the same rounds, at least one."""
     ratios = {}
     for figure in FIGURES:
+        if not figure.sense:
+            continue
         ratio = _ratio(figure, reports[a], reports[b])
         if ratio is not None:
             ratios[figure.name] = ratio

@@ -87,7 +87,7 @@ def show_value(figure: Figure, value: float | None) -> str:
     """A figure's cell."""
     if value is None:
         return "–"
-    return f"{value:.1%}" if figure.name == "cached tokens" else f"{value:.2f}"
+    return f"{value:.1%}" if figure.unit == "of prompts" else f"{value:.2f}"
 
 
 def show_change(figure: Figure, ratio: Ratio | None) -> str:

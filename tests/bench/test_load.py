@@ -13,12 +13,11 @@ from benchmarks.fake_server import FakeServer, Mode, serving
 from memserve.bench.arrivals import Ramp, ThinkTime
 from memserve.bench.client import Answer, Client
 from memserve.bench.load import LoadOptions, State, arrival_times, run_load
-from memserve.bench.metrics import Available
 from memserve.bench.punctuality import LagMeter, punctuality
 from memserve.bench.records import ErrorKind, RequestRecord
 from memserve.bench.request_format import RequestFormat
 from memserve.bench.reuse import RequestReuse, Reuse
-from memserve.bench.run import RunOptions, Target, run, warm_up
+from memserve.bench.run import RunOptions, Target, available_ratio, run, warm_up
 from memserve.bench.workload import Session, Turn, Workload
 from memserve.errors import BenchError
 
@@ -250,7 +249,9 @@ async def test_check_warm_up_flush_load(server: FakeServer) -> None:
     # after the flush the first prompts are cold; the second turn has the first one's prompt cached
     assert [record.cached_tokens for record in report.requests] == [0, len("<a in0>"), 1]
     assert report.summary.num_completed == 3
-    assert report.summary.available == Available(12 / 40, 20 / 40)
+    assert report.summary.available_ratio == 12 / 40
+    assert available_ratio(reuse, report.requests, "live") == 20 / 40
+    assert available_ratio(reuse, [], "live") is None
     assert report.summary.goodput == pytest.approx(report.summary.request_rate)
     assert report.target.model == "fake" and report.notes == [] and not report.interrupted
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from memserve.bench.metrics import Available, distribution, is_good, latencies, parse_goodput, summarize
+from memserve.bench.metrics import distribution, is_good, latencies, parse_goodput, summarize
 from memserve.bench.records import ErrorKind, Failure, RequestRecord
 
 
@@ -66,7 +66,7 @@ def test_a_distribution() -> None:
 
 def test_a_summary() -> None:
     limits = {"ttft": 300.0, "tpot": 350.0}  # ONE_TOKEN and TWO_IN_A_CHUNK keep them
-    summary = summarize(ALL, limits_ms=limits, available=Available(0.5, 0.75), num_skipped=2)
+    summary = summarize(ALL, limits_ms=limits, available_ratio=0.75, num_skipped=2)
     assert (summary.num_requests, summary.num_completed, summary.num_failed) == (6, 4, 2)
     assert (summary.num_skipped, summary.num_short, summary.num_with_usage) == (2, 1, 4)
     assert summary.errors == {ErrorKind.CUT: 1, ErrorKind.HTTP: 1}
@@ -75,7 +75,7 @@ def test_a_summary() -> None:
     assert summary.output_tokens == 3 + 2 + 1 + 4
     assert summary.cached_tokens == 20
     assert summary.cached_ratio == 20 / (10 + 30)  # of those that tell
-    assert summary.available == Available(0.5, 0.75)
+    assert summary.available_ratio == 0.75
     assert summary.request_rate == 4 / 4
     assert summary.input_throughput == 70 / 4
     assert summary.output_throughput == 10 / 4

@@ -66,4 +66,4 @@ def test_logged_sessions(server: Server, tmp_path: Path) -> None:
     report = bench(server, tmp_path / "d.json", "sessions", folder, *args, "--rate", 20)
     summary = report["summary"]
     assert isinstance(summary, dict)
-    assert 0 < summary["cached_ratio"] <= 1 and summary["available"]["prompts"] > 0.5
+    assert 0 < summary["cached_ratio"] <= 1 and summary["available_ratio"] > 0.5
