@@ -21,9 +21,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,14 +30,15 @@ from numpy.typing import ArrayLike
 from memserve import memfd
 from memserve.errors import MemserveError
 from memserve.messages import ArenaGrant, BlockRefs, Removed, Tier, Transfer
+from memserve.pool.addresses import Addresses
 from memserve.pool.allocator import BlockAllocator, BlockIds
 from memserve.pool.arena import Arena, ArenaFds, PeerArena, Progress
 from memserve.pool.block_table import BlockTable
-from memserve.pool.eviction import Rank, least_recently_used
 from memserve.pool.host_tier import HostTier
-from memserve.pool.incoming import Incoming, Received, tail
+from memserve.pool.incoming import Incoming, begin_transfer
 from memserve.pool.index import Index, Lock, Match
 from memserve.pool.removals import RemovalLog
+from memserve.pool.retention import PoolStats, Retention
 from memserve.pool.transports.base import FailedPull, Pull
 from memserve.pool.transports.shm import Copy, ShmTransfer, copy_bytes
 
@@ -49,44 +48,6 @@ _POPULATE_NICENESS = 10
 
 
 _NO_BLOCKS: BlockIds = np.empty(0, dtype=np.int64)
-
-
-@dataclass(frozen=True, slots=True)
-class PoolStats:
-    """Blocks by state; those of the device add up to the arena. `historical`: cached, and in nobody's use
-    now. The host tier has `num_host` blocks, of which `host_historical` are cached.
-    """
-
-    free: int
-    active: int
-    historical: int
-    num_host: int = 0
-    host_historical: int = 0
-
-
-class HostArena(NamedTuple):
-    """Memory for a host tier, at its greatest size, of which `num_blocks` are used at first. `on_free` is
-    told which of its blocks have become free.
-    """
-
-    arena: Arena
-    num_blocks: int
-    on_free: Callable[[BlockIds], None] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Retention:
-    """What a pool keeps of finished sequences, and how.
-
-    `fingerprint`: of model and layout; what is cached under another one never matches. `rank`: order of
-    eviction, lowest first. `host`: a second tier for what is evicted. `tells_removals`: note what is no
-    longer cached for `take_removed`.
-    """
-
-    fingerprint: str = ""
-    rank: Rank = least_recently_used
-    host: HostArena | None = None
-    tells_removals: bool = False
 
 
 class MemPool:
@@ -115,20 +76,21 @@ class MemPool:
         copy: Copy = copy_bytes,
     ) -> None:
         self._arena = arena
+        self._addresses = Addresses(instance, incarnation, {Tier.DEVICE: arena.generations})
         self._host: HostTier | None = None
         self._index: Index | None = None
         self._namespace = ""
         self._removals: RemovalLog | None = None
         if retention is not None:
             if retention.tells_removals:
-                self._removals = RemovalLog(self.addresses)
+                self._removals = RemovalLog(self._addresses)
             if (host := retention.host) is not None:
+                self._addresses.generations[Tier.HOST] = host.arena.generations
                 self._host = HostTier(host.arena, arena, host.num_blocks, self._removals, host.on_free)
             self._index = Index(arena.geometry.block_size, retention.rank, self._host)
             self._namespace = f"{retention.fingerprint}/"
         self._clock = clock
         self._instance = instance
-        self._incarnation = incarnation
         self._wake = wake
         self._allocator = BlockAllocator(arena.num_blocks, arena.generations, on_free)
         # An arena the host cannot address has no way to pull yet: its peers are unknown, every pull a miss.
@@ -330,18 +292,7 @@ class MemPool:
 
     def addresses(self, ids: ArrayLike, tier: Tier = Tier.DEVICE) -> BlockRefs:
         """Where our blocks `ids` can be pulled from; good until they are freed."""
-        blocks = np.asarray(ids, dtype=np.int64)
-        arena = self._arena
-        if tier is Tier.HOST:
-            assert self._host is not None
-            arena = self._host.arena
-        return BlockRefs(
-            instance=self._instance,
-            incarnation=self._incarnation,
-            tier=tier,
-            blocks=tuple(blocks.tolist()),
-            generations=tuple(arena.generations[blocks].tolist()),
-        )
+        return self._addresses.of(ids, tier)
 
     # --- other instances ----------------------------------------------------------------------------------
 
@@ -416,54 +367,7 @@ class MemPool:
         would be left, ends at once.
         """
         assert offered.target == self._instance, offered.target
-        if not offered.tokens:
-            return self._receive_blocks(offered, spare)
-        table = self.acquire(offered.tokens, offered.salt)
-        num_blocks = len(offered.tokens) // (4 * self.block_size)
-        num_here = table.num_shared
-        refs = offered.refs
-
-        def finish(num_verified: int, num_bytes: int, failure: str | None) -> Received:
-            start, stop = (4 * self.block_size * end for end in (num_here, num_here + num_verified))
-            self.publish(table, offered.tokens[start:stop])
-            blocks = table.ids(num_here + num_verified).copy()
-            self.release(table)
-            return Received(num_verified, num_bytes, blocks, failure)
-
-        failure: str | None = None
-        if offered.first_block + len(refs.blocks) != num_blocks:
-            failure = f"{len(refs.blocks)} blocks from {offered.first_block} for {num_blocks}"
-        elif num_here < offered.first_block:
-            failure = "the prefix before it is no longer cached"
-        elif num_here < num_blocks and self.num_available - (num_blocks - num_here) < spare:
-            failure = "no room"
-        if failure is not None or num_here == num_blocks:
-            return Incoming(None, finish, failure)
-        ids = self.alloc_mem(num_blocks - num_here)
-        assert ids is not None
-        table.append(ids)
-        return Incoming(self.fetch(tail(refs, num_here - offered.first_block), ids), finish)
-
-    def _receive_blocks(self, offered: Transfer, spare: int) -> Incoming:
-        count = len(offered.refs.blocks)
-        if offered.into is not None and len(offered.into) != count:
-            failure = f"{count} blocks into {len(offered.into)}"
-            return Incoming(None, lambda *end: Received(0, 0, _NO_BLOCKS, end[2]), failure)
-        ids = None
-        if offered.into is not None:
-            ids = np.array(offered.into, dtype=np.int64)
-        elif self.num_available - count >= spare:
-            ids = self.alloc_mem(count)
-        if ids is None:
-            return Incoming(None, lambda *end: Received(0, 0, _NO_BLOCKS, end[2]), "no room")
-        into = ids
-
-        def finish(num_verified: int, num_bytes: int, failure: str | None) -> Received:
-            if offered.into is None:
-                self.free_mem(into[num_verified:])
-            return Received(num_verified, num_bytes, into[:num_verified], failure)
-
-        return Incoming(self.fetch(offered.refs, into), finish)
+        return begin_transfer(self, offered, spare)
 
     # --- life --------------------------------------------------------------------------------------------
 

@@ -39,7 +39,8 @@ from memserve.models.transformer import Transformer
 from memserve.models.weights import Weights, load_weights_to_device, map_weights, write_weights
 from memserve.pool.arena import Arena, ArenaFds
 from memserve.pool.eviction import least_frequently_used, least_recently_used
-from memserve.pool.mempool import HostArena, MemPool, Retention
+from memserve.pool.mempool import MemPool
+from memserve.pool.retention import HostArena, Retention
 from memserve.step_memory import cuda_pool_blocks, cuda_step_bytes
 from memserve.torch_dtypes import TORCH_DTYPES
 from memserve.workers.budget import StepBudget

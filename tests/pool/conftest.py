@@ -18,7 +18,8 @@ from memserve import memfd
 from memserve.messages import ArenaGrant, Tier
 from memserve.model_config import KVGeometry
 from memserve.pool.arena import Arena, ArenaFds
-from memserve.pool.mempool import HostArena, MemPool, Retention
+from memserve.pool.mempool import MemPool
+from memserve.pool.retention import HostArena, Retention
 from memserve.pool.transports.base import Pull, PullResult
 from memserve.pool.transports.shm import Copy, copy_bytes
 

@@ -44,7 +44,8 @@ from memserve.messages import (
 from memserve.model_config import KVGeometry, ModelConfig, RopeConfig, load_model_config
 from memserve.models.checkpoint import tensor_shapes
 from memserve.pool.arena import Arena, ArenaFds
-from memserve.pool.mempool import HostArena, MemPool, Retention
+from memserve.pool.mempool import MemPool
+from memserve.pool.retention import HostArena, Retention
 from memserve.workers.channel import MessageTooLong, ReceivedGrant
 from memserve.workers.steps import Chunk, Drawn
 from memserve.workers.worker import Worker
