@@ -7,9 +7,8 @@ Exit status: 0, all requests completed; 1, some failed, or nothing could be meas
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -169,6 +168,7 @@ async def _compared(
     from memserve.bench.live import shown
     from memserve.bench.plots import check_matplotlib
     from memserve.bench.run import run
+    from memserve.bench.servers import cores_shared
 
     if options["plot"] is not None:
         check_matplotlib()
@@ -240,7 +240,7 @@ def arm_of(name: str, server: str, options: dict[str, Any]) -> Arm:
     """A server by its URL or its command line. Raises BenchError."""
     from memserve.bench.alternate import Arm
     from memserve.bench.client import base_url
-    from memserve.bench.servers import is_url, place, started
+    from memserve.bench.servers import is_url, place, server_cores, started
 
     if is_url(server):
         url = base_url(server)
@@ -248,25 +248,6 @@ def arm_of(name: str, server: str, options: dict[str, Any]) -> Arm:
     place(server, 1)
     cpus = server_cores(options["cores"])
     return Arm(name, server, lambda: started(server, cpus=cpus, timeout_s=options["start_timeout"]))
-
-
-def server_cores(count: int | None) -> list[int]:
-    """The cores of servers that are started: the first so many, or all. Raises BenchError."""
-    cores = sorted(os.sched_getaffinity(0))
-    if count is not None and count > len(cores):
-        raise BenchError(f"--cores {count}: there are {len(cores)}")
-    return cores[:count]
-
-
-@contextlib.contextmanager
-def cores_shared(count: int | None) -> Iterator[None]:
-    """Leave the servers' cores to them while the body runs, if there are others."""
-    cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cores - set(server_cores(count)) or cores)
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, cores)
 
 
 def finish(measure: Callable[[], Coroutine[Any, Any, int]]) -> int:

@@ -25,8 +25,8 @@ from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from memserve.bench.answer_stream import Answer
 from memserve.bench.arrivals import Ramp, ThinkTime, at_rate, from_trace, on_ramp
-from memserve.bench.client import Answer
 from memserve.bench.punctuality import LagMeter
 from memserve.bench.records import RequestRecord
 from memserve.bench.request_format import RequestFormat

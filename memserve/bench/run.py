@@ -98,11 +98,11 @@ async def run(
         checked = await check_server(client, wanted, workload, live=options.load.answers == "live")
         notes += checked.notes
         if options.warmup:
-            concurrency = min(options.warmup, _WARM_UP_CONCURRENCY)
-            warming = warm_up(workload, options.warmup)
-            await run_load(
-                warming, checked.format, LoadOptions(concurrency=concurrency), client.send, State()
-            )
+            warming, warmed = warm_up(workload, options.warmup), State()
+            load = LoadOptions(concurrency=min(options.warmup, _WARM_UP_CONCURRENCY))
+            await run_load(warming, checked.format, load, client.send, warmed)
+            if warmed.num_failed:
+                notes.append(f"{warmed.num_failed} of {warmed.num_finished} warm-up requests failed")
         if options.flush and not await client.flush_cache():
             notes.append("the server's cache could not be flushed: it may have KV of earlier runs")
         with _quiet_collector():

@@ -22,7 +22,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
 import aiohttp
@@ -143,3 +143,25 @@ def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
+
+
+# --- cores -------------------------------------------------------------------------------------------------
+
+
+def server_cores(count: int | None) -> list[int]:
+    """The cores of servers that are started: the first so many, or all. Raises BenchError."""
+    cores = sorted(os.sched_getaffinity(0))
+    if count is not None and count > len(cores):
+        raise BenchError(f"--cores {count}: there are {len(cores)}")
+    return cores[:count]
+
+
+@contextlib.contextmanager
+def cores_shared(count: int | None) -> Iterator[None]:
+    """Leave the servers' cores to them while the body runs, if there are others."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores - set(server_cores(count)) or cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)

@@ -10,7 +10,8 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 
 from benchmarks.fake_server import FakeServer, Mode, serving
-from memserve.bench.client import Answer, Client, base_url, error_message, one_line
+from memserve.bench.answer_stream import Answer, error_message, one_line
+from memserve.bench.client import Client, base_url
 from memserve.bench.records import ErrorKind, RequestRecord
 from memserve.bench.request_format import RequestFormat
 from memserve.bench.sse import MAX_EVENT_BYTES, EventParser, EventTooLong

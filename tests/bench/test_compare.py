@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
-from contextlib import nullcontext
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 
 import msgspec
@@ -108,6 +110,28 @@ async def test_what_was_measured_before_an_end_is_kept() -> None:
     with pytest.raises(BenchError):
         await alternate(arms, 3, fail, Interrupt(), again)
     assert len(again) == 1
+
+
+async def test_a_signal_while_a_server_starts() -> None:
+    interrupt, runs = Interrupt(), list[Measured]()
+
+    @asynccontextmanager
+    async def starting() -> AsyncIterator[str]:
+        if runs:
+            interrupt.pressed = True
+            task = asyncio.current_task()
+            assert task is not None
+            task.cancel()
+            await asyncio.sleep(60)
+        yield "http://x"
+
+    async def measure(arm: Arm, url: str, number: int) -> Report:
+        return make_report(1.0)
+
+    arms = [Arm(name, "command", starting) for name in "ab"]
+    await alternate(arms, 3, measure, interrupt, runs)
+    assert [run.arm for run in runs] == ["a"]
+    await asyncio.sleep(0)  # the task goes on
 
 
 def test_each_round_has_arrivals_of_its_own() -> None:

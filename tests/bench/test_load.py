@@ -10,8 +10,9 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 
 from benchmarks.fake_server import FakeServer, Mode, serving
+from memserve.bench.answer_stream import Answer
 from memserve.bench.arrivals import Ramp, ThinkTime
-from memserve.bench.client import Answer, Client
+from memserve.bench.client import Client
 from memserve.bench.load import LoadOptions, State, arrival_times, run_load
 from memserve.bench.punctuality import LagMeter, punctuality
 from memserve.bench.records import ErrorKind, RequestRecord
@@ -254,6 +255,14 @@ async def test_check_warm_up_flush_load(server: FakeServer) -> None:
     assert available_ratio(reuse, [], "live") is None
     assert report.summary.goodput == pytest.approx(report.summary.request_rate)
     assert report.target.model == "fake" and report.notes == [] and not report.interrupted
+
+
+async def test_a_warm_up_that_fails_is_told(server: FakeServer) -> None:
+    server.mode = lambda number: Mode.STATUS_500 if number == 1 else Mode.WELL
+    workload = text_workload(conversation("a", 2))
+    options = RunOptions(LoadOptions(concurrency=1), warmup=2)
+    report = await run(Target(url=server.url), workload, options, State())
+    assert report.notes == ["1 of 2 warm-up requests failed"] and report.summary.num_failed == 0
 
 
 def test_a_warm_up_shares_nothing() -> None:
