@@ -183,6 +183,7 @@ LOAD = ("random", "--sessions", "4", "--input-tokens", "8", "--output-tokens", "
 
 
 def test_compare_of_started_servers(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     out, picture = tmp_path / "c.json", tmp_path / "c.png"
     args = ["bench", "compare", f"{FAKE} --ttft-s 0.02", f"{FAKE} --ttft-s 0.2", *LOAD, "--json", str(out)]
     result = CliRunner().invoke(cli, [*args, "--plot", str(picture)])
@@ -210,6 +211,7 @@ def test_compare_with_a_server_that_does_not_start(tmp_path: Path) -> None:
 
 
 def test_settings_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
     monkeypatch.setattr(settings, "command", lambda setting, workers, options: FAKE)
     out, picture = tmp_path / "s.json", tmp_path / "s.png"
     args = ["bench", "settings", *LOAD, "--rounds", "1", "--warmup", "0", "--json", str(out)]
