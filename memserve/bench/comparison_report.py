@@ -116,6 +116,8 @@ def print_comparison(
         console.print(contrasts_table(contrasts))
         method = f"{COVERAGE:.0%} intervals from {NUM_RESAMPLES} resamples of rounds and of sessions in them"
         console.print(f"{done} of {num_rounds} rounds; {method}", highlight=False)
+        if done == 1:
+            console.print("[yellow]note:[/yellow] of one round, intervals know nothing of how rounds differ")
     else:
         console.print("no round is complete: there is nothing to compare")
     for line in _once(warnings, runs):

@@ -195,6 +195,7 @@ def test_compare_of_started_servers(tmp_path: Path) -> None:
     assert ratio.a >= 20 and ratio.b >= 200 and ratio.ratio > 1.5
     assert file["figures"]["B"]["TTFT mean"] == ratio.b
     assert "worse" in result.output and "2 of 2 rounds" in result.output
+    assert "of one round" not in result.output
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
@@ -217,6 +218,7 @@ def test_settings_one_after_the_other(tmp_path: Path, monkeypatch: pytest.Monkey
     args = ["bench", "settings", *LOAD, "--rounds", "1", "--warmup", "0", "--json", str(out)]
     result = CliRunner().invoke(cli, [*args, "--plot", str(picture)])
     assert result.exit_code == 0, result.output
+    assert "of one round" in result.output
     file = json.loads(out.read_text())
     assert [run["arm"] for run in file["runs"]] == [setting.name for setting in settings.SETTINGS]
     assert [(found["b"], found["a"]) for found in file["contrasts"]] == [
