@@ -255,7 +255,9 @@ class Simulation:
         job = task.job
         task.first_token_at, task.num_left = now, job.num_new_tokens - 1
         worker.backlog.remove(str(task.number), now)
-        self._keep(worker, job.ids, now)
+        # its blocks are counted once, among those that are kept
+        own_blocks = task.num_decode_blocks if task.decode is worker else task.num_prefill_blocks
+        self._keep(worker, job.ids, now, own_blocks)
         decode = task.decode
         if decode is None or task.num_left == 0:
             self._release(task)
@@ -344,10 +346,10 @@ class Simulation:
         source.link_free_at = target.link_free_at = end
         return end
 
-    def _keep(self, worker: ModelledWorker, ids: bytes, now: float) -> None:
+    def _keep(self, worker: ModelledWorker, ids: bytes, now: float, own_blocks: int = 0) -> None:
         """Blocks are in a worker's cache; the router is told of them, and of what went for them."""
         view, tree = worker.candidate.view, self._trees[self._side[worker.name]]
-        num_active = 0 if self.setup.is_ideal else view.reserved_blocks
+        num_active = 0 if self.setup.is_ideal else view.reserved_blocks - own_blocks
         first, placed, gone = worker.cache.put(ids, num_active, now)
         if self.setup.is_ideal:
             return

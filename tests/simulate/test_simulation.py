@@ -94,7 +94,7 @@ def test_a_lone_request_takes_what_the_model_says() -> None:
 def test_every_request_ends_and_gives_back_what_it_took(
     policy: str, fleet: tuple[int, int, int], cache_tokens: int
 ) -> None:
-    trace = conversations(40, 3, gap_s=0.05)
+    trace = conversations(40, 3, gap_s=0.02)
     simulation = Simulation(Setup(MODEL, *fleet, policy=policy, cache_tokens=cache_tokens), trace)
     outcomes = simulation.run()
     assert len(outcomes) == 120
@@ -140,6 +140,18 @@ def test_what_was_drawn_is_found_by_the_next_turn_if_it_was_pulled_back() -> Non
         # a turn comes the moment the one before is answered: time to pull back only what ended before
         hit_rates.append(sum(o.num_cached_tokens for o in outcomes))
     assert hit_rates[0] > hit_rates[1]
+
+
+def test_what_does_not_fit_beside_running_requests_is_not_believed() -> None:
+    ids = ids_of(*range(10))
+    simulation = Simulation(Setup(MODEL, 0, 0, 1, cache_tokens=160), Trace([], 16, 1))
+    (worker,) = simulation._workers.values()
+    tree = simulation._trees[0]
+    tree.hold(worker.name, 1, "", ids, 0.0)  # as at its dispatch
+    worker.candidate.view.reserved_blocks = 6
+    simulation._keep(worker, ids, 1.0)
+    assert worker.cache.match(ids, 1.0) == 4
+    assert tree.match("", ids, 1.0).live[worker.name].num_tokens == 64
 
 
 def test_a_run_is_repeatable() -> None:
