@@ -29,6 +29,7 @@ LoadFormat = Literal["auto", "dummy"]
 Transfer = Literal["request", "chunk", "layer"]
 # The paper's milestones PD-Basic, PD-Caching-1, -2 and -3.
 Caching = Literal["off", "prefill", "both", "full"]
+Eviction = Literal["lru", "lfu"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
@@ -37,11 +38,13 @@ class WorkerOptions(msgspec.Struct, frozen=True, kw_only=True):
     machine.
 
     `devices`: GPU indices; several may share one. `device_memory`: KV pool of one worker, as bytes ("2GiB")
-    or as a fraction of what is free ("0.5"). `threads`: CPU threads of one worker.
+    or as a fraction of what is free ("0.5"). `host_memory`: a second tier for what the pool has no room for;
+    None = there is none. `threads`: CPU threads of one worker.
     """
 
     devices: tuple[int, ...] | None = None
     device_memory: str | None = None
+    host_memory: str | None = None
     max_batch_tokens: int | None = None
     max_running: int = 64
     threads: int | None = None
@@ -51,7 +54,8 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """`memserve serve`, as asked for. Field names are the option names with underscores.
 
     `seed` makes a server repeatable: the seeds of requests that bring none follow from it (None: each is
-    drawn at random), and dummy weights (None: those of seed 0).
+    drawn at random), and dummy weights (None: those of seed 0). `reuse_history_tokens`: an answer that comes
+    back in a prompt is read as the ids that were generated, unless nothing is cached.
     """
 
     model: str | None = None
@@ -70,6 +74,9 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     max_model_len: int | None = None
     transfer: Transfer = "layer"
     caching: Caching = "full"
+    reuse_history_tokens: bool = True
+    eviction: Eviction = "lru"
+    cache_ttl_s: float | None = None
     seed: int | None = None
     worker: WorkerOptions = WorkerOptions()
     prefill_worker: WorkerOptions | None = None
@@ -91,7 +98,9 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     `num_blocks` is None on CUDA only (the worker profiles its GPU's memory and reports in `Ready`);
     `device` is "cpu" or "cuda:N". `max_batch_tokens` bounds one step; on a CPU `max_step_ms` does too, so
     that a cancel never waits long. `cpus`: the cores this worker is pinned to (empty = not pinned). `caches`:
-    the KV of finished requests is kept and reused.
+    the KV of finished requests is kept and reused, until it was not used for `cache_ttl_s` or room is needed.
+    `host_blocks`: size of the host tier at first, None = there is none; `max_host_blocks`: to which it can
+    grow.
     """
 
     instance: str
@@ -112,4 +121,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     threads: int
     cpus: tuple[int, ...] = ()
     caches: bool = True
+    eviction: Eviction = "lru"
+    cache_ttl_s: float | None = None
+    host_blocks: int | None = None
+    max_host_blocks: int = 0
     log_level: LogLevel = "info"

@@ -15,11 +15,13 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from memserve.config import Role, WorkerConfig
+from memserve.config import WorkerConfig
 from memserve.errors import MemserveError, Unavailable
-from memserve.messages import Heartbeat, Load, Output, Ready, ToRouter, ToWorker
+from memserve.messages import CacheCommand, CacheReport, Heartbeat, Load, Output, Ready, ToRouter, ToWorker
+from memserve.model_config import KVGeometry
+from memserve.router.cache_commands import CacheCommands
 from memserve.router.dispatcher import Dispatcher
 from memserve.router.engine_api import (
     Delta,
@@ -71,6 +73,7 @@ class ServingEngine:
         on_progress: Callable[[str, str, float], None] | None = None,
     ) -> None:
         self._dispatcher = dispatcher
+        self._plan = tuple(plan)
         self._roles = {config.instance: config.role for config in plan}
         self._clock = clock
         self._on_progress = on_progress
@@ -82,6 +85,7 @@ class ServingEngine:
         self._num_restarts: Counter[str] = Counter()
         self._was_ready = False
         self._draining = False
+        self._cache_commands = CacheCommands(self._send_to)
         self.all_lost = asyncio.Event()
 
     def connect(self, send: Callable[[str, ToWorker], object]) -> None:
@@ -104,6 +108,11 @@ class ServingEngine:
         """See `engine_api.Engine`."""
         if self._listeners.pop(request_id, None) is not None:
             self._feed(Abandon(request_id))
+
+    async def command_caches(self, commands: Mapping[str, CacheCommand]) -> Mapping[str, CacheReport | None]:
+        """See `engine_api.Engine`."""
+        alive = {name: command for name, command in commands.items() if name in self._alive}
+        return await self._cache_commands.ask(alive)
 
     def _unavailable(self) -> str | None:
         """Why no request can be taken, None if one can."""
@@ -134,7 +143,7 @@ class ServingEngine:
         """See `engine_api.Engine`."""
         dispatcher, counters = self._dispatcher, self._dispatcher.counters
         return EngineStatus(
-            instances=tuple(self._instance_status(name, role) for name, role in self._roles.items()),
+            instances=tuple(map(self._instance_status, self._plan)),
             num_waiting=dispatcher.num_waiting,
             num_running=len(dispatcher.requests) - dispatcher.num_waiting,
             pulls_total=counters.pulls,
@@ -153,20 +162,27 @@ class ServingEngine:
             pull_back_misses_total=counters.pull_back_misses,
             pulled_back_tokens_total=counters.pulled_back_tokens,
             pulled_back_bytes_total=counters.pulled_back_bytes,
+            evicted_blocks_total=counters.evicted_blocks,
+            swapped_out_blocks_total=counters.swapped_out_blocks,
+            swapped_in_blocks_total=counters.swapped_in_blocks,
         )
 
-    def _instance_status(self, instance: str, role: Role) -> InstanceStatus:
-        restarts = self._num_restarts[instance]
+    def _instance_status(self, config: WorkerConfig) -> InstanceStatus:
+        instance = config.instance
         view = self._dispatcher.fleet.views.get(instance)
-        if view is not None:
-            state = InstanceState.READY
-            return InstanceStatus(
-                instance, role, view.incarnation, state, view.load, view.num_blocks, restarts
-            )
         last = self._last_incarnation.get(instance)
-        if last is None:
-            return InstanceStatus(instance, role, 0, InstanceState.STARTING, Load())
-        return InstanceStatus(instance, role, last, InstanceState.DOWN, Load(), num_restarts=restarts)
+        state = InstanceState.STARTING if last is None else InstanceState.DOWN
+        return InstanceStatus(
+            instance=instance,
+            role=config.role,
+            incarnation=last or 0,
+            state=state if view is None else InstanceState.READY,
+            load=Load() if view is None else view.load,
+            num_blocks=0 if view is None else view.num_blocks,
+            num_restarts=self._num_restarts[instance],
+            block_bytes=KVGeometry.of(config.model, config.block_size, config.dtype).block_bytes,
+            max_host_blocks=config.max_host_blocks,
+        )
 
     # --- WorkerEvents ---
 
@@ -194,6 +210,10 @@ class ServingEngine:
 
     def on_worker_message(self, instance: str, incarnation: int, message: ToRouter) -> None:
         """A worker said something."""
+        if isinstance(message, CacheReport):
+            if self._alive.get(instance) == incarnation:
+                self._cache_commands.on_report(instance, message)
+            return
         self._feed(FromWorker(instance, incarnation, message))
         if isinstance(message, Heartbeat) and message.in_step_s > 5:
             logger.warning("%s has been in one step for %.1f s", instance, message.in_step_s)
@@ -202,6 +222,7 @@ class ServingEngine:
         """A worker is dead and waited for."""
         logger.warning("%s (incarnation %d) is down: %s", instance, incarnation, reason)
         self._alive.pop(instance, None)
+        self._cache_commands.on_down(instance)
         self._feed(WorkerDown(instance, incarnation, reason))
 
     def on_instance_lost(self, instance: str) -> None:
@@ -240,11 +261,14 @@ class ServingEngine:
                 case Emit(request_id=request_id, output=output):
                     self._tell(request_id, output)
                 case Send(instance=instance, incarnation=incarnation, message=message):
-                    assert self._send is not None
                     if self._alive.get(instance) == incarnation:
-                        self._send(instance, message)
+                        self._send_to(instance, message)
                 case Refuse(request_id=request_id, error=error):
                     self._end(request_id, error)
+
+    def _send_to(self, instance: str, message: ToWorker) -> None:
+        assert self._send is not None
+        self._send(instance, message)
 
     def _tell(self, request_id: str, output: Output) -> None:
         ended = output.finish_reason is not None
@@ -256,7 +280,7 @@ class ServingEngine:
                     output.logprobs,
                     output.prompt_logprobs,
                     output.finish_reason,
-                    output.num_cached_tokens,
+                    output.cached,
                 )
             )
 

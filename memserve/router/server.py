@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import closing, suppress
@@ -31,26 +32,31 @@ from aiohttp.http_exceptions import HttpProcessingError
 
 from memserve.errors import RequestError
 from memserve.router.active import ActiveRequests
+from memserve.router.cache_routes import CacheRoutes
 from memserve.router.choices import Choice, ChoiceUpdate
 from memserve.router.engine_api import Engine
 from memserve.router.event_stream import ClientGone, EventStream
 from memserve.router.fleet_view import worker_list
 from memserve.router.formats import (
+    CACHED_HEADER,
     DONE,
     ChatFormat,
     Collected,
     CompletionFormat,
     Format,
     UsageField,
+    cached_header,
+    cached_of,
     count_logprobs,
     event,
     usage_of,
 )
 from memserve.router.generation import Generation, make_choices
 from memserve.router.http_errors import (
+    DIVERGED_AT,
     METRICS,
     REQUEST_ID,
-    add_request_id,
+    add_headers,
     error_object,
     errors_middleware,
 )
@@ -60,6 +66,8 @@ from memserve.router.openai import CancelledObject, ModelList, ModelObject, to_j
 from memserve.router.schemas import SamplingBody, decode_chat, decode_completion
 from memserve.router.served_model import ServedModel
 from memserve.router.validation import Job, plan_chat, plan_completion, unknown_model
+
+logger = logging.getLogger(__name__)
 
 Body = TypeVar("Body", bound=SamplingBody)
 Value = TypeVar("Value")
@@ -76,11 +84,12 @@ def create_app(engine: Engine, model: ServedModel, limits: HttpLimits | None = N
     limits = limits or HttpLimits()
     app = web.Application(middlewares=[errors_middleware], client_max_size=limits.max_body_bytes)
     metrics = app[METRICS] = Metrics(engine)
-    app.on_response_prepare.append(add_request_id)
+    app.on_response_prepare.append(add_headers)
     server = _Server(engine, model, limits, metrics)
     app.router.add_post("/v1/completions", server.completions)
     app.router.add_post("/v1/chat/completions", server.chat_completions)
     app.router.add_post("/v1/requests/{id:.+}/cancel", server.cancel)
+    CacheRoutes(engine, model, limits, server.read_body).add_to(app)
     app.router.add_get("/v1/workers", server.list_workers)
     app.router.add_get("/v1/models", server.list_models)
     app.router.add_get("/v1/models/{id:.+}", server.show_model)
@@ -158,13 +167,14 @@ class _Server:
     ) -> web.StreamResponse:
         self._engine.check_room(1)  # before any work
         with self._active.admit((request[REQUEST_ID], form.id), self._most_bytes(request)) as active:
-            data = await self._read_body(request)
+            data = await self.read_body(request)
             active.num_bytes = len(data)
             job_id = f"{request[REQUEST_ID]}.{next(self._numbers)}"
             job = await plan(decode(data), job_id, self._model, self._limits)
+            self._note_readings(request, job)
             choices = await make_choices(job, self._model.tokenizer)
             timer = self._metrics.start_request()
-            with closing(Generation(self._engine, choices, timer)) as generation:
+            with closing(Generation(self._engine, choices, timer, self._model.history)) as generation:
                 active.start(generation)
                 response: web.StreamResponse
                 if job.stream:
@@ -172,8 +182,26 @@ class _Server:
                 else:
                     response = await self._whole(form, generation)
             if all(choice.finish_reason is not None for choice in choices):
-                self._metrics.on_finished(timer, usage_of(choices))
+                self._metrics.on_finished(timer, usage_of(choices), cached_of(choices))
             return response
+
+    def _note_readings(self, request: web.Request, job: Job) -> None:
+        """Tells what the history of tokens was to the prompts; the header is of the first that diverged."""
+        firsts = {choice.prompt_index: choice.prompt.reading for choice in job.choices}
+        for reading in firsts.values():
+            if reading is None:
+                continue
+            diverged_at = reading.diverged_at
+            self._metrics.on_prompt(reading.num_reused, diverged_at is not None)
+            if diverged_at is not None and DIVERGED_AT not in request:
+                request[DIVERGED_AT] = diverged_at
+            logger.debug(
+                "request %s: %d of %d prompt tokens are remembered ones; diverged at: %s",
+                request[REQUEST_ID],
+                reading.num_reused,
+                len(reading.token_ids),
+                diverged_at,
+            )
 
     def _most_bytes(self, request: web.Request) -> int:
         """What the body will take at most; the whole allowance where its length is not told."""
@@ -181,7 +209,8 @@ class _Server:
         told = request.content_length if hdrs.CONTENT_ENCODING not in request.headers else None
         return most if told is None else min(told, most)
 
-    async def _read_body(self, request: web.Request) -> bytes:
+    async def read_body(self, request: web.Request) -> bytes:
+        """A JSON body, within the limits. Raises RequestError."""
         # Other types a browser sends across sites without asking, so any web page could use a local server.
         if request.content_type != "application/json":
             raise RequestError("the content-type must be application/json", status=415)
@@ -203,7 +232,8 @@ class _Server:
         num_logprobs = sum(count_logprobs(choice.entries) for choice in collected)
         usage = usage_of(generation.choices)
         body = await _maybe_off_loop(num_logprobs, lambda done: form.whole(done, usage), collected)
-        return web.Response(body=body, content_type="application/json")
+        headers = {CACHED_HEADER: cached_header(generation.choices)}
+        return web.Response(body=body, content_type="application/json", headers=headers)
 
     async def _stream(
         self, request: web.Request, form: Format, job: Job, generation: Generation
@@ -219,6 +249,8 @@ class _Server:
         async with EventStream(request, self._limits) as stream:
             try:
                 while updates := await generation.next():
+                    if not stream.response.prepared:
+                        stream.response.headers[CACHED_HEADER] = cached_header(choices)
                     usage = _usage_so_far(job, choices)
                     if choices[0].plan.num_logprobs is None:
                         data = events_of(updates)

@@ -17,22 +17,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 
 from memserve.config import Role
 from memserve.errors import MemserveError
-from memserve.memfd import create_memfd
 from memserve.messages import (
     FinishReason,
     SamplingParams,
     decode_to_router,
     decode_to_worker,
     encode_frame,
-    generation_table_bytes,
 )
 from memserve.model_config import KVGeometry
 from memserve.pool.arena import Arena, ArenaFds
-from memserve.pool.index import Index
 from memserve.pool.mempool import MemPool
 from memserve.router.dispatcher import Dispatcher, DispatcherLimits
 from memserve.router.events import (
@@ -54,7 +50,10 @@ from tests.workers.conftest import (
     HashRunner,
     Rig,
     hash_tokens,
+    make_fds,
+    make_retention,
     make_worker_config,
+    poison,
 )
 
 FRAME_HEADER_BYTES = 8
@@ -118,7 +117,7 @@ class Life:
         parts += [part for ahead in pulls._ahead.values() for part in ahead.parts]
         parts += [part for claimed in pulls._claimed.values() for part in claimed]
         parts += [part for cancelled, _ in pulls._cancelled for part in cancelled]
-        return [part.pull for part in parts] + [running.pull for running in pull_backs._running]
+        return [part.pull for part in parts] + [running.incoming for running in pull_backs._running]
 
     @property
     def is_copying(self) -> bool:
@@ -143,6 +142,7 @@ class Cluster:
         self.abandoned: set[str] = set()
         self._worker_fields = worker
         self._fds: dict[str, ArenaFds] = {}
+        self._host_fds: dict[str, ArenaFds] = {}
         self._clock = Clock()
         self._incarnation = 0
         for instance in roles:
@@ -272,7 +272,7 @@ class Cluster:
     def close(self) -> None:
         for life in self.lives.values():
             self._close(life)
-        for fds in self._fds.values():
+        for fds in (*self._fds.values(), *self._host_fds.values()):
             for fd in fds:
                 os.close(fd)
 
@@ -307,30 +307,27 @@ class Cluster:
         geometry = KVGeometry.of(config.model, config.block_size, config.dtype)
         assert config.num_blocks is not None
         if instance not in self._fds:
-            self._fds[instance] = ArenaFds(
-                create_memfd("arena", config.num_blocks * geometry.block_bytes),
-                create_memfd("generations", generation_table_bytes(config.num_blocks)),
-            )
-        fds, gate, channel, grants = self._fds[instance], Gate(), FakeChannel(), FakeGrants()
+            self._fds[instance] = make_fds(config.num_blocks, geometry)
+            if config.host_blocks is not None:
+                self._host_fds[instance] = make_fds(config.max_host_blocks, geometry)
+        fds, host_fds = self._fds[instance], self._host_fds.get(instance)
+        gate, channel, grants = Gate(), FakeChannel(), FakeGrants()
         arena = Arena.map(geometry, config.num_blocks, fds)
-
-        def poison(block_ids) -> None:
-            arena.kv[torch.from_numpy(np.asarray(block_ids))] = torch.nan
 
         pool = MemPool(
             arena,
             instance,
             incarnation,
             lambda: None,
-            index=Index(config.block_size) if config.caches else None,
+            retention=make_retention(config, geometry, host_fds),
             clock=self._clock,
-            on_free=poison,
+            on_free=poison(arena),
             copy=gate.copy,
         )
         runner = HashRunner(pool.kv, config.block_size)
         runner.on_layer = pool.progress.advance
         worker = Worker(config, channel, grants, pool, runner, self._clock)
-        rig = Rig(config, worker, channel, grants, pool, runner, self._clock, fds)
+        rig = Rig(config, worker, channel, grants, pool, runner, self._clock, fds, host_fds)
         return Life(instance, config.role, incarnation, rig, gate)
 
     @staticmethod
