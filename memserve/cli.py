@@ -27,6 +27,7 @@ from memserve.config import (
     Eviction,
     LoadFormat,
     LogLevel,
+    PolicyName,
     ServeConfig,
     Transfer,
     WorkerOptions,
@@ -203,6 +204,12 @@ COUNT = click.IntRange(1, 64)
     "How long KV that nobody uses is kept [default: until there is no room].",
     type=float,
     callback=_seconds,
+)
+@_option(
+    "--policy",
+    "How workers are chosen for a request: by the predicted time to its first token, given who has cached "
+    "what (prompt-tree), by its session, or without a look at caches.",
+    type=click.Choice(get_args(PolicyName)),
 )
 @_option(
     "--seed",

@@ -30,6 +30,7 @@ Transfer = Literal["request", "chunk", "layer"]
 # The paper's milestones PD-Basic, PD-Caching-1, -2 and -3.
 Caching = Literal["off", "prefill", "both", "full"]
 Eviction = Literal["lru", "lfu"]
+PolicyName = Literal["random", "round-robin", "least-load", "session", "prompt-tree"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
@@ -77,6 +78,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     reuse_history_tokens: bool = True
     eviction: Eviction = "lru"
     cache_ttl_s: float | None = None
+    policy: PolicyName = "prompt-tree"
     seed: int | None = None
     worker: WorkerOptions = WorkerOptions()
     prefill_worker: WorkerOptions | None = None

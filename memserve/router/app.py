@@ -38,6 +38,7 @@ from memserve.router.connections import bounded, max_connections
 from memserve.router.dispatcher import Dispatcher, DispatcherLimits
 from memserve.router.display import Display, log_through, print_plain
 from memserve.router.engine import TICK_S, ServingEngine
+from memserve.router.global_scheduler import GlobalScheduler
 from memserve.router.limits import HttpLimits
 from memserve.router.log_relay import LogRelay
 from memserve.router.machine import read_machine
@@ -138,7 +139,8 @@ async def serve(run: Run, sock: socket.socket, console: Console) -> int:
         request_timeout_s=config.request_timeout_s,
     )
     display = Display(config, run.plan, run.model.name, console)
-    engine = ServingEngine(Dispatcher(limits=limits), run.plan, on_progress=display.on_progress)
+    scheduler = GlobalScheduler(config.policy, seed=config.seed or 0)
+    engine = ServingEngine(Dispatcher(limits, scheduler), run.plan, on_progress=display.on_progress)
     relay = LogRelay(partial(print_plain, console)) if console.is_terminal else None
     supervisor = Supervisor(run.plan, config, engine, stderr=None if relay is None else relay.write_fd)
     engine.connect(supervisor.send)

@@ -67,6 +67,7 @@ from memserve.router.global_scheduler import GlobalScheduler
 from memserve.router.kept_kv import SentPullBack, pull_back, what_is_left
 from memserve.router.policies.decision import Decision
 from memserve.router.policy import Placement, WorkerView, blocks_for, choose_decode
+from memserve.router.request_log import Happening, RequestLog
 from memserve.router.request_state import DepartureRate, Origin, Phase, RequestState, StoredBlocks
 
 logger = logging.getLogger(__name__)
@@ -123,6 +124,7 @@ class Dispatcher:
     fleet: Fleet = field(default_factory=Fleet)
     requests: dict[str, RequestState] = field(default_factory=dict)
     counters: DispatcherCounters = field(default_factory=DispatcherCounters)
+    log: RequestLog = field(default_factory=RequestLog)
     _pull_backs: dict[str, SentPullBack] = field(default_factory=dict)
     _queue: deque[str] = field(default_factory=deque)
     _actions: list[Action] = field(default_factory=list)
@@ -183,6 +185,7 @@ class Dispatcher:
             policy=event.policy,
         )
         self._queue.append(event.request_id)
+        self.log.submitted(event.request_id, len(event.token_ids), now)
 
     def _place_queued(self, now: float) -> None:
         """Give workers to waiting requests in order, until one must wait."""
@@ -201,6 +204,7 @@ class Dispatcher:
 
     def _start(self, request: RequestState, decision: Decision, now: float) -> None:
         request.decision = decision
+        self.log.placed(request.request_id, decision, now)
         self._seat(request, decision.placement)
         pulled = self.scheduler.offer_of(request, decision.prefill, now)
         self.scheduler.started(request, decision, now)
@@ -290,7 +294,7 @@ class Dispatcher:
             case Stored():
                 self._on_stored(event, message, now)
             case Pulled():
-                self._on_pulled(event, message)
+                self._on_pulled(event, message, now)
             case PulledBack():
                 self._on_pulled_back(event, message, now)
             case Removed():
@@ -367,7 +371,7 @@ class Dispatcher:
             )
         self._send_decode(request)
 
-    def _on_pulled(self, event: FromWorker, pulled: Pulled) -> None:
+    def _on_pulled(self, event: FromWorker, pulled: Pulled, now: float) -> None:
         request = self._asked(pulled.request_id, pulled.attempt)
         if request is None or not (_sits(request.prefill, event) or _sits(request.decode, event)):
             self.counters.stale += 1
@@ -388,6 +392,8 @@ class Dispatcher:
             )
         if request.phase is Phase.HANDOFF and _sits(request.decode, event):
             request.phase = Phase.DECODING
+            detail = f"{pulled.num_tokens} tokens of KV at {event.instance}, {num_pulled} of them pulled"
+            self.log.note(request.request_id, now, Happening.HANDED_OFF, detail)
             self._release_offer(request)
         elif request.salvage is not None:
             request.salvage = None
@@ -440,6 +446,8 @@ class Dispatcher:
 
     def _deliver(self, request: RequestState, output: Output, now: float) -> bool:
         """Pass tokens on to the client; True if they were the last."""
+        if len(request.tokens) == request.num_prompt_tokens:
+            self.log.first_token(request.request_id, output.cached, now)
         request.tokens.extend(output.token_ids)
         request.num_deaths_in_vain = 0
         if output.prompt_logprobs is not None:  # a replay must not ask for them again
@@ -448,6 +456,7 @@ class Dispatcher:
         if output.finish_reason is None:
             return False
         self.counters.finished += 1
+        self.log.note(request.request_id, now, Happening.FINISHED, output.finish_reason.value)
         self._departures.note(now)
         self._forget(request, now)
         return True
@@ -459,6 +468,7 @@ class Dispatcher:
         if request is None:
             return
         self.counters.abandoned += 1
+        self.log.note(request.request_id, now, Happening.ABANDONED)
         self._cancel_on_worker(request)
         if request.phase is not Phase.QUEUED:
             self._departures.note(now)
@@ -473,6 +483,7 @@ class Dispatcher:
 
     def _refuse(self, request: RequestState, error: MemserveError, now: float) -> None:
         self.counters.refused += 1
+        self.log.note(request.request_id, now, Happening.REFUSED, str(error))
         self._cancel_on_worker(request)
         self._actions.append(Refuse(request.request_id, error))
         self._forget(request, now)
@@ -548,6 +559,7 @@ class Dispatcher:
             self._drop_reservation(request)
         request.salvage = what_is_left(request, dead)
         self.counters.replayed += 1
+        self.log.note(request.request_id, now, Happening.REPLAYED, f"{dead.instance} died")
         logger.warning("%s: replayed from token %d", request.request_id, len(request.tokens))
         request.attempt += 1
         self._stop_decoding(request)

@@ -44,6 +44,7 @@ from memserve.router.events import (
     WorkerDown,
     WorkerUp,
 )
+from memserve.router.request_log import RequestRecord
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +103,16 @@ class ServingEngine:
         request_id = request.request_id
         assert request_id not in self._listeners, request_id
         self._listeners[request_id] = listener
-        self._feed(Submit(request_id, request.token_ids, request.sampling, request.cache_salt))
+        self._feed(
+            Submit(
+                request_id,
+                request.token_ids,
+                request.sampling,
+                request.cache_salt,
+                request.session,
+                request.policy,
+            )
+        )
 
     def cancel(self, request_id: str) -> None:
         """See `engine_api.Engine`."""
@@ -129,6 +139,14 @@ class ServingEngine:
         if (refusal := self._dispatcher.refusal(num_sequences)) is not None:
             self._dispatcher.counters.refused += num_sequences
             raise refusal
+
+    def explain(self, request_id: str) -> RequestRecord | None:
+        """See `engine_api.Engine`."""
+        return self._dispatcher.log.get(request_id)
+
+    def explain_all(self, prefix: str) -> Sequence[RequestRecord]:
+        """See `engine_api.Engine`."""
+        return self._dispatcher.log.of_prefix(prefix)
 
     def ready(self) -> bool:
         """See `engine_api.Engine`. True when each role that was asked for has a live worker.

@@ -28,6 +28,7 @@ from memserve.router.engine_api import (
     Listener,
 )
 from memserve.router.limits import HttpLimits
+from memserve.router.request_log import RequestLog, RequestRecord
 from memserve.router.served_model import ServedModel
 from memserve.router.server import create_app
 from memserve.router.tokenizer import Tokenizer
@@ -55,6 +56,7 @@ class FakeEngine:
     active: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     num_closed_early: int = 0
     room: int = 512
+    log: RequestLog = field(default_factory=RequestLog)
     commands: list[tuple[str, CacheCommand]] = field(default_factory=list)
     reports: dict[str, CacheReport | None] = field(default_factory=dict)
 
@@ -96,6 +98,12 @@ class FakeEngine:
     async def command_caches(self, commands: Mapping[str, CacheCommand]) -> Mapping[str, CacheReport | None]:
         self.commands += commands.items()
         return {instance: self.reports.get(instance) for instance in commands}
+
+    def explain(self, request_id: str) -> RequestRecord | None:
+        return self.log.get(request_id)
+
+    def explain_all(self, prefix: str) -> Sequence[RequestRecord]:
+        return self.log.of_prefix(prefix)
 
     def ready(self) -> bool:
         return self.is_ready

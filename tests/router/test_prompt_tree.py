@@ -339,7 +339,7 @@ def test_random_inserts_stay_within_the_bound(block_size: int) -> None:
 
 def test_many_random_inserts_stay_within_the_bound() -> None:
     """TREE_INSERTS=1000000 is the long form: some minutes."""
-    _insert_at_random(16, num_inserts=int(os.environ.get("TREE_INSERTS", "40000")), max_blocks=20_000)
+    _insert_at_random(16, num_inserts=int(os.environ.get("TREE_INSERTS", "10000")), max_blocks=20_000)
 
 
 def _insert_at_random(block_size: int, num_inserts: int, max_blocks: int) -> None:

@@ -42,6 +42,7 @@ from memserve.router.events import (
     WorkerDown,
     WorkerUp,
 )
+from memserve.router.global_scheduler import GlobalScheduler
 from memserve.workers.worker import Worker
 from tests.workers.conftest import (
     Clock,
@@ -131,9 +132,11 @@ class Life:
 class Cluster:
     """See the module. `roles` names the instances; `worker` are fields of every WorkerConfig."""
 
-    def __init__(self, roles: dict[str, Role], *, limits: DispatcherLimits, **worker) -> None:
+    def __init__(
+        self, roles: dict[str, Role], *, limits: DispatcherLimits, policy: str = "least-load", **worker
+    ) -> None:
         self.roles = roles
-        self.dispatcher = Dispatcher(limits)
+        self.dispatcher = Dispatcher(limits, GlobalScheduler(policy))
         self.lives: dict[str, Life] = {}
         self.prompts: dict[str, list[int]] = {}
         self.expected: dict[str, list[int]] = {}
@@ -201,6 +204,7 @@ class Cluster:
                 config.num_blocks,
                 config.block_size,
                 config.max_running,
+                caches=config.caches,
             )
         )
         return life

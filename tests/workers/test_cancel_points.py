@@ -368,9 +368,18 @@ class ClusterMachine(RuleBasedStateMachine):
         pool_tokens=st.sampled_from([144, 320]),
         host_tokens=st.sampled_from([None, 0, 48, 640]),
         max_batch_tokens=st.sampled_from([24, 128]),
+        policy=st.sampled_from(["least-load", "prompt-tree", "prompt-tree"]),
     )
     def start(
-        self, transfer, num_prefill, num_decode, block_size, pool_tokens, host_tokens, max_batch_tokens
+        self,
+        transfer,
+        num_prefill,
+        num_decode,
+        block_size,
+        pool_tokens,
+        host_tokens,
+        max_batch_tokens,
+        policy,
     ) -> None:
         roles = {f"prefill-{i}": Role.PREFILL for i in range(num_prefill)}
         role = Role.DECODE if num_prefill else Role.COLOCATED
@@ -378,6 +387,7 @@ class ClusterMachine(RuleBasedStateMachine):
         self.cluster = Cluster(
             roles,
             limits=make_limits(transfer, True),
+            policy=policy,
             block_size=block_size,
             num_blocks=pool_tokens // block_size,
             max_batch_tokens=max_batch_tokens,
