@@ -10,6 +10,7 @@ waited for; the next asks are expected before they are sent, so that neither end
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from dataclasses import dataclass
 
@@ -18,8 +19,9 @@ import torch
 from numpy.typing import NDArray
 from torch.distributed import Work
 
+from memserve.messages import Accept, Connect
 from memserve.pool.allocator import BlockIds
-from memserve.pool.transports.gloo_pair import Device, GlooPair, PairError, join
+from memserve.pool.transports.gloo_pair import SOURCE, GlooPair, Letterbox, PairError
 from memserve.pool.transports.gloo_wire import (
     ASK_TAG,
     CHUNKS_UNDER_WAY,
@@ -27,11 +29,10 @@ from memserve.pool.transports.gloo_wire import (
     PROOF_TAG,
     Ask,
     Bytes,
-    Connect,
-    Options,
     Proof,
     Staging,
 )
+from memserve.pool.transports.links import LinkMeans
 
 logger = logging.getLogger(__name__)
 
@@ -56,15 +57,16 @@ class Sender:
         request: Connect,
         blocks: Bytes,
         generations: NDArray[np.uint64],
-        device: Device,
-        options: Options,
+        means: LinkMeans,
     ) -> None:
         self.request = request
         self._blocks = blocks
         self._generations = generations
-        self._device = device
-        self._options = options
+        self._means = means
+        self._options = means.options
         self._ending = threading.Event()
+        self._box = Letterbox(self._accept, means.options.connect_s)
+        self._box.deliver(request.address)
         self._pair: GlooPair | None = None
         self._staging = Staging(blocks)
         self._asks = [Ask() for _ in range(CHUNKS_UNDER_WAY)]
@@ -80,12 +82,12 @@ class Sender:
         return not self._thread.is_alive()
 
     def end(self, reason: str) -> None:
-        """Stop sending, at once; takes a millisecond. While joining it ends when that does."""
+        """Stop sending, at once; never waits. While joining it ends when that does."""
         logger.debug("%s: the link to %s ends: %s", self.request.source, self.request.receiver, reason)
         self._ending.set()
         pair = self._pair
         if pair is not None:
-            pair.interrupt()
+            self._means.interrupt(pair)
 
     def join(self) -> None:
         """Wait until the thread has ended."""
@@ -93,8 +95,10 @@ class Sender:
 
     def _run(self) -> None:
         request = self.request
+        os.sched_setaffinity(0, self._means.cpus)
         try:
-            pair = join(request.host, request.port, self._device, self._options.connect_s)
+            timeout_s = self._options.connect_s
+            pair = GlooPair(self._box, SOURCE, self._means.device(), request.token, timeout_s)
         except PairError as error:
             logger.warning("%s: cannot join %s: %s", request.source, request.receiver, str(error))
             return
@@ -112,6 +116,18 @@ class Sender:
             self._pair = None
             self._expected.clear()
             pair.close()
+
+    def _accept(self, address: bytes) -> None:
+        request = self.request
+        answer = Accept(
+            receiver=request.receiver,
+            receiver_incarnation=request.receiver_incarnation,
+            source=request.source,
+            source_incarnation=request.source_incarnation,
+            attempt=request.attempt,
+            address=address,
+        )
+        self._means.send_control(request.receiver, answer)
 
     def _send_stream(self, pair: GlooPair) -> None:
         """Wait for the asks of one pull, send what they ask for."""

@@ -1,6 +1,4 @@
-"""What the two ends of a gloo link say to each other: who meets where, and the tensors of a chunk.
-
-    receiver ── Connect ──► router ──► source       and, where the source will not,   Refuse  back
+"""What the two ends of a gloo link say to each other: the tensors of a chunk.
 
     receiver ── ask ──────► source      which blocks, in which order, in which pieces
              ◄── data ──────            each piece [num_blocks, block_bytes]
@@ -18,14 +16,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from memserve.pool.allocator import BlockIds
+from memserve.pool.transports.gloo_pair import FIRST_TAG
+from memserve.pool.transports.pull import num_same
 
-ASK_TAG, DATA_TAG, PROOF_TAG = 1, 2, 3
+ASK_TAG, DATA_TAG, PROOF_TAG = range(FIRST_TAG, FIRST_TAG + 3)
 CHUNKS_UNDER_WAY = 2
 MAX_CHUNK_BLOCKS = 1024
 MAX_PIECES = 64
@@ -36,37 +35,6 @@ _ENDS = _BLOCKS + MAX_CHUNK_BLOCKS  # of its pieces, as positions
 _BEFORE, _AFTER = 0, 1  # rows of a proof
 
 Bytes = NDArray[np.uint8]
-
-
-class Connect(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Receiver → source: join me at `host:port`, to send me what I ask for.
-
-    One pair is formed for each `attempt`; of two, the later counts. `block_bytes` and `fingerprint` are the
-    receiver's.
-    """
-
-    receiver: str
-    receiver_incarnation: int
-    source: str
-    source_incarnation: int
-    attempt: int
-    host: str
-    port: int
-    block_bytes: int
-    fingerprint: str
-
-
-class Refuse(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Source → receiver: no pair will be formed for this attempt."""
-
-    receiver: str
-    receiver_incarnation: int
-    source: str
-    attempt: int
-    reason: str
-
-
-Control = Connect | Refuse
 
 
 def _nothing(blocks: BlockIds) -> None:
@@ -153,12 +121,9 @@ class Proof:
 
     def num_verified(self, expected: NDArray[np.uint64]) -> tuple[int, bool]:
         """How many blocks, from the first on, are what was asked for; was the next one gone before?"""
-        found = self._words[:, : len(expected)]
-        changed = (found != expected).any(axis=0)
-        if not changed.any():
-            return len(expected), False
-        first = int(changed.argmax())
-        return first, bool(found[_BEFORE, first] != expected[first])
+        num_before = num_same(self._words[_BEFORE, : len(expected)], expected)
+        num_after = num_same(self._words[_AFTER, : len(expected)], expected)
+        return min(num_before, num_after), num_before <= num_after and num_before < len(expected)
 
 
 def runs(ids: BlockIds) -> Iterator[tuple[int, int]]:
