@@ -27,6 +27,9 @@ DeviceKind = Literal["auto", "cpu", "cuda"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "dummy"]
 Transfer = Literal["request", "chunk", "layer"]
+# How KV gets from one pool to another: out of its mapped memory, or sent by its owner over gloo.
+Transport = Literal["shm", "torch_distributed"]
+TransportChoice = Literal["auto", "shm", "torch_distributed"]
 # The paper's milestones PD-Basic, PD-Caching-1, -2 and -3.
 Caching = Literal["off", "prefill", "both", "full"]
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -69,6 +72,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     block_size: int = 16
     max_model_len: int | None = None
     transfer: Transfer = "layer"
+    transport: TransportChoice = "auto"
     caching: Caching = "full"
     seed: int | None = None
     worker: WorkerOptions = WorkerOptions()
@@ -91,7 +95,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     `num_blocks` is None on CUDA only (the worker profiles its GPU's memory and reports in `Ready`);
     `device` is "cpu" or "cuda:N". `max_batch_tokens` bounds one step; on a CPU `max_step_ms` does too, so
     that a cancel never waits long. `cpus`: the cores this worker is pinned to (empty = not pinned). `caches`:
-    the KV of finished requests is kept and reused.
+    the KV of finished requests is kept and reused. `transports`: how its KV can get to others, and theirs
+    here, the better first; two workers use the first that both have.
     """
 
     instance: str
@@ -112,4 +117,5 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     threads: int
     cpus: tuple[int, ...] = ()
     caches: bool = True
+    transports: tuple[Transport, ...] = ("shm",)
     log_level: LogLevel = "info"

@@ -16,10 +16,11 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from memserve.config import Role, WorkerConfig
 from memserve.errors import MemserveError, Unavailable
-from memserve.messages import Heartbeat, Load, Output, Ready, ToRouter, ToWorker
+from memserve.messages import Heartbeat, Link, Load, Output, Ready, ToRouter, ToWorker
 from memserve.router.dispatcher import Dispatcher
 from memserve.router.engine_api import (
     Delta,
@@ -42,6 +43,8 @@ from memserve.router.events import (
     WorkerDown,
     WorkerUp,
 )
+from memserve.router.links import relay
+from memserve.router.transports import peers_of
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +75,7 @@ class ServingEngine:
     ) -> None:
         self._dispatcher = dispatcher
         self._roles = {config.instance: config.role for config in plan}
+        self._ways = {config.instance: tuple(peers_of(config, plan).items()) for config in plan}
         self._clock = clock
         self._on_progress = on_progress
         self._send: Callable[[str, ToWorker], object] | None = None
@@ -133,8 +137,9 @@ class ServingEngine:
     def status(self) -> EngineStatus:
         """See `engine_api.Engine`."""
         dispatcher, counters = self._dispatcher, self._dispatcher.counters
+        instances = (self._instance_status(name, role) for name, role in self._roles.items())
         return EngineStatus(
-            instances=tuple(self._instance_status(name, role) for name, role in self._roles.items()),
+            instances=tuple(replace(status, pulls_from=self._ways[status.instance]) for status in instances),
             num_waiting=dispatcher.num_waiting,
             num_running=len(dispatcher.requests) - dispatcher.num_waiting,
             pulls_total=counters.pulls,
@@ -193,8 +198,13 @@ class ServingEngine:
         )
 
     def on_worker_message(self, instance: str, incarnation: int, message: ToRouter) -> None:
-        """A worker said something."""
-        self._feed(FromWorker(instance, incarnation, message))
+        """A worker said something: to the router, or to another worker by way of it."""
+        event = FromWorker(instance, incarnation, message)
+        if isinstance(message, Link):
+            if (send := relay(event, message, self._alive)) is not None:
+                self._carry_out([send])
+            return
+        self._feed(event)
         if isinstance(message, Heartbeat) and message.in_step_s > 5:
             logger.warning("%s has been in one step for %.1f s", instance, message.in_step_s)
 

@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from memserve.config import Role
+from memserve.config import Role, Transport
 from memserve.errors import MemserveError
 from memserve.messages import FinishReason, Load, SamplingParams, TokenLogprobs
 
@@ -75,6 +75,7 @@ class InstanceStatus:
 
     `incarnation` counts its lives from 0; of one that is down it is the last. `load` is the last reported.
     `num_blocks`: size of its KV pool, 0 unless it is ready. `num_restarts`: how often it came up again.
+    `pulls_from`: the instances whose KV can get here, and by which transport.
     """
 
     instance: str
@@ -84,6 +85,7 @@ class InstanceStatus:
     load: Load
     num_blocks: int = 0
     num_restarts: int = 0
+    pulls_from: tuple[tuple[str, Transport], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

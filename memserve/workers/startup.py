@@ -14,6 +14,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,9 @@ from memserve.models.weights import Weights, load_weights_to_device, map_weights
 from memserve.pool.arena import Arena, ArenaFds
 from memserve.pool.index import Index
 from memserve.pool.mempool import MemPool
+from memserve.pool.transports.by_peer import PeerTransfer
+from memserve.pool.transports.shm import ShmTransfer
+from memserve.pool.transports.torch_distributed import TorchPool
 from memserve.step_memory import cuda_pool_blocks, cuda_step_bytes
 from memserve.torch_dtypes import TORCH_DTYPES
 from memserve.workers.budget import StepBudget
@@ -79,7 +83,9 @@ def start(init: Init, channel: SocketChannel, grants: GrantSocket) -> tuple[Work
     doorbell.watch(channel.fileno())
     doorbell.watch(grants.fileno())
     index = Index(config.block_size) if config.caches else None
-    pool = MemPool(arena, config.instance, init.incarnation, doorbell.ring, index=index)
+    stamp = fingerprint(config.model, geometry, digest)
+    transfer = _transfer(init, arena, geometry, stamp, doorbell.ring)
+    pool = MemPool(arena, config.instance, init.incarnation, doorbell.ring, index=index, transfer=transfer)
     transformer = Transformer(config.model, weights, config.max_model_len, device, dtype)
     runner = ModelRunner(transformer, pool.kv, config.block_size, pool.progress.advance)
     worker = Worker(config, channel, grants, pool, runner)
@@ -97,7 +103,7 @@ def start(init: Init, channel: SocketChannel, grants: GrantSocket) -> tuple[Work
             num_blocks=arena.num_blocks,
             block_size=config.block_size,
             max_model_len=config.max_model_len,
-            fingerprint=fingerprint(config.model, geometry, digest),
+            fingerprint=stamp,
             device=config.device,
             dtype=config.dtype,
             load_s=time.monotonic() - began_at,
@@ -241,6 +247,27 @@ def _arena(config: WorkerConfig, geometry: KVGeometry, granted: Grants, device: 
             f"but the config says {config.num_blocks} of {geometry.block_bytes}"
         )
     return Arena.map(geometry, grant.num_blocks, fds)
+
+
+def _transfer(
+    init: Init, arena: Arena, geometry: KVGeometry, stamp: str, wake: Callable[[], None]
+) -> PeerTransfer | None:
+    """What reaches the peers; None where the host cannot address the arena. Before cores are shared out."""
+    if arena.blocks is None:
+        return None
+    shm, torch_pool = None, None
+    if "shm" in init.config.transports:
+        shm = ShmTransfer(arena.blocks, wake, num_layers=geometry.num_layers)
+    if "torch_distributed" in init.config.transports:
+        torch_pool = TorchPool(
+            init.config.instance,
+            init.incarnation,
+            geometry.description,
+            stamp,
+            arena.blocks,
+            arena.generations,
+        )
+    return PeerTransfer(wake, shm, torch_pool)
 
 
 def _blocks_that_fit(config: WorkerConfig, geometry: KVGeometry, device: torch.device) -> int:

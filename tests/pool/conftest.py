@@ -20,7 +20,8 @@ from memserve.model_config import KVGeometry
 from memserve.pool.arena import Arena, ArenaFds
 from memserve.pool.mempool import MemPool
 from memserve.pool.transports.base import Pull, PullResult
-from memserve.pool.transports.shm import Copy, copy_bytes
+from memserve.pool.transports.by_peer import PeerTransfer
+from memserve.pool.transports.shm import Copy, ShmTransfer, copy_bytes
 
 POISON = 0x5A
 
@@ -98,7 +99,9 @@ def make_pool() -> Iterator[MakePool]:
             assert arena.blocks is not None
             arena.blocks[ids] = POISON
 
-        pool = MemPool(arena, instance, 1, woken.release, on_free=poison, copy=copy)
+        shm = ShmTransfer(arena.blocks, woken.release, num_layers=geometry.num_layers, copy=copy)
+        transfer = PeerTransfer(woken.release, shm)
+        pool = MemPool(arena, instance, 1, woken.release, on_free=poison, transfer=transfer)
         made.append(PoolUnderTest(pool, arena, fds, instance, woken))
         return made[-1]
 

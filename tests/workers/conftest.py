@@ -45,6 +45,8 @@ from memserve.models.checkpoint import tensor_shapes
 from memserve.pool.arena import Arena, ArenaFds
 from memserve.pool.index import Index
 from memserve.pool.mempool import MemPool
+from memserve.pool.transports.by_peer import PeerTransfer
+from memserve.pool.transports.shm import ShmTransfer
 from memserve.workers.channel import MessageTooLong, ReceivedGrant
 from memserve.workers.steps import Chunk, Drawn
 from memserve.workers.worker import Worker
@@ -264,11 +266,21 @@ class Rigs:
         def poison(block_ids) -> None:
             arena.kv[torch.from_numpy(np.asarray(block_ids))] = torch.nan
 
-        options = {} if copy is None else {"copy": copy}
+        transfer = None
+        if copy is not None:
+            shm = ShmTransfer(arena.blocks, lambda: None, num_layers=geometry.num_layers, copy=copy)
+            transfer = PeerTransfer(lambda: None, shm)
         channel, grants, clock = FakeChannel(), FakeGrants(), Clock()
         index = Index(config.block_size) if config.caches else None
         pool = MemPool(
-            arena, config.instance, 0, lambda: None, index=index, clock=clock, on_free=poison, **options
+            arena,
+            config.instance,
+            0,
+            lambda: None,
+            index=index,
+            clock=clock,
+            on_free=poison,
+            transfer=transfer,
         )
         runner = runner_of(pool.kv, config.block_size)
         if isinstance(runner, HashRunner):

@@ -105,7 +105,7 @@ class Letterbox(Store):
         """An address."""
         return self._own[key] if key in self._own else self.await_theirs()
 
-    def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:  # type: ignore[override]
+    def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
         """Until the addresses are here."""
         for key in keys:
             self.get(key)

@@ -34,7 +34,6 @@ from memserve.pool.transports.gloo_wire import (
     PROOF_TAG,
     Ask,
     Bytes,
-    Options,
     Proof,
     Staging,
     cut,
@@ -168,8 +167,9 @@ class Receiver:
 
     def _serve(self, pull: QueuedPull) -> None:
         """Run one pull to its end."""
-        if self._ending is not None:
-            pull.end(0, 0, self._ending)
+        self._options.on_pull()
+        if self._ending is not None or pull.is_cancelled:
+            pull.end(0, 0, self._ending or "cancelled")
             return
         progress = _Progress()
         for is_retry in (False, True):

@@ -170,5 +170,6 @@ class Sender:
         """Wait until a chunk has left, then say what its generations are now."""
         for work in sent.works:
             pair.wait(work, self._options.stall_s)
+        self._options.on_sent(sent.ids)
         sent.proof.set_after(self._generations[sent.ids])
         pair.wait(pair.send(sent.proof.tensor, PROOF_TAG), self._options.stall_s)

@@ -47,9 +47,10 @@ class Options:
 
     `connect_s` to form a pair; `stall_s` for one chunk, then the link is given up; `chunk_bytes` at most in
     one message (and in each of the two staging buffers of a link), but at least a block; `max_queued` pulls
-    that wait for one source; `max_senders` receivers that may be connected. `on_chunk` is told the blocks
-    of a chunk at the source between the first look at their generations and the copy; tests inject faults
-    here.
+    that wait for one source; `max_senders` receivers that may be connected. Tests inject faults into the
+    links' threads: `on_pull` is called when a pull begins, before there is a connection; `on_chunk` and
+    `on_sent` at the source, with the blocks of a chunk, between the first look at their generations and the
+    copy, and between the copy and the second look.
     """
 
     connect_s: float = 5.0
@@ -57,7 +58,9 @@ class Options:
     chunk_bytes: int = 8 << 20
     max_queued: int = 1024
     max_senders: int = 64
+    on_pull: Callable[[], None] = lambda: None
     on_chunk: Callable[[BlockIds], None] = _nothing
+    on_sent: Callable[[BlockIds], None] = _nothing
 
     def chunk_blocks(self, block_bytes: int) -> int:
         """Blocks of a full chunk. Both ends may differ: the source takes what is asked for."""

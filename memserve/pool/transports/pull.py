@@ -3,7 +3,7 @@
 queued ─ start ─► started ─ end ─► result        `cancel` ends a queued one at once; a started one is ended
    └─────────── cancel ──────────► result        by the thread, once it has seen `is_cancelled`
 
-What a pull brought counts up to the first block whose generation is not the one that was asked for: `num_same`.
+What a pull brought counts up to the first block whose generation is not that asked for: `num_same`.
 """
 
 from __future__ import annotations
