@@ -43,7 +43,7 @@ from memserve.router.events import (
     WorkerDown,
     WorkerUp,
 )
-from memserve.router.links import relay
+from memserve.router.links import Links
 from memserve.router.transports import peers_of
 
 logger = logging.getLogger(__name__)
@@ -83,6 +83,7 @@ class ServingEngine:
         self._alive: dict[str, int] = {}  # instance → incarnation
         self._last_incarnation: dict[str, int] = {}
         self._lost: set[str] = set()
+        self._links = Links()
         self._num_restarts: Counter[str] = Counter()
         self._was_ready = False
         self._draining = False
@@ -201,7 +202,7 @@ class ServingEngine:
         """A worker said something: to the router, or to another worker by way of it."""
         event = FromWorker(instance, incarnation, message)
         if isinstance(message, Link):
-            if (send := relay(event, message, self._alive)) is not None:
+            if (send := self._links.relay(event, message, self._alive)) is not None:
                 self._carry_out([send])
             return
         self._feed(event)
@@ -212,6 +213,7 @@ class ServingEngine:
         """A worker is dead and waited for."""
         logger.warning("%s (incarnation %d) is down: %s", instance, incarnation, reason)
         self._alive.pop(instance, None)
+        self._carry_out(self._links.on_worker_down(instance))
         self._feed(WorkerDown(instance, incarnation, reason))
 
     def on_instance_lost(self, instance: str) -> None:

@@ -97,7 +97,14 @@ class FakeEngine:
     def status(self) -> EngineStatus:
         load = Load(num_running=3, num_free_blocks=7, num_active_blocks=2, num_offers=1)
         rows = (
-            InstanceStatus("prefill-0", Role.PREFILL, 1, InstanceState.READY, load),
+            InstanceStatus(
+                "prefill-0",
+                Role.PREFILL,
+                1,
+                InstanceState.READY,
+                load,
+                pulls_from=(("decode-0", "shm"),),
+            ),
             InstanceStatus("decode-0", Role.DECODE, 2, InstanceState.STARTING, Load()),
         )
         return EngineStatus(instances=rows, num_waiting=4, num_running=5, pulls_total=6)

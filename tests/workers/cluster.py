@@ -54,7 +54,7 @@ from memserve.router.events import (
     WorkerDown,
     WorkerUp,
 )
-from memserve.router.links import relay
+from memserve.router.links import Links
 from memserve.workers.channel import ReceivedGrant
 from memserve.workers.worker import Worker
 from tests.workers.conftest import (
@@ -195,6 +195,7 @@ class Cluster:
         self.transport = transport
         self.lose: Callable[[Link], bool] = lambda message: False
         self._options = options or {}
+        self._links = Links()
         self.dispatcher = Dispatcher(limits)
         self.lives: dict[str, Life] = {}
         self.prompts: dict[str, list[int]] = {}
@@ -247,7 +248,7 @@ class Cluster:
                 self._feed(event)
             elif not self.lose(event.message):
                 alive = {name: life.incarnation for name, life in self.lives.items()}
-                if (send := relay(event, event.message, alive)) is not None:
+                if (send := self._links.relay(event, event.message, alive)) is not None:
                     self._carry_out([send])
         return num_heard
 
@@ -286,6 +287,7 @@ class Cluster:
                 self.lives[instance].said.extend(self.lives[instance].rig.take())
         life = self.lives.pop(instance)
         self._close(life)
+        self._carry_out(self._links.on_worker_down(instance))
         self._feed(WorkerDown(instance, life.incarnation, "killed"))
         return life
 
