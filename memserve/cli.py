@@ -174,7 +174,7 @@ COUNT = click.IntRange(1, 64)
 @_option(
     "--transport",
     "How KV gets from worker to worker: out of mapped memory (shm), or sent over gloo on loopback "
-    "(torch_distributed: only proved by tokens, not encrypted). auto: shm where memory can be mapped.",
+    "(torch_distributed; local users could disturb it). auto: shm where memory can be mapped.",
     type=click.Choice(get_args(TransportChoice)),
 )
 @_option(

@@ -14,9 +14,9 @@ from memserve.config import ServeConfig, Transfer, Transport, TransportChoice, W
 from memserve.errors import ConfigError
 
 GLOO_NOTICE = (
-    "KV moves over torch_distributed: gloo on loopback, where each connection is proved by a token of its "
-    "own, but nothing is encrypted, and any local user may connect and be turned away; shm is quicker and "
-    "private"
+    "KV moves over torch_distributed: gloo listens on loopback. Connections are proved by tokens, so that "
+    "nobody else reads or plants KV, but any local user can hold pulls up or bring a worker down; not for a "
+    "machine with users who are not trusted"
 )
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -468,6 +471,56 @@ def test_nothing_is_said_to_who_does_not_know_the_token(pair, router: Router, ca
     # 3. by the token itself it works
     router.lose = lambda message: False
     assert receiver.finish(receiver.pull(source.addresses([1]), [1])).num_blocks == 1
+
+
+def test_strangers_who_connect_first_hear_nothing_and_are_not_believed(make_instance, router) -> None:
+    """gloo takes whoever names the number of a pair, which is easily guessed."""
+    source, receiver = (make_instance(name, connect_s=0.3, stall_s=0.3) for name in ("source", "receiver"))
+    source.fill()
+    strangers: list[socket.socket] = []
+    tokens: list[bytes] = []
+    others = listeners()
+
+    def intrude(message: Link) -> bool:
+        if isinstance(message, Connect):
+            tokens.append(message.token)
+        for address in (listeners() - others) if len(tokens) == 1 else ():
+            port = int(address.partition(":")[2], 16)
+            for number in range(4):
+                strangers.append(socket.create_connection(("127.0.0.1", port)))
+                strangers[-1].sendall(struct.pack("<Q", number))
+        return False
+
+    # 1. what they get at costs a deadline
+    router.lose = intrude
+    refs, deadline_s = source.addresses([1, 2]), time.monotonic() + 20
+    result = receiver.finish(receiver.pull(refs, [1, 2]))
+    assert (result.num_blocks, result.num_bytes) == (0, 0) and source.fault.chunks == []
+    # 2. they have heard no more than the proof of one end, which proves nothing from another's mouth
+    heard = b""
+    for stranger in strangers:
+        stranger.settimeout(0.1)
+        with contextlib.suppress(TimeoutError, ConnectionResetError):
+            heard += stranger.recv(1 << 20)
+        stranger.close()
+    assert 32 <= len(heard) < 1024 and all(token not in heard for token in tokens)
+    # 3. when they have gone, pulls come again
+    while receiver.finish(receiver.pull(refs, [1, 2])).num_blocks < 2:
+        assert time.monotonic() < deadline_s
+    assert receiver.content([1, 2]) == [2, 3]
+
+
+def test_links_run_where_their_maker_might_not_where_the_loop_does(pair) -> None:
+    source, receiver = pair
+    cpus = os.sched_getaffinity(0)
+    seen: list[set[int]] = []
+    source.fault.act = lambda chunk: seen.append(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {min(cpus)})
+    try:
+        assert receiver.finish(receiver.pull(source.addresses([1]), [1])).num_blocks == 1
+    finally:
+        os.sched_setaffinity(0, cpus)
+    assert seen == [cpus]
 
 
 def test_a_link_that_is_being_formed_ends_at_once(make_instance, router: Router) -> None:

@@ -12,7 +12,9 @@ TCPStore, which listens for whoever comes and believes him, each end has a `Lett
 travel by the router's private sockets. gloo itself listens on loopback and asks nobody who he is, so that the
 first thing said on a connection is a proof, from both sides, of the token that came with the address; before
 it nothing received is believed and nothing of ours is sent. As a connection goes only to the address that was
-told, nobody can stand in the middle and hand proofs on. The bytes are not encrypted.
+told, nobody can stand in the middle and hand proofs on. The bytes are not encrypted. What proofs do not help
+against: gloo takes whoever comes first and names a pair's number, and ends the process on bytes that make no
+sense, so that a local user can cost a pull, or a worker.
 
 What gloo does with a wait that times out is both the limit and the tool here: it closes the connection for
 good. So a pair that failed once is thrown away and formed anew, and `interrupt` is a wait that times out at
