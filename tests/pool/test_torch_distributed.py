@@ -510,17 +510,45 @@ def test_strangers_who_connect_first_hear_nothing_and_are_not_believed(make_inst
     assert receiver.content([1, 2]) == [2, 3]
 
 
-def test_links_run_where_their_maker_might_not_where_the_loop_does(pair) -> None:
-    source, receiver = pair
+def test_links_run_where_their_maker_might_not_where_the_loop_does(make_instance, router: Router) -> None:
     cpus = os.sched_getaffinity(0)
     seen: list[set[int]] = []
-    source.fault.act = lambda chunk: seen.append(os.sched_getaffinity(0))
+    note = lambda chunk=None: seen.append(os.sched_getaffinity(0))  # noqa: E731
+    source, receiver = make_instance("source", on_chunk=note), make_instance("receiver", on_pull=note)
+    held: list[Link] = []
+    router.lose = lambda message: isinstance(message, Connect) and held.append(message) is None
     os.sched_setaffinity(0, {min(cpus)})
-    try:
-        assert receiver.finish(receiver.pull(source.addresses([1]), [1])).num_blocks == 1
+    try:  # both threads are started from here
+        pull = receiver.pull(source.addresses([1]), [1])
+        deadline_s = time.monotonic() + 30
+        while not held:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.001)
+        source.transfer.on_control(held[0])
+        assert receiver.finish(pull).num_blocks == 1
     finally:
         os.sched_setaffinity(0, cpus)
-    assert seen == [cpus]
+    assert seen == [cpus, cpus]
+
+
+def test_late_answers_do_not_count_for_a_new_attempt(make_instance, router: Router) -> None:
+    source, receiver = make_instance("source"), make_instance("receiver")
+    source.fill()
+    asked = threading.Event()
+    router.lose = lambda message: asked.set() is None
+    pull = receiver.pull(source.addresses([1]), [1])
+    assert asked.wait(30)
+    # 1. of an attempt before, of another life of the source, for another life of ours
+    for receiver_life, source_life, attempt in ((1, 1, 0), (1, 9, 1), (9, 1, 1)):
+        ends = ("receiver", receiver_life, "source", source_life, attempt)
+        receiver.transfer.on_control(Refuse(*ends, "late"))
+        receiver.transfer.on_control(Accept(*ends, b"nowhere"))
+    assert pull.poll() is None
+    # 2. the source comes after all
+    router.lose = lambda message: False
+    (connect,) = router.sent
+    source.transfer.on_control(connect)
+    assert receiver.finish(pull).failure is None
 
 
 def test_a_link_that_is_being_formed_ends_at_once(make_instance, router: Router) -> None:
