@@ -10,6 +10,8 @@ verified), StepOutputs (a decode step's tokens). A row is the median of `--repea
 
 * adds: Prefilled to the first StepOutputs, less the usual gap between two of them; floor: the memcpy of the
   same bytes + 10 ms
+* waits: the part of it until the step ends that the decode worker was in at Prefilled, for its other streams:
+  no step is broken off, so a new stream waits for half of one on average, whatever is to be handed off
 * pulled: Prefilled to Pulled, the messages' hops and the wait for the decode worker's loop included
 * copy: the part of the copying that lies after Prefilled; of a copy that began before it `pulled` less
   what mode `request` takes for the hops
@@ -34,7 +36,7 @@ import mmap
 import os
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -75,6 +77,7 @@ class Heard:
     prefilled_at: float = 0.0
     pulled_at: float = 0.0
     pull_ms: float = 0.0
+    step_ended_at: float | None = None
     outputs_at: list[float] = field(default_factory=list)
 
 
@@ -113,6 +116,9 @@ class Router:
                 heard.pulled_at, heard.pull_ms = now, message.pull_ms
                 assert message.failure is None, message.failure
             case StepOutputs():
+                for heard in self._heard.values():
+                    if heard.prefilled_at and heard.step_ended_at is None:
+                        heard.step_ended_at = now
                 for output in message.outputs:
                     if (heard := self._heard.get(output.request_id)) is not None:
                         heard.outputs_at.append(now)
@@ -155,6 +161,7 @@ class Row:
     pulled: list[float] = field(default_factory=list)
     copy: list[float] = field(default_factory=list)
     step: list[float] = field(default_factory=list)
+    waits: list[float] = field(default_factory=list)
     http: list[float] = field(default_factory=list)
 
     def add(self, heard: Heard, memcpy_ms: float) -> None:
@@ -163,6 +170,9 @@ class Row:
         self.memcpy.append(memcpy_ms)
         self.step.append(step_ms)
         self.adds.append(1e3 * (heard.outputs_at[0] - heard.prefilled_at) - step_ms)
+        ended_at = heard.step_ended_at
+        is_own = ended_at is None or ended_at >= heard.outputs_at[0]
+        self.waits.append(0.0 if is_own or ended_at is None else 1e3 * (ended_at - heard.prefilled_at))
         self.pulled.append(pulled_ms)
         self.copy.append(min(heard.pull_ms, pulled_ms))
 
@@ -171,18 +181,19 @@ class Row:
         memcpy, adds, copy = median(self.memcpy), median(self.adds), median(self.copy)
         if whole is not None and copy >= median(self.pulled):  # it began before Prefilled
             copy = max(0.0, median(self.pulled) - (median(whole.pulled) - median(whole.copy)))
+        waits = median(self.waits)
         missed = [f"adds > memcpy + {ADDED_MS:g} ms"] if adds > memcpy + ADDED_MS else []
         hidden = ""
         if self.transfer != "request" and whole is not None:
             share = 1 - copy / median(whole.copy)
             hidden = f"{share:.0%}"
             missed += [f"hides < {HIDDEN:.0%}"] if share < HIDDEN else []
-        http = f"{median(self.http):.2f}" if self.http else ""
         megabytes = self.num_tokens * SHAPE.kv_bytes_per_token / 1e6
         print(
-            f"{self.transfer:<8}{self.state:<10}{self.num_tokens:>7}{megabytes:>7.1f}{memcpy:>8.2f}{adds:>8.2f}"
-            f"{median(self.pulled):>8.2f}{copy:>8.2f}{hidden:>8}{median(self.step):>7.1f}{http:>8}   "
-            + ("MISSED: " + ", ".join(missed) if missed else "ok")
+            f"{self.transfer:<8}{self.state:<10}{self.num_tokens:>7}{megabytes:>7.1f}{memcpy:>8.2f}{adds:>8.2f}{waits:>8.2f}"
+            f"{median(self.pulled):>8.2f}{copy:>8.2f}{hidden:>8}{median(self.step):>7.1f}   "
+            + ("MISSED: " + ", ".join(missed) if missed else "ok"),
+            flush=True,
         )
 
 
@@ -262,9 +273,16 @@ async def load(router: Router) -> AsyncIterator[None]:
 
 
 async def measure(
-    folder: Path, transfer: Transfer, lengths: Sequence[int], repeats: int, states: Sequence[str]
+    folder: Path,
+    transfer: Transfer,
+    lengths: Sequence[int],
+    repeats: int,
+    states: Sequence[str],
+    show: Callable[[Row], None],
 ) -> list[Row]:
-    """The rows of one mode, in alternation, so that a slow minute hits all lengths alike."""
+    """The rows of one mode, in alternation, so that a slow minute hits all lengths of a state alike; each is
+    shown as soon as it is whole.
+    """
     rows = [Row(transfer, state, length) for state in states for length in lengths]
     async with two_workers(folder, transfer) as router:
         for length in lengths:  # warms up, and teaches the workers what a step costs
@@ -279,6 +297,9 @@ async def measure(
                     if state == "cold":
                         punch_arenas()
                     row.add(await router.run(random_ids(row.num_tokens), 12), reference)
+            for row in rows:
+                if row.state == state:
+                    show(row)
     return rows
 
 
@@ -305,23 +326,35 @@ def main() -> None:
     args = parser.parse_args()
     lengths = [int(length) for length in args.lengths.split(",")]
     rows: list[Row] = []
+    whole: dict[tuple[str, int], Row] = {}
+
+    def show(row: Row) -> None:
+        if row.transfer == "request":
+            whole[row.state, row.num_tokens] = row
+        row.print(whole.get((row.state, row.num_tokens)))
+
+    print(f"small, bf16, dummy weights, 1 thread a worker, medians of {args.repeats}, ms")
+    print(
+        f"{'mode':<8}{'state':<10}{'tokens':>7}{'MB':>7}{'memcpy':>8}{'adds':>8}{'waits':>8}{'pulled':>8}",
+        end="",
+    )
+    print(f"{'copy':>8}{'hidden':>8}{'step':>7}", flush=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = SHAPE.config() | {"max_position_embeddings": MAX_MODEL_LEN}
         (folder / "config.json").write_text(json.dumps(config))
         for transfer in args.transfer.split(","):
-            new = asyncio.run(measure(folder, transfer, lengths, args.repeats, args.states.split(",")))
+            states = args.states.split(",")
+            new = asyncio.run(measure(folder, transfer, lengths, args.repeats, states, show))
             populated = [row for row in new if row.state == "populated"]
             if populated and not args.no_http:
                 with server(folder, *SERVER, f"--transfer={transfer}", log=folder / "log") as url:
                     asyncio.run(measure_http(url, populated, args.repeats))
+                for row in populated:
+                    print(
+                        f"{transfer:<8}by HTTP   {row.num_tokens:>7}: {median(row.http):.2f} ms", flush=True
+                    )
             rows += new
-    print(f"small, bf16, dummy weights, 1 thread a worker, medians of {args.repeats}, ms")
-    print(f"{'mode':<8}{'state':<10}{'tokens':>7}{'MB':>7}{'memcpy':>8}{'adds':>8}{'pulled':>8}", end="")
-    print(f"{'copy':>8}{'hidden':>8}{'step':>7}{'http':>8}")
-    whole = {(row.state, row.num_tokens): row for row in rows if row.transfer == "request"}
-    for row in rows:
-        row.print(whole.get((row.state, row.num_tokens)))
     if args.json:
         args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
 

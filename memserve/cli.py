@@ -23,6 +23,7 @@ from memserve.config import (
     Caching,
     DeviceKind,
     DtypeName,
+    Eviction,
     LoadFormat,
     LogLevel,
     ServeConfig,
@@ -136,6 +137,12 @@ def _worker_options(role: str | None) -> Decorator:
             metavar="SIZE",
             callback=_memory,
         ),
+        _option(
+            f"{prefix}host-memory",
+            f"DRAM of {whose} for KV that its pool has no room for: a size or a fraction [default: none].",
+            metavar="SIZE",
+            callback=_memory,
+        ),
         _option(f"{prefix}max-batch-tokens", f"Most tokens in one step of {whose}.", type=_at_least(16)),
         _option(f"{prefix}max-running", f"Most requests that {whose} runs at once.", type=_at_least(1)),
         _option(f"{prefix}threads", f"CPU threads of {whose} [default: an even share].", type=_at_least(1)),
@@ -182,6 +189,17 @@ COUNT = click.IntRange(1, 64)
     "Where the KV of finished requests is kept for reuse: nowhere, on prefill workers, on both sides, or on "
     "both and what was generated goes back to the prefill side.",
     type=click.Choice(get_args(Caching)),
+)
+@_option(
+    "--eviction",
+    "What goes first when there is no room: the least recently or the least frequently used.",
+    type=click.Choice(get_args(Eviction)),
+)
+@_option(
+    "--cache-ttl-s",
+    "How long KV that nobody uses is kept [default: until there is no room].",
+    type=float,
+    callback=_seconds,
 )
 @_option(
     "--seed",

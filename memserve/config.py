@@ -32,6 +32,7 @@ Transport = Literal["shm", "torch_distributed"]
 TransportChoice = Literal["auto", "shm", "torch_distributed"]
 # The paper's milestones PD-Basic, PD-Caching-1, -2 and -3.
 Caching = Literal["off", "prefill", "both", "full"]
+Eviction = Literal["lru", "lfu"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
@@ -40,11 +41,13 @@ class WorkerOptions(msgspec.Struct, frozen=True, kw_only=True):
     machine.
 
     `devices`: GPU indices; several may share one. `device_memory`: KV pool of one worker, as bytes ("2GiB")
-    or as a fraction of what is free ("0.5"). `threads`: CPU threads of one worker.
+    or as a fraction of what is free ("0.5"). `host_memory`: a second tier for what the pool has no room for;
+    None = there is none. `threads`: CPU threads of one worker.
     """
 
     devices: tuple[int, ...] | None = None
     device_memory: str | None = None
+    host_memory: str | None = None
     max_batch_tokens: int | None = None
     max_running: int = 64
     threads: int | None = None
@@ -74,6 +77,8 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     transfer: Transfer = "layer"
     transport: TransportChoice = "auto"
     caching: Caching = "full"
+    eviction: Eviction = "lru"
+    cache_ttl_s: float | None = None
     seed: int | None = None
     worker: WorkerOptions = WorkerOptions()
     prefill_worker: WorkerOptions | None = None
@@ -95,8 +100,10 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     `num_blocks` is None on CUDA only (the worker profiles its GPU's memory and reports in `Ready`);
     `device` is "cpu" or "cuda:N". `max_batch_tokens` bounds one step; on a CPU `max_step_ms` does too, so
     that a cancel never waits long. `cpus`: the cores this worker is pinned to (empty = not pinned). `caches`:
-    the KV of finished requests is kept and reused. `transports`: how its KV can get to others, and theirs
-    here, the better first; two workers use the first that both have.
+    the KV of finished requests is kept and reused, until it was not used for `cache_ttl_s` or room is needed.
+    `host_blocks`: size of the host tier at first, None = there is none; `max_host_blocks`: to which it can
+    grow. `transports`: how its KV can get to others, and theirs here, the better first; two workers use the
+    first that both have.
     """
 
     instance: str
@@ -117,5 +124,9 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     threads: int
     cpus: tuple[int, ...] = ()
     caches: bool = True
+    eviction: Eviction = "lru"
+    cache_ttl_s: float | None = None
+    host_blocks: int | None = None
+    max_host_blocks: int = 0
     transports: tuple[Transport, ...] = ("shm",)
     log_level: LogLevel = "info"

@@ -4,7 +4,8 @@ MemserveError
 ├── StartupError            the server cannot start: one line for the terminal, exit status 1
 │   ├── ConfigError         a bad option or combination of options
 │   ├── ModelError          folder, config.json, tokenizer or weights are missing, broken or unsupported
-│   └── MemoryError_        what was asked for does not fit (says how much is missing)
+│   ├── MemoryError_        what was asked for does not fit (says how much is missing)
+│   └── WorkloadError       a workload of the benchmark is missing or malformed (says file and line)
 ├── RequestError            the client's mistake: becomes a 4xx in OpenAI's error shape
 │   └── Overloaded          no room now: 429 with Retry-After
 │       └── Unavailable     no worker to run it: 503 with Retry-After
@@ -32,6 +33,10 @@ class ModelError(StartupError):
 
 class MemoryError_(StartupError):
     """The model or the KV pool does not fit in the memory there is."""
+
+
+class WorkloadError(StartupError):
+    """A file of a benchmark's workload cannot be read, or says something that makes no sense."""
 
 
 class RequestError(MemserveError):

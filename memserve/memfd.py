@@ -69,9 +69,7 @@ def fallocate(fd: int, offset: int, num_bytes: int) -> None:
     overcommits, so what the machine has available is checked first; limits of a container are the planner's
     concern.
     """
-    missing = num_bytes - _available_bytes()
-    if missing > 0:
-        raise MemoryError_(f"{num_bytes} bytes of shared memory do not fit: {missing} bytes are missing")
+    check_available(num_bytes)
     end = offset + num_bytes
     for start in range(offset, end, _PIECE_BYTES):
         try:
@@ -84,6 +82,13 @@ def fallocate(fd: int, offset: int, num_bytes: int) -> None:
             ) from error
 
 
+def check_available(num_bytes: int) -> None:
+    """Raises MemoryError_ unless the machine has so much memory left."""
+    missing = num_bytes - _available_bytes()
+    if missing > 0:
+        raise MemoryError_(f"{num_bytes} bytes of shared memory do not fit: {missing} bytes are missing")
+
+
 def punch_hole(fd: int, offset: int, num_bytes: int) -> None:
     """Give the memory of `[offset, offset + num_bytes)` back to the machine; whole pages read as zeros from
     now on.
@@ -91,6 +96,17 @@ def punch_hole(fd: int, offset: int, num_bytes: int) -> None:
     Pages that the range covers in part are zeroed there, not freed. Mappings stay valid.
     """
     if _libc.fallocate(fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, offset, num_bytes) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def release(mapped: NDArray[np.uint8]) -> None:
+    """`punch_hole` through a writable mapping: part of an array from `map_bytes`. Pages that it covers in
+    part stay as they are.
+    """
+    start = -(-mapped.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
+    stop = (mapped.ctypes.data + mapped.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if start < stop and _libc.madvise(start, stop - start, mmap.MADV_REMOVE) != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
 

@@ -39,6 +39,14 @@ class FinishReason(StrEnum):
     ABORT = "abort"
 
 
+class CacheVerb(StrEnum):
+    """What a `CacheCommand` asks for."""
+
+    FLUSH = "flush"
+    LOOKUP = "lookup"
+    RESIZE = "resize"
+
+
 class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
     """Base of the wire structs: positional msgpack, tagged with the class name.
 
@@ -98,6 +106,21 @@ class BlockRefs(msgspec.Struct, frozen=True, array_like=True, gc=False):
     generations: tuple[int, ...]
 
 
+class Transfer(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Blocks that one pool offers to another, `target`, which pulls them: those at `refs`, from block
+    `first_block` of a sequence on (MemServe §MemPool API). With `tokens`, whole blocks from the sequence's
+    beginning, the receiver publishes what it has pulled; else it goes `into` blocks of its own, or into new
+    ones.
+    """
+
+    target: str
+    refs: BlockRefs
+    tokens: bytes = b""
+    salt: str = ""
+    first_block: int = 0
+    into: tuple[int, ...] | None = None
+
+
 class Offer(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """KV of the first `num_tokens` tokens of a request: `refs` are its blocks from `first_block` on.
 
@@ -107,6 +130,25 @@ class Offer(msgspec.Struct, frozen=True, array_like=True, gc=False):
     refs: BlockRefs
     num_tokens: int
     first_block: int = 0
+
+
+class CachedTokens(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Prompt tokens that were not computed, by where their KV was: the worker's `device` tier, its `host`
+    tier, or another instance, `pulled_from`, from which they were pulled.
+    """
+
+    device: int = 0
+    host: int = 0
+    pulled: int = 0
+    pulled_from: str = ""
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.device + self.host + self.pulled
+
+
+NO_CACHED_TOKENS = CachedTokens()
 
 
 class Load(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -124,6 +166,8 @@ class Load(msgspec.Struct, frozen=True, array_like=True, gc=False):
     num_steps: int = 0
     num_prefill_tokens: int = 0
     num_decode_tokens: int = 0
+    num_host_blocks: int = 0
+    num_host_historical_blocks: int = 0
 
 
 # --- worker → router → worker: forming a link of the transport torch_distributed ---
@@ -271,6 +315,20 @@ class PullBack(_Message, frozen=True, array_like=True, tag=True, gc=False):
     refs: BlockRefs
 
 
+class CacheCommand(_Message, frozen=True, array_like=True, tag=True, gc=False):
+    """Something about the cache itself, answered by `CacheReport` with the same id.
+
+    `FLUSH` forgets all that nobody uses, `LOOKUP` tells how much of `token_ids` is cached, `RESIZE` gives the
+    host tier `num_host_blocks`.
+    """
+
+    command_id: int
+    verb: CacheVerb
+    token_ids: bytes = b""
+    cache_salt: str = ""
+    num_host_blocks: int = 0
+
+
 class Cancel(_Message, frozen=True, array_like=True, tag=True, gc=False):
     """Forget this attempt in whatever phase it is and give its blocks back. Unknown ids are ignored."""
 
@@ -344,7 +402,7 @@ class Prefilled(_Message, frozen=True, array_like=True, tag=True, gc=False):
     token_id: int
     logprobs: TokenLogprobs | None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None
-    num_cached_tokens: int
+    cached: CachedTokens
     finish_reason: FinishReason | None
     offer: Offer | None
     load: Load
@@ -390,8 +448,32 @@ class PulledBack(_Message, frozen=True, array_like=True, tag=True, gc=False):
     failure: str | None
 
 
+class Removed(_Message, frozen=True, array_like=True, tag=True, gc=False):
+    """Blocks that are no longer cached where they were: their addresses `refs` do not verify any more. Their
+    content is at `moved_to` now, in the same order (swapped out or in), or nowhere.
+    """
+
+    refs: BlockRefs
+    moved_to: BlockRefs | None
+
+
+class CacheReport(_Message, frozen=True, array_like=True, tag=True, gc=False):
+    """The answer to a `CacheCommand`: tokens found by tier, blocks freed, or the host tier's blocks now, and
+    how many it may have. `error` says why it could not be done.
+    """
+
+    command_id: int
+    num_device_tokens: int = 0
+    num_host_tokens: int = 0
+    num_blocks: int = 0
+    num_blocks_most: int = 0
+    error: str | None = None
+
+
 class Output(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """New tokens of one request in one step (a step draws one token a request)."""
+    """New tokens of one request in one step (a step draws one token a request). `cached` comes with the first
+    ones of an attempt.
+    """
 
     request_id: str
     attempt: int
@@ -399,7 +481,7 @@ class Output(msgspec.Struct, frozen=True, array_like=True, gc=False):
     logprobs: tuple[TokenLogprobs, ...] | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     finish_reason: FinishReason | None = None
-    num_cached_tokens: int = 0
+    cached: CachedTokens | None = None
 
 
 class StepOutputs(_Message, frozen=True, array_like=True, tag=True, gc=False):
@@ -417,7 +499,19 @@ class Failed(_Message, frozen=True, array_like=True, tag=True, gc=False):
     message: str
 
 
-ToWorker = Init | Prefill | Reserve | PullAhead | Decode | PullBack | Cancel | Release | Shutdown | Link
+ToWorker = (
+    Init
+    | Prefill
+    | Reserve
+    | PullAhead
+    | Decode
+    | PullBack
+    | CacheCommand
+    | Cancel
+    | Release
+    | Shutdown
+    | Link
+)
 ToRouter = (
     Loading
     | Loaded
@@ -428,6 +522,8 @@ ToRouter = (
     | Prefilled
     | Pulled
     | PulledBack
+    | Removed
+    | CacheReport
     | StepOutputs
     | Failed
     | Link
@@ -459,13 +555,14 @@ class WeightsGrant(_Message, frozen=True, array_like=True, tag=True, gc=False):
 
 
 class PeerGrant(_Message, frozen=True, array_like=True, tag=True, gc=False):
-    """A peer whose arena cannot be mapped, but which sends its blocks over the transport torch_distributed.
-    Comes without descriptors.
+    """A peer whose arenas cannot be mapped, but which sends its blocks over the transport torch_distributed;
+    so many in its device tier, and at most in its host tier. Comes without descriptors.
     """
 
     instance: str
     incarnation: int
     num_blocks: int
+    num_host_blocks: int = 0
 
 
 class RevokeGrant(_Message, frozen=True, array_like=True, tag=True, gc=False):

@@ -31,6 +31,8 @@ BlockIds = NDArray[np.int64]
 _SCAN = 512
 _SCAN_PER_BLOCK = 8
 
+_WITHDRAWN = -1  # as a count: neither free nor anybody's
+
 _ONE = np.array(1, dtype=np.uint64)  # an array adds quicker than a scalar does
 
 
@@ -98,6 +100,32 @@ class BlockAllocator:
         self._num_free -= num_blocks
         return ids
 
+    def withdraw(self, ids: BlockIds) -> None:
+        """Free blocks, of which none is there twice, are not to be given out until `restore`, and their
+        memory may go. So lost ones among them no longer verify.
+        """
+        assert not self._counts[ids].any(), f"blocks in use are withdrawn: {ids[self._counts[ids] != 0]}"
+        self._counts[ids] = _WITHDRAWN
+        lost = ids[self._is_lost[ids]]
+        self._generations[lost] += _ONE
+        self._num_lost -= len(lost)
+        self._is_lost[ids] = False
+        self._is_ready[ids] = False
+        self._num_free -= len(ids)
+
+    def is_withdrawn(self, ids: BlockIds) -> NDArray[np.bool_]:
+        """Which of `ids` are withdrawn."""
+        is_withdrawn: NDArray[np.bool_] = self._counts[ids] == _WITHDRAWN
+        return is_withdrawn
+
+    def restore(self, ids: BlockIds) -> None:
+        """End a `withdraw`: they are free."""
+        assert (self._counts[ids] == _WITHDRAWN).all()
+        self._counts[ids] = 0
+        self._is_ready[ids] = True
+        self._num_free += len(ids)
+        self._lowest = 0
+
     def renew(self, ids: ArrayLike) -> None:
         """Their content is about to change: addresses given out so far no longer verify. They stay held."""
         held, _ = self._held(ids)
@@ -132,8 +160,8 @@ class BlockAllocator:
         self.free(ids)
 
     def held_blocks(self) -> BlockIds:
-        """The blocks that are not free, ascending."""
-        return np.flatnonzero(self._counts)
+        """The blocks that somebody holds, ascending."""
+        return np.flatnonzero(self._counts > 0)
 
     def _held(self, ids: ArrayLike) -> tuple[BlockIds, NDArray[np.int32]]:
         """`ids`, ascending, and their counts, after a check that each is somebody's and none there twice."""

@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from memserve import memfd
-from memserve.messages import ArenaGrant, generation_table_bytes
+from memserve.messages import ArenaGrant, Tier, generation_table_bytes
 from memserve.model_config import KVGeometry
 from memserve.torch_dtypes import TORCH_DTYPES
 
@@ -84,6 +84,15 @@ class Arena:
     progress: NDArray[np.uint64]
 
     @classmethod
+    def create(cls, name: str, geometry: KVGeometry, num_blocks: int) -> tuple[Arena, ArenaFds]:
+        """A new arena in shared memory, and its descriptors, which are the caller's: others may map it by
+        them. Raises MemoryError_.
+        """
+        data = memfd.create_memfd(f"{name}-arena", num_blocks * geometry.block_bytes)
+        fds = ArenaFds(data, memfd.create_memfd(f"{name}-generations", generation_table_bytes(num_blocks)))
+        return cls.map(geometry, num_blocks, fds), fds
+
+    @classmethod
     def map(cls, geometry: KVGeometry, num_blocks: int, fds: ArenaFds) -> Arena:
         """Map the memfds of this pool for writing; `fds` stay the caller's.
 
@@ -117,6 +126,7 @@ class PeerArena:
     """
 
     instance: str
+    tier: Tier
     blocks: NDArray[np.uint8]
     generations: NDArray[np.uint64]
     progress: NDArray[np.uint64]
@@ -130,7 +140,7 @@ class PeerArena:
         data = memfd.map_bytes(fds.arena, grant.num_blocks * grant.block_bytes, writable=False)
         table = memfd.map_bytes(fds.generations, generation_table_bytes(grant.num_blocks), writable=False)
         words, blocks = table.view(np.uint64), data.reshape(grant.num_blocks, grant.block_bytes)
-        return cls(grant.instance, blocks, words[: grant.num_blocks], words[grant.num_blocks :])
+        return cls(grant.instance, grant.tier, blocks, words[: grant.num_blocks], words[grant.num_blocks :])
 
     def layers_written(self, incarnation: int) -> int | None:
         """`Progress.count` of that life of the owner; None once another has begun."""

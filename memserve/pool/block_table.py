@@ -16,13 +16,17 @@ from memserve.pool.index import Lock
 
 
 class BlockTable:
-    """See the module. `lock` is None where nothing is shared, nor will be: the pool keeps no history."""
+    """See the module. `lock` is None where nothing is shared, nor will be: the pool keeps no history.
 
-    __slots__ = ("_ids", "lock", "num_blocks", "num_shared")
+    `num_swapped_in`: how many of the blocks first shared were in the host tier before.
+    """
+
+    __slots__ = ("_ids", "lock", "num_blocks", "num_shared", "num_swapped_in")
 
     def __init__(self, shared: BlockIds | None = None, lock: Lock | None = None) -> None:
         self._ids = np.empty(0, np.int64) if shared is None else shared
         self.num_blocks = self.num_shared = len(self._ids)
+        self.num_swapped_in = 0
         self.lock = lock
 
     def ids(self, num_blocks: int) -> BlockIds:

@@ -2,60 +2,52 @@
 
 It owns historical blocks: `insert` and `extend` take them over (active → historical), `evict`, `expire` and
 `delete` hand them back to whoever frees them. Pure: no torch, no clock; times come in as arguments, in
-seconds.
+seconds. Below the device tier there may be a second one, the host's, whose memory the index is lent as
+`LowerTier`: then what is evicted goes there, and from there to nowhere.
 
     namespace ─► root ──[ prefix of 32 blocks ]──┬──[ 96 blocks ]   ← a request holds a Lock here
-                       locks=1                   └──[ 12 blocks ]   ← unlocked leaf: a candidate for eviction
+                       locks=1                   ├──[ 12 blocks ]   ← an end: a candidate for eviction
+                                                 └──[ 7 blocks ]──[ 5 blocks, host tier ]
 
 Invariants
   * A lock counts on its node and on every node above: a locked block's whole prefix stays.
-  * A node without locks has none below it either, so all its blocks can be evicted, leaves first.
-  * Every unlocked leaf is in the candidate heap exactly once; eviction pops it and never walks the tree. An
-    entry may be older than its node's last use: it is put back with its new rank when it comes up.
+  * A node without locks has none below it either, so all its blocks can be evicted, ends first.
+  * Blocks of one node are in one tier, and below a node of the host tier all are: so of every sequence the
+    beginning is in the device tier, and the host tier holds what comes after. Host blocks are never locked.
+  * Every unlocked end of a tier is among its candidates exactly once; eviction never walks the tree.
   * Namespaces (model fingerprint and cache_salt) have roots of their own and never share a block.
 """
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from memserve.messages import Tier
 from memserve.pool.allocator import BlockIds
-from memserve.radix_tree import RadixNode, RadixTree
+from memserve.pool.eviction import Candidates, Held, Node, Rank, least_recently_used
+from memserve.radix_tree import RadixTree
 
 _NO_BLOCKS: BlockIds = np.empty(0, dtype=np.int64)
 
 
-@dataclass(slots=True)
-class Held:
-    """What a node owns: the blocks of its edge, how often it is locked (itself or below), and its use."""
+class LowerTier(Protocol):
+    """The memory of the host tier: what the index needs of it."""
 
-    blocks: BlockIds
-    last_used: float
-    num_uses: int = 0
-    locks: int = 0
-    is_candidate: bool = False
-    root_of: str | None = None  # a root's namespace
+    @property
+    def num_free(self) -> int:
+        """Blocks that `store` could take."""
 
+    def store(self, blocks: BlockIds, /) -> BlockIds:
+        """Copy device blocks, at most `num_free`, into as many host blocks: their ids, the index's."""
 
-Node = RadixNode[Held]
-Rank = Callable[[Held], tuple[float, float]]
-
-
-def least_recently_used(held: Held) -> tuple[float, float]:
-    """Rank for eviction: the one not used for longest goes first."""
-    return (held.last_used, 0.0)
-
-
-def least_frequently_used(held: Held) -> tuple[float, float]:
-    """Rank for eviction: the one used least often goes first; of equals, the one not used for longest."""
-    return (float(held.num_uses), held.last_used)
+    def free(self, blocks: BlockIds, /) -> None:
+        """Host blocks that the index has given up."""
 
 
 class Prefix(NamedTuple):
@@ -65,14 +57,28 @@ class Prefix(NamedTuple):
     num_blocks_in_node: int
     num_blocks: int
 
-    def blocks(self) -> BlockIds:
-        """Block ids of the whole prefix, a new array."""
-        parts = [self.node.payload.blocks[: self.num_blocks_in_node]]
-        node = self.node.parent
+    def blocks(self) -> tuple[BlockIds, BlockIds]:
+        """Block ids of the prefix: those in the device tier, then those in the host tier; new arrays."""
+        device: list[BlockIds] = []
+        host: list[BlockIds] = []
+        node: Node | None = self.node
+        part = self.node.payload.blocks[: self.num_blocks_in_node]
         while node is not None:
-            parts.append(node.payload.blocks)
+            (device if node.payload.tier is Tier.DEVICE else host).append(part)
             node = node.parent
-        return np.concatenate(parts[::-1])
+            if node is not None:
+                part = node.payload.blocks
+        return np.concatenate(device[::-1]), np.concatenate(host[::-1]) if host else _NO_BLOCKS
+
+
+class Match(NamedTuple):
+    """The longest cached prefix of some tokens: whole blocks, in sequence order, the first in the device
+    tier and those after them in the host tier. Good until the pool is used again.
+    """
+
+    num_tokens: int
+    device_blocks: BlockIds
+    host_blocks: BlockIds
 
 
 @dataclass(slots=True)
@@ -97,21 +103,27 @@ class Index:
     Args:
         block_size: tokens a block.
         rank: order of eviction, lowest first.
+        lower: the host tier; None = what is evicted is gone.
     """
 
-    def __init__(self, block_size: int, rank: Rank = least_recently_used) -> None:
+    def __init__(
+        self, block_size: int, rank: Rank = least_recently_used, lower: LowerTier | None = None
+    ) -> None:
         self.block_size = block_size
-        self.num_blocks = 0
-        self.num_evictable = 0
+        self.num_blocks = 0  # in the device tier
+        self.num_evictable = 0  # of those
+        self.num_host_blocks = 0
         self._rank = rank
+        self._lower = lower
         self._tree: RadixTree[Held] = RadixTree(block_size, _new_root, _split_held)
-        self._candidates: list[tuple[tuple[float, float], int, Node]] = []
-        self._num_candidates = 0
-        self._serial = itertools.count()
+        serial = itertools.count()
+        self._device = Candidates(rank, _is_device_end, serial)
+        self._host = Candidates(rank, _is_host_end, serial)
 
-    def blocks(self) -> BlockIds:
-        """Every block that the index owns, in no order. For tests and statistics: it walks the tree."""
-        return np.concatenate([_NO_BLOCKS, *(node.payload.blocks for node in self._tree)])
+    def blocks(self, tier: Tier = Tier.DEVICE) -> BlockIds:
+        """Every block of a tier that the index owns, in no order. It walks the tree."""
+        held = (node.payload for node in self._tree)
+        return np.concatenate([_NO_BLOCKS, *(each.blocks for each in held if each.tier is tier)])
 
     def num_locked_roots(self) -> int:
         """Namespaces in which something is locked, be it nothing but their root. For tests."""
@@ -131,9 +143,15 @@ class Index:
         return Prefix(*found)
 
     def lock(self, prefix: Prefix) -> Lock:
-        """Keep a prefix that was just matched; an edge that matched in part is split for it."""
+        """Keep what is in the device tier of a prefix that was just matched; an edge that matched in part is
+        split for it.
+        """
         node = prefix.node
-        if 0 < prefix.num_blocks_in_node < len(node.payload.blocks):
+        if node.payload.tier is Tier.HOST:
+            while node.payload.tier is Tier.HOST:
+                assert node.parent is not None
+                node = node.parent
+        elif 0 < prefix.num_blocks_in_node < len(node.payload.blocks):
             node = self._tree.split(node, prefix.num_blocks_in_node)
         if node.payload.root_of is not None:
             node = self._tree.root(node.payload.root_of)
@@ -150,13 +168,15 @@ class Index:
             if held.locks == 0:
                 self.num_evictable += len(held.blocks)
             node = node.parent
-        self._consider(lock.node)
+        self._device.consider(lock.node)
         self._drop_if_empty(lock.node)
 
     # --- blocks come in ---
 
     def extend(self, lock: Lock, tokens: bytes, blocks: BlockIds, now: float) -> Extended:
-        """Publish blocks that continue a locked prefix, and move the lock to their end.
+        """Publish device blocks that continue a locked prefix, and move the lock to their end.
+
+        What the host tier holds of the same tokens is given up for them: that is how it is swapped in.
 
         Args:
             lock: where they continue.
@@ -172,13 +192,17 @@ class Index:
         node, done = found.node, found.num_blocks
         if found.num_blocks_in_node < len(node.payload.blocks) and node is not start:
             node = self._tree.split(node, found.num_blocks_in_node)
-        kept = self._blocks_between(start, node)
+        kept, duplicates = self._replace(start, node, blocks[:done])
         if done < len(blocks):
             node = self._append(node, start, tokens[done * step :], blocks[done:], now)
         if node is not start:
             self._add_locks(node, start)
             lock.node = node
-        return Extended(np.concatenate([kept, blocks[done:]]), blocks[:done])
+        above: Node | None = node
+        while above is not None:  # no node is older than what is below it
+            above.payload.last_used = max(above.payload.last_used, now)
+            above = above.parent
+        return Extended(np.concatenate([kept, blocks[done:]]), duplicates)
 
     def insert(self, namespace: str, tokens: bytes, blocks: BlockIds, now: float) -> Extended:
         """Publish a whole prefix; as `extend` from the root, without keeping a lock."""
@@ -191,33 +215,35 @@ class Index:
     # --- blocks go out ---
 
     def evict(self, num_blocks: int) -> BlockIds:
-        """Give up the `num_blocks` lowest-ranked blocks, or all that can be; the ends of sequences first."""
+        """Give up the `num_blocks` lowest-ranked device blocks, or all that can be; the ends of sequences
+        first. With a host tier their content goes there, as far as it is not colder than all that is there.
+        """
         freed, wanted = [_NO_BLOCKS], num_blocks
-        while wanted > 0 and self._candidates:
-            rank, _, node = heapq.heappop(self._candidates)
-            held = node.payload
-            held.is_candidate = False
-            self._num_candidates -= 1
-            if not self._is_evictable(node):
-                continue
-            if rank != self._rank(held):
-                self._consider(node)
-                continue
-            taken = self._cut(node, min(wanted, len(held.blocks)))
-            freed.append(taken)
-            wanted -= len(taken)
+        while wanted > 0 and (node := self._device.pop()) is not None:
+            count = min(wanted, len(node.payload.blocks))
+            freed.append(self._cut(node, count) if self._lower is None else self._lower_end(node, count))
+            wanted -= count
         return np.concatenate(freed)
 
+    def evict_host(self, num_blocks: int) -> int:
+        """Give up the `num_blocks` lowest-ranked host blocks, or all there are; how many those were."""
+        wanted = num_blocks
+        while wanted > 0 and (node := self._host.pop()) is not None:
+            wanted -= self._drop_host(node, wanted)
+        return num_blocks - wanted
+
     def expire(self, before: float) -> BlockIds:
-        """Give up every unlocked sequence end not used since `before` (time to live)."""
+        """Give up every unlocked sequence end not used since `before` (time to live), in either tier. Returns
+        the device blocks.
+        """
         freed = [_NO_BLOCKS]
-        for node in [node for _, _, node in self._candidates]:
-            freed.extend(self._cut_upwards(node, before))
+        for node in [*self._host, *self._device]:
+            self._cut_upwards(node, before, freed)
         return np.concatenate(freed)
 
     def delete(self, namespace: str, tokens: bytes) -> BlockIds:
         """Drop a prefix that is cached to its last whole block, with all that continues it, and those blocks
-        before it that no other sequence shares. Locked blocks stay. Returns the blocks given up.
+        before it that no other sequence shares. Locked blocks stay. Returns the device blocks given up.
         """
         found = self._tree.match(self._tree.root(namespace), tokens)
         if found.num_blocks == 0 or found.num_blocks < len(tokens) // self._tree.block_bytes:
@@ -228,30 +254,99 @@ class Index:
             below.extend(node.children.values())
         freed = [_NO_BLOCKS]
         for node in reversed(below):
-            freed.extend(self._cut_upwards(node, before=math.inf))
+            self._cut_upwards(node, math.inf, freed)
         return np.concatenate(freed)
+
+    def relocate_host(self, move: Callable[[BlockIds], BlockIds]) -> None:
+        """Let `move` say under which ids the host blocks of each node are from now on. It walks the tree."""
+        for node in self._tree:
+            if node.payload.tier is Tier.HOST:
+                node.payload.blocks = move(node.payload.blocks)
 
     # --- inside ---
 
-    def _cut_upwards(self, leaf: Node, before: float) -> Iterator[BlockIds]:
-        """Take a leaf off, and what then is a leaf above it, while they are unlocked and not used since."""
-        at: Node | None = leaf
-        while at is not None and at.payload.last_used < before and self._is_evictable(at):
-            above = at.parent
-            yield self._cut(at, len(at.payload.blocks))
-            at = above
+    def _replace(self, start: Node, node: Node, blocks: BlockIds) -> tuple[BlockIds, BlockIds]:
+        """`blocks` hold the same as the edges below `start` down to `node`: take them for host blocks.
 
-    def _is_evictable(self, node: Node) -> bool:
-        return node.parent is not None and not node.children and not node.payload.locks
-
-    def _blocks_between(self, start: Node, node: Node) -> BlockIds:
-        """Blocks of the edges below `start` down to `node`."""
-        parts = [_NO_BLOCKS]
+        Returns the blocks of those edges, and those of `blocks` that are not taken.
+        """
+        if node is start:
+            return _NO_BLOCKS, _NO_BLOCKS
+        kept, duplicates, stop = [], [], len(blocks)
         while node is not start:
-            parts.append(node.payload.blocks)
+            held, given = node.payload, blocks[stop - len(node.payload.blocks) : stop]
+            stop -= len(given)
+            if held.tier is Tier.DEVICE:
+                duplicates.append(given)
+            else:
+                self._raise(node, given)
+            kept.append(held.blocks)
             assert node.parent is not None
             node = node.parent
-        return np.concatenate(parts[::-1])
+        return np.concatenate(kept[::-1]), np.concatenate(duplicates) if duplicates else _NO_BLOCKS
+
+    def _raise(self, node: Node, blocks: BlockIds) -> None:
+        """A host node is a device node from now on, with these blocks."""
+        assert self._lower is not None and node.parent is not None
+        held = node.payload
+        self._host.forget(node)
+        self._lower.free(held.blocks)
+        held.blocks, held.tier = blocks.copy(), Tier.DEVICE
+        node.parent.payload.num_device_children += 1
+        self.num_host_blocks -= len(blocks)
+        self.num_blocks += len(blocks)
+        self.num_evictable += len(blocks)  # until the caller's lock reaches it
+
+    def _lower_end(self, node: Node, num_blocks: int) -> BlockIds:
+        """Move the last blocks of an end to the host tier, or drop those that are colder than all there."""
+        lower, held = self._lower, node.payload
+        assert lower is not None
+        rank = self._rank(held)
+        while (num_lacking := num_blocks - lower.num_free) > 0:
+            coldest = self._host.pop(limit=rank)
+            if coldest is None:
+                break
+            self._drop_host(coldest, num_lacking)
+        num_lowered = min(num_blocks, lower.num_free)
+        num_dropped = num_blocks - num_lowered
+        # Nothing hangs below a node that is dropped: it would be as cold, and have made room.
+        dropped = self._cut(node, num_dropped) if num_dropped else _NO_BLOCKS
+        if num_lowered == 0:
+            return dropped
+        if num_lowered < len(held.blocks):
+            self._tree.split(node, len(held.blocks) - num_lowered)
+        lowered = held.blocks
+        above = node.parent
+        assert above is not None
+        self._device.forget(node)
+        held.blocks, held.tier = lower.store(lowered), Tier.HOST
+        above.payload.num_device_children -= 1
+        self.num_blocks -= num_lowered
+        self.num_evictable -= num_lowered
+        self.num_host_blocks += num_lowered
+        self._host.consider(node)
+        self._device.consider(above)
+        return np.concatenate((lowered, dropped))
+
+    def _drop_host(self, leaf: Node, num_blocks: int) -> int:
+        """Take up to `num_blocks` off a leaf of the host tier; how many those were."""
+        assert self._lower is not None
+        taken = self._cut(leaf, min(num_blocks, len(leaf.payload.blocks)))
+        self._lower.free(taken)
+        return len(taken)
+
+    def _cut_upwards(self, leaf: Node, before: float, freed: list[BlockIds]) -> None:
+        """Take a leaf off, and what then is a leaf above it, while they are unlocked and not used since.
+        Device blocks go to `freed`.
+        """
+        at: Node | None = leaf
+        while at is not None and at.payload.last_used < before and _is_leaf(at):
+            above = at.parent
+            if at.payload.tier is Tier.HOST:
+                self._drop_host(at, len(at.payload.blocks))
+            else:
+                freed.append(self._cut(at, len(at.payload.blocks)))
+            at = above
 
     def _append(
         self,
@@ -267,9 +362,9 @@ class Index:
         if node is start and node.parent is not None and not node.children and held.locks == 1:
             node.key += tokens
             held.blocks = np.concatenate((held.blocks, blocks))
-            held.last_used = now
             return node
         self.num_evictable += len(blocks)  # until the caller's lock reaches it
+        held.num_device_children += 1
         return self._tree.add(node, tokens, Held(blocks.copy(), now))
 
     def _add_locks(self, node: Node | None, until: Node | None) -> None:
@@ -281,37 +376,29 @@ class Index:
             held.locks += 1
             node = node.parent
 
-    def _consider(self, node: Node) -> None:
-        """Make an unlocked leaf a candidate for eviction, unless it is one."""
-        held = node.payload
-        if held.is_candidate or not self._is_evictable(node):
-            return
-        held.is_candidate = True
-        self._num_candidates += 1
-        heapq.heappush(self._candidates, (self._rank(held), next(self._serial), node))
-        if len(self._candidates) > 2 * self._num_candidates + 64:  # mostly nodes that were cut elsewhere
-            self._candidates = [entry for entry in self._candidates if entry[2].payload.is_candidate]
-            heapq.heapify(self._candidates)
-
     def _cut(self, leaf: Node, num_blocks: int) -> BlockIds:
         """Take the last `num_blocks` off an unlocked leaf; the leaf goes when nothing is left of it."""
         held = leaf.payload
         assert not held.locks and not leaf.children
-        self.num_blocks -= num_blocks
-        self.num_evictable -= num_blocks
+        is_device = held.tier is Tier.DEVICE
+        if is_device:
+            self.num_blocks -= num_blocks
+            self.num_evictable -= num_blocks
+        else:
+            self.num_host_blocks -= num_blocks
+        candidates = self._device if is_device else self._host
         keep = len(held.blocks) - num_blocks
         taken = held.blocks[keep:]
         if keep:
             leaf.key = leaf.key[: keep * self.block_size * 4]
             held.blocks = held.blocks[:keep].copy()
-            self._consider(leaf)
-        else:
-            if held.is_candidate:
-                held.is_candidate = False
-                self._num_candidates -= 1
-            above = self._tree.remove(leaf)
-            self._consider(above)
-            self._drop_if_empty(above)
+            candidates.consider(leaf)
+            return taken
+        candidates.forget(leaf)
+        above = self._tree.remove(leaf)
+        above.payload.num_device_children -= is_device
+        (self._device if above.payload.tier is Tier.DEVICE else self._host).consider(above)
+        self._drop_if_empty(above)
         return taken
 
     def _drop_if_empty(self, root: Node) -> None:
@@ -320,11 +407,32 @@ class Index:
             self._tree.drop_root(held.root_of)
 
 
+def _is_leaf(node: Node) -> bool:
+    return node.parent is not None and not node.children and not node.payload.locks
+
+
+def _is_device_end(node: Node) -> bool:
+    held = node.payload
+    is_end = node.parent is not None and not held.num_device_children
+    return is_end and not held.locks and held.tier is Tier.DEVICE
+
+
+def _is_host_end(node: Node) -> bool:
+    return _is_leaf(node) and node.payload.tier is Tier.HOST
+
+
 def _new_root(namespace: str) -> Held:
     return Held(_NO_BLOCKS, 0.0, root_of=namespace)
 
 
 def _split_held(held: Held, num_blocks: int) -> tuple[Held, Held]:
-    upper = Held(held.blocks[:num_blocks].copy(), held.last_used, held.num_uses, held.locks)
+    upper = Held(
+        held.blocks[:num_blocks].copy(),
+        held.last_used,
+        held.num_uses,
+        held.locks,
+        held.tier,
+        num_device_children=held.tier is Tier.DEVICE,
+    )
     held.blocks = held.blocks[num_blocks:].copy()
     return upper, held

@@ -2,12 +2,15 @@
 pulls from peers.
 
     free ── alloc_mem ──► active ── insert, publish ──► historical ── delete, eviction ──► free
-      ▲──────── free_mem ────┘                             └─ match, acquire: kept by a lock while in use
+      ▲──────── free_mem ────┘                            │  ▲  └─ match, acquire: kept by a lock while in use
+                                                 swap_out ▼  │ swap_in
+                                                      host tier ── eviction ──► gone
 
 Owned by the worker's loop and called from its thread alone. A block has one owner: whoever allocated it, or
-the index. `alloc_mem` evicts what nobody uses when no block is free. The destination of a pull counts as
-written until the pull has a result. Memory and layout are arena.py's, who holds what allocator.py's and
-index.py's, how bytes move the transports'. Peers come and go by grants of the supervisor.
+the index. `alloc_mem` evicts what nobody uses when no block is free; with a host tier that is a `swap_out`,
+and `acquire` swaps in. The destination of a pull counts as written until the pull has a result. Memory and
+layout are arena.py's, who holds what allocator.py's and index.py's, how bytes move the transports'. Peers
+come and go by grants of the supervisor.
 """
 
 from __future__ import annotations
@@ -18,7 +21,6 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -27,11 +29,16 @@ from numpy.typing import ArrayLike
 
 from memserve import memfd
 from memserve.errors import EngineError, MemserveError
-from memserve.messages import ArenaGrant, BlockRefs, Link, PeerGrant, Tier
+from memserve.messages import ArenaGrant, BlockRefs, Link, PeerGrant, Removed, Tier, Transfer
+from memserve.pool.addresses import Addresses
 from memserve.pool.allocator import BlockAllocator, BlockIds
 from memserve.pool.arena import Arena, ArenaFds, PeerArena, Progress
 from memserve.pool.block_table import BlockTable
-from memserve.pool.index import Index
+from memserve.pool.host_tier import HostTier
+from memserve.pool.incoming import Incoming, begin_transfer
+from memserve.pool.index import Index, Lock, Match
+from memserve.pool.removals import RemovalLog
+from memserve.pool.retention import PoolStats, Retention
 from memserve.pool.transports.base import FailedPull, Pull
 from memserve.pool.transports.by_peer import PeerTransfer
 from memserve.pool.transports.shm import ShmTransfer
@@ -41,13 +48,7 @@ logger = logging.getLogger(__name__)
 _POPULATE_NICENESS = 10
 
 
-@dataclass(frozen=True, slots=True)
-class PoolStats:
-    """Blocks by state; they add up to the arena. `historical`: cached, and in nobody's use now."""
-
-    free: int
-    active: int
-    historical: int
+_NO_BLOCKS: BlockIds = np.empty(0, dtype=np.int64)
 
 
 class MemPool:
@@ -57,7 +58,7 @@ class MemPool:
         arena: the memory, owned from now on.
         instance, incarnation: who we are, as part of every address given out.
         wake: called after each pull's end, from any thread, until `close` returns (see `ShmTransfer`).
-        index: keeps the blocks of finished sequences for reuse; None = nothing is kept.
+        retention: keep the blocks of finished sequences for reuse; None = nothing is kept.
         clock: seconds, for the order of eviction.
         on_free: told which blocks have become free (tests poison them; no generation tells of such a write).
         transfer: how peers are reached, owned from now on; None = they are mapped. Must know this arena.
@@ -70,16 +71,27 @@ class MemPool:
         incarnation: int,
         wake: Callable[[], None],
         *,
-        index: Index | None = None,
+        retention: Retention | None = None,
         clock: Callable[[], float] = time.monotonic,
         on_free: Callable[[BlockIds], None] | None = None,
         transfer: PeerTransfer | None = None,
     ) -> None:
         self._arena = arena
-        self._index = index
+        self._addresses = Addresses(instance, incarnation, {Tier.DEVICE: arena.generations})
+        self._host: HostTier | None = None
+        self._index: Index | None = None
+        self._namespace = ""
+        self._removals: RemovalLog | None = None
+        if retention is not None:
+            if retention.tells_removals:
+                self._removals = RemovalLog(self._addresses)
+            if (host := retention.host) is not None:
+                self._addresses.generations[Tier.HOST] = host.arena.generations
+                self._host = HostTier(host.arena, arena, host.num_blocks, self._removals, host.on_free)
+            self._index = Index(arena.geometry.block_size, retention.rank, self._host)
+            self._namespace = f"{retention.fingerprint}/"
         self._clock = clock
         self._instance = instance
-        self._incarnation = incarnation
         self._wake = wake
         self._allocator = BlockAllocator(arena.num_blocks, arena.generations, on_free)
         # An arena the host cannot address has no way to pull yet: its peers are unknown, every pull a miss.
@@ -105,6 +117,11 @@ class MemPool:
         return self._allocator.num_blocks
 
     @property
+    def host_capacity(self) -> int:
+        """Blocks that the host tier may have at most; 0 = there is none."""
+        return 0 if self._host is None else self._host.capacity
+
+    @property
     def num_available(self) -> int:
         """Blocks that `alloc_mem` could give now: the free ones, and those that it would evict."""
         return self._allocator.num_free + (0 if self._index is None else self._index.num_evictable)
@@ -116,54 +133,98 @@ class MemPool:
 
     # --- memory blocks -----------------------------------------------------------------------------------
 
-    def alloc_mem(self, num_blocks: int) -> BlockIds | None:
+    def alloc_mem(self, num_blocks: int, tier: Tier = Tier.DEVICE) -> BlockIds | None:
         """Take blocks: int64 ids, ascending, the caller's, with whatever content they had before.
 
-        Historical blocks are evicted where the free ones do not suffice, the least useful first. None, and
-        nothing taken or evicted, if there are not enough of both.
+        Historical blocks are evicted where the free ones do not suffice, the least useful first; those of the
+        device tier are swapped out if there is a host tier. None, and nothing taken or evicted, if there are
+        not enough of both.
         """
+        if tier is Tier.HOST:
+            return self._alloc_host(num_blocks)
         num_lacking = num_blocks - self._allocator.num_free
         if num_lacking > 0 and self._index is not None and num_lacking <= self._index.num_evictable:
-            self._allocator.free(self._index.evict(num_lacking))
+            self._evict(num_lacking)
         return self._allocator.allocate(num_blocks)
 
-    def free_mem(self, ids: ArrayLike) -> None:
+    def free_mem(self, ids: ArrayLike, tier: Tier = Tier.DEVICE) -> None:
         """Give back blocks that `alloc_mem` gave and nobody published."""
-        self._allocator.free(ids)
+        if tier is Tier.DEVICE:
+            self._allocator.free(ids)
+        else:
+            assert self._host is not None
+            self._host.give_back(np.asarray(ids, dtype=np.int64))
+
+    def swap_out(self, num_blocks: int) -> int:
+        """Move that many blocks that nobody uses to the host tier, the least useful first, or as many as
+        there are; those that are colder than all of a full host tier are dropped. Returns the blocks moved.
+        """
+        if self._index is None or self._host is None:
+            return 0
+        before = self._host.num_stored
+        self._evict(num_blocks)
+        return self._host.num_stored - before
+
+    def swap_in(self, tokens: bytes, salt: str = "") -> int:
+        """Move what the host tier holds of a cached prefix to the device tier, as far as there is room.
+        Returns the blocks moved.
+        """
+        table = self.acquire(tokens, salt)
+        num_blocks = table.num_swapped_in
+        self.release(table)
+        return num_blocks
+
+    def resize(self, num_blocks: int) -> int:
+        """Let the host tier have so many blocks, from 0 to its capacity; returns how many it has now.
+
+        To shrink it evicts, moves what it keeps together, and gives the memory back; blocks that somebody has
+        from `alloc_mem` stand in the way, and it keeps all up to the last of them. Raises MemoryError_ if
+        the machine has not the memory to grow, ValueError outside the bounds.
+        """
+        host = self._host
+        if host is None or not 0 <= num_blocks <= host.capacity:
+            capacity = 0 if host is None else host.capacity
+            raise ValueError(f"a host tier of {num_blocks} blocks, but from 0 to {capacity} are possible")
+        if num_blocks >= host.num_blocks:
+            host.grow_to(num_blocks)
+            return num_blocks
+        assert self._index is not None
+        self._index.evict_host(host.num_held - num_blocks)
+        host.withdraw_from(num_blocks)
+        self._index.relocate_host(partial(host.relocate, limit=num_blocks))
+        in_the_way = host.held_blocks()
+        num_blocks = max(num_blocks, in_the_way.item(-1) + 1 if len(in_the_way) else 0)
+        host.shrink_to(num_blocks)
+        return num_blocks
 
     # --- the index -----------------------------------------------------------------------------------------
 
-    def match(self, tokens: bytes, salt: str = "") -> int:
-        """Tokens of the longest cached prefix of `tokens` (little-endian int32): whole blocks. Counts as a
-        use.
-        """
+    def match(self, tokens: bytes, salt: str = "") -> Match:
+        """The longest cached prefix of `tokens` (little-endian int32), whole blocks. Counts as a use."""
         if self._index is None:
-            return 0
-        return self._index.match(salt, tokens, self._clock()).num_blocks * self.block_size
+            return Match(0, _NO_BLOCKS, _NO_BLOCKS)
+        prefix = self._index.match(self._namespace + salt, tokens, self._clock())
+        return Match(prefix.num_blocks * self.block_size, *prefix.blocks())
 
     def insert(self, tokens: bytes, ids: ArrayLike, salt: str = "") -> BlockIds:
         """Publish a sequence (active → historical): `ids` hold the KV of `tokens`, whole blocks.
 
         Returns the ids under which it is cached from now on: where the same tokens were cached before, those,
-        and the blocks given for them are free. Without an index everything is free.
+        and the blocks given for them are free. Without retention everything is free.
         """
         blocks = np.asarray(ids, dtype=np.int64)
         if self._index is None:
             self._allocator.free(blocks)
             return blocks[:0]
-        extended = self._index.insert(salt, tokens, blocks, self._clock())
+        extended = self._index.insert(self._namespace + salt, tokens, blocks, self._clock())
         self._allocator.free(extended.duplicates)
         return extended.blocks
 
     def delete(self, tokens: bytes, salt: str = "") -> int:
-        """Forget a cached prefix with all that continues it; what is in use stays. Returns the blocks
-        freed.
+        """Forget a cached prefix with all that continues it, in either tier; what is in use stays. Returns
+        the blocks freed.
         """
-        if self._index is None:
-            return 0
-        freed = self._index.delete(salt, tokens)
-        self._allocator.free(freed)
-        return len(freed)
+        return self._forget(lambda index: index.delete(self._namespace + salt, tokens))
 
     def flush(self) -> int:
         """Forget all that is cached and not in use. Returns the blocks freed."""
@@ -173,11 +234,22 @@ class MemPool:
         """Forget what was not used since `before`, by the pool's clock (time to live). Returns the blocks
         freed.
         """
+        return self._forget(lambda index: index.expire(before))
+
+    def lock(self, tokens: bytes, salt: str = "") -> Lock | None:
+        """Keep what the device tier caches of `tokens` until `unlock`; None = the pool keeps nothing."""
         if self._index is None:
-            return 0
-        freed = self._index.expire(before)
-        self._allocator.free(freed)
-        return len(freed)
+            return None
+        return self._index.lock(self._index.match(self._namespace + salt, tokens, self._clock()))
+
+    def unlock(self, lock: Lock) -> None:
+        """End a `lock`, once."""
+        assert self._index is not None
+        self._index.unlock(lock)
+
+    def take_removed(self) -> list[Removed]:
+        """What is no longer cached where it was, since the last call; empty unless `tells_removals`."""
+        return [] if self._removals is None else self._removals.take()
 
     # --- sequences -----------------------------------------------------------------------------------------
 
@@ -185,9 +257,13 @@ class MemPool:
         """A table that begins with what is cached of `tokens` (whole blocks), kept until `release`."""
         if self._index is None:
             return BlockTable()
-        prefix = self._index.match(salt, tokens, self._clock())
-        blocks = prefix.blocks()
-        return BlockTable(blocks, self._index.lock(prefix))
+        now = self._clock()
+        prefix = self._index.match(self._namespace + salt, tokens, now)
+        device, host = prefix.blocks()
+        table = BlockTable(device, self._index.lock(prefix))
+        if len(host):
+            self._swap_in(table, tokens, salt, len(host))
+        return table
 
     def publish(self, table: BlockTable, tokens: bytes) -> None:
         """The table's next own blocks hold the KV of `tokens`, whole blocks: they become shared.
@@ -217,21 +293,14 @@ class MemPool:
             self._index.unlock(table.lock)
             table.lock = None
 
-    def addresses(self, ids: ArrayLike) -> BlockRefs:
+    def addresses(self, ids: ArrayLike, tier: Tier = Tier.DEVICE) -> BlockRefs:
         """Where our blocks `ids` can be pulled from; good until they are freed."""
-        blocks = np.asarray(ids, dtype=np.int64)
-        return BlockRefs(
-            instance=self._instance,
-            incarnation=self._incarnation,
-            tier=Tier.DEVICE,
-            blocks=tuple(blocks.tolist()),
-            generations=tuple(self._arena.generations[blocks].tolist()),
-        )
+        return self._addresses.of(ids, tier)
 
     # --- other instances ----------------------------------------------------------------------------------
 
     def add_peer(self, grant: ArenaGrant, arena_fd: int, generations_fd: int) -> None:
-        """Map a peer's arena to pull from; a second grant of the same instance replaces the first.
+        """Map a peer's arena to pull from; a second grant of the same instance and tier replaces the first.
 
         Its mapping is populated by `populate`, or in the background if that was before. The descriptors are
         ours from now on: they are closed, whatever happens. Raises MemoryError_, or EngineError if it is not
@@ -250,6 +319,8 @@ class MemPool:
             os.close(arena_fd)
             os.close(generations_fd)
         self._transfer.add_mapped(peer)
+        if peer.tier is Tier.HOST:
+            return  # mostly holes, which reading would fill
         if self._is_populated:
             self._populate_later(peer)
         else:
@@ -296,6 +367,34 @@ class MemPool:
             return FailedPull(f"unknown peer {refs.instance}")
         return self._transfer.begin(refs, np.asarray(into, dtype=np.int64), layers_from)
 
+    def transfer(self, target: str, ids: ArrayLike, into: tuple[int, ...] | None = None) -> Transfer:
+        """Offer our blocks `ids` to the pool `target`: what to send it, for its `receive` (the paper's
+        `transfer`; the receiver copies). Without `into`, blocks that it has allocated, it allocates. The
+        caller holds `ids` until the receiver has answered.
+        """
+        return Transfer(target, self.addresses(ids), into=into)
+
+    def transfer_with_insert(
+        self, target: str, tokens: bytes, salt: str = ""
+    ) -> tuple[Transfer, Lock | None]:
+        """Offer what the device tier caches of `tokens`; the receiver publishes it once it is there.
+
+        Returns what to send it, and the lock that keeps the blocks until the receiver has answered and
+        `unlock` is called.
+        """
+        lock = self.lock(tokens, salt)
+        blocks = self.match(tokens, salt).device_blocks
+        known = tokens[: len(blocks) * 4 * self.block_size]
+        return Transfer(target, self.addresses(blocks), known, salt), lock
+
+    def receive(self, offered: Transfer, *, spare: int = 0) -> Incoming:
+        """Take a transfer from another pool: pull what is lacking here, and publish it if it comes with
+        tokens. Never raises or waits; a transfer for which there is no room, or less than `spare` blocks
+        would be left, ends at once.
+        """
+        assert offered.target == self._instance, offered.target
+        return begin_transfer(self, offered, spare)
+
     # --- life --------------------------------------------------------------------------------------------
 
     def populate(self, progress: Callable[[float], None] | None = None) -> None:
@@ -315,6 +414,8 @@ class MemPool:
 
         if self._arena.blocks is not None:
             memfd.populate(self._arena.blocks.reshape(-1), progress=partial(tell, 0))
+        if self._host is not None:
+            self._host.populate()
         for part, peer in enumerate(peers, start=1):
             self._populate_peer(peer, partial(tell, part))
         tell(num_parts - 1, 1.0)
@@ -323,7 +424,13 @@ class MemPool:
         """Blocks by state, now; from any thread."""
         free, total = self._allocator.num_free, self._allocator.num_blocks
         historical = 0 if self._index is None else self._index.num_evictable
-        return PoolStats(free=free, active=total - free - historical, historical=historical)
+        return PoolStats(
+            free=free,
+            active=total - free - historical,
+            historical=historical,
+            num_host=0 if self._host is None else self._host.num_blocks,
+            host_historical=0 if self._index is None else self._index.num_host_blocks,
+        )
 
     def assert_idle(self) -> None:
         """AssertionError naming the blocks, unless each is free or cached and in nobody's use (DESIGN
@@ -336,6 +443,9 @@ class MemPool:
             assert self._index.num_locked_roots() == 0, "a namespace is still locked"
             cached = set(self._index.blocks().tolist())
             assert len(cached) == self._index.num_blocks, "blocks are cached twice"
+            if self._host is not None:
+                in_host = np.sort(self._index.blocks(Tier.HOST)).tolist()
+                assert in_host == self._host.held_blocks().tolist(), "the host tier holds what is not cached"
         if held != cached:
             raise AssertionError(f"held and not cached: {held - cached}; cached and free: {cached - held}")
 
@@ -348,6 +458,53 @@ class MemPool:
         for thread in self._populating:
             thread.join()
         self._populating.clear()
+
+    def _swap_in(self, table: BlockTable, tokens: bytes, salt: str, num_blocks: int) -> None:
+        """Copy the host blocks that follow those of the table, as far as there is room, into its own."""
+        assert self._index is not None and self._host is not None and table.lock is not None
+        into = self.alloc_mem(min(num_blocks, self.num_available))
+        assert into is not None
+        now = self._clock()
+        # To make room may have dropped some of them from the host tier, and has moved others there.
+        _, host = self._index.match(self._namespace + salt, tokens, now).blocks()
+        count = min(len(into), len(host))
+        self._host.load(host[:count], into[:count])
+        if self._removals is not None:
+            self._removals.moved(host[:count], Tier.HOST, into[:count], Tier.DEVICE)
+        step = 4 * self.block_size
+        start = table.num_shared * step
+        extended = self._index.extend(table.lock, tokens[start : start + count * step], into[:count], now)
+        assert len(extended.duplicates) == 0
+        self._allocator.free(into[count:])
+        table.append(extended.blocks)
+        table.share(extended.blocks)
+        table.num_swapped_in = count
+
+    def _alloc_host(self, num_blocks: int) -> BlockIds | None:
+        if self._host is None:
+            return None
+        num_lacking = num_blocks - self._host.num_free
+        if num_lacking > 0 and self._index is not None and num_lacking <= self._index.num_host_blocks:
+            self._index.evict_host(num_lacking)
+        return self._host.allocate(num_blocks)
+
+    def _evict(self, num_blocks: int) -> None:
+        assert self._index is not None
+        self._free_historical(self._index.evict(num_blocks))
+
+    def _forget(self, give_up: Callable[[Index], BlockIds]) -> int:
+        """Free what the index gives up, in both tiers; how many blocks."""
+        if self._index is None:
+            return 0
+        num_host_before = self._index.num_host_blocks
+        freed = give_up(self._index)
+        self._free_historical(freed)
+        return len(freed) + num_host_before - self._index.num_host_blocks
+
+    def _free_historical(self, blocks: BlockIds) -> None:
+        if self._removals is not None:
+            self._removals.gone(blocks, Tier.DEVICE)
+        self._allocator.free(blocks)
 
     def _populate_peer(self, peer: PeerArena, progress: Callable[[float], None] | None = None) -> None:
         try:

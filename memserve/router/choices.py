@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from memserve.messages import FinishReason, TokenLogprobs
+from memserve.messages import NO_CACHED_TOKENS, FinishReason, TokenLogprobs
 from memserve.router.engine_api import Delta
 from memserve.router.stop import StopMatcher
 from memserve.router.tokenizer import Tokenizer
@@ -53,7 +53,7 @@ class Choice:
         self.plan = plan
         self.finish_reason: FinishReason | None = None
         self.num_completion_tokens = 0
-        self.num_cached_tokens = 0
+        self.cached = NO_CACHED_TOKENS
         self._began = False
         self._tokenizer = tokenizer
         self._decoder = tokenizer.decoder(
@@ -76,7 +76,7 @@ class Choice:
             return
         if not self._began:
             self._began = True
-            self.num_cached_tokens = delta.num_cached_tokens
+            self.cached = delta.cached or NO_CACHED_TOKENS
         if delta.prompt_logprobs is not None:
             self._entries[:0] = self._prompt_entries(delta.prompt_logprobs)
         if self.plan.hide_output:

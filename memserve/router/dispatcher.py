@@ -41,9 +41,11 @@ from memserve.messages import (
     Pulled,
     PulledBack,
     Release,
+    Removed,
     Reserve,
     StepOutputs,
     Stored,
+    Tier,
     ToWorker,
     pack_tokens,
 )
@@ -105,6 +107,9 @@ class DispatcherCounters:
     pull_back_misses: int = 0
     pulled_back_tokens: int = 0
     pulled_back_bytes: int = 0
+    evicted_blocks: int = 0
+    swapped_out_blocks: int = 0
+    swapped_in_blocks: int = 0
 
 
 Policy = Callable[[Sequence[WorkerView], int, int], Placement | None]
@@ -269,6 +274,8 @@ class Dispatcher:
                 self._on_pulled(event, message)
             case PulledBack():
                 self._on_pulled_back(message)
+            case Removed():
+                self._on_removed(message)
             case Failed():
                 self._on_failed(event, message)
             case Heartbeat():
@@ -311,7 +318,7 @@ class Dispatcher:
             logprobs=None if done.logprobs is None else (done.logprobs,),
             prompt_logprobs=done.prompt_logprobs,
             finish_reason=done.finish_reason,
-            num_cached_tokens=done.num_cached_tokens,
+            cached=done.cached,
         )
         if self._deliver(request, output, now):
             return
@@ -368,6 +375,15 @@ class Dispatcher:
         self.counters.pulled_back_tokens += answer.num_tokens
         self.counters.pulled_back_bytes += answer.num_bytes
         self.counters.pull_back_misses += answer.failure is not None
+
+    def _on_removed(self, removed: Removed) -> None:
+        num_blocks, moved_to = len(removed.refs.blocks), removed.moved_to
+        if moved_to is None:
+            self.counters.evicted_blocks += num_blocks
+        elif removed.refs.tier is Tier.DEVICE:
+            self.counters.swapped_out_blocks += num_blocks
+        elif moved_to.tier is Tier.DEVICE:
+            self.counters.swapped_in_blocks += num_blocks
 
     def _on_output(self, event: FromWorker, output: Output, now: float) -> None:
         request = self._asked(output.request_id, output.attempt)

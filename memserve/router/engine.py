@@ -15,12 +15,24 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from memserve.config import Role, WorkerConfig
+from memserve.config import WorkerConfig
 from memserve.errors import MemserveError, Unavailable
-from memserve.messages import Heartbeat, Link, Load, Output, Ready, ToRouter, ToWorker
+from memserve.messages import (
+    CacheCommand,
+    CacheReport,
+    Heartbeat,
+    Link,
+    Load,
+    Output,
+    Ready,
+    ToRouter,
+    ToWorker,
+)
+from memserve.model_config import KVGeometry
+from memserve.router.cache_commands import CacheCommands
 from memserve.router.dispatcher import Dispatcher
 from memserve.router.engine_api import (
     Delta,
@@ -74,6 +86,7 @@ class ServingEngine:
         on_progress: Callable[[str, str, float], None] | None = None,
     ) -> None:
         self._dispatcher = dispatcher
+        self._plan = tuple(plan)
         self._roles = {config.instance: config.role for config in plan}
         self._ways = {config.instance: tuple(peers_of(config, plan).items()) for config in plan}
         self._clock = clock
@@ -87,6 +100,7 @@ class ServingEngine:
         self._num_restarts: Counter[str] = Counter()
         self._was_ready = False
         self._draining = False
+        self._cache_commands = CacheCommands(self._send_to)
         self.all_lost = asyncio.Event()
 
     def connect(self, send: Callable[[str, ToWorker], object]) -> None:
@@ -109,6 +123,11 @@ class ServingEngine:
         """See `engine_api.Engine`."""
         if self._listeners.pop(request_id, None) is not None:
             self._feed(Abandon(request_id))
+
+    async def command_caches(self, commands: Mapping[str, CacheCommand]) -> Mapping[str, CacheReport | None]:
+        """See `engine_api.Engine`."""
+        alive = {name: command for name, command in commands.items() if name in self._alive}
+        return await self._cache_commands.ask(alive)
 
     def _unavailable(self) -> str | None:
         """Why no request can be taken, None if one can."""
@@ -138,7 +157,7 @@ class ServingEngine:
     def status(self) -> EngineStatus:
         """See `engine_api.Engine`."""
         dispatcher, counters = self._dispatcher, self._dispatcher.counters
-        instances = (self._instance_status(name, role) for name, role in self._roles.items())
+        instances = map(self._instance_status, self._plan)
         return EngineStatus(
             instances=tuple(replace(status, pulls_from=self._ways[status.instance]) for status in instances),
             num_waiting=dispatcher.num_waiting,
@@ -159,20 +178,27 @@ class ServingEngine:
             pull_back_misses_total=counters.pull_back_misses,
             pulled_back_tokens_total=counters.pulled_back_tokens,
             pulled_back_bytes_total=counters.pulled_back_bytes,
+            evicted_blocks_total=counters.evicted_blocks,
+            swapped_out_blocks_total=counters.swapped_out_blocks,
+            swapped_in_blocks_total=counters.swapped_in_blocks,
         )
 
-    def _instance_status(self, instance: str, role: Role) -> InstanceStatus:
-        restarts = self._num_restarts[instance]
+    def _instance_status(self, config: WorkerConfig) -> InstanceStatus:
+        instance = config.instance
         view = self._dispatcher.fleet.views.get(instance)
-        if view is not None:
-            state = InstanceState.READY
-            return InstanceStatus(
-                instance, role, view.incarnation, state, view.load, view.num_blocks, restarts
-            )
         last = self._last_incarnation.get(instance)
-        if last is None:
-            return InstanceStatus(instance, role, 0, InstanceState.STARTING, Load())
-        return InstanceStatus(instance, role, last, InstanceState.DOWN, Load(), num_restarts=restarts)
+        state = InstanceState.STARTING if last is None else InstanceState.DOWN
+        return InstanceStatus(
+            instance=instance,
+            role=config.role,
+            incarnation=last or 0,
+            state=state if view is None else InstanceState.READY,
+            load=Load() if view is None else view.load,
+            num_blocks=0 if view is None else view.num_blocks,
+            num_restarts=self._num_restarts[instance],
+            block_bytes=KVGeometry.of(config.model, config.block_size, config.dtype).block_bytes,
+            max_host_blocks=config.max_host_blocks,
+        )
 
     # --- WorkerEvents ---
 
@@ -200,6 +226,10 @@ class ServingEngine:
 
     def on_worker_message(self, instance: str, incarnation: int, message: ToRouter) -> None:
         """A worker said something: to the router, or to another worker by way of it."""
+        if isinstance(message, CacheReport):
+            if self._alive.get(instance) == incarnation:
+                self._cache_commands.on_report(instance, message)
+            return
         event = FromWorker(instance, incarnation, message)
         if isinstance(message, Link):
             if (send := self._links.relay(event, message, self._alive)) is not None:
@@ -214,6 +244,7 @@ class ServingEngine:
         logger.warning("%s (incarnation %d) is down: %s", instance, incarnation, reason)
         self._alive.pop(instance, None)
         self._carry_out(self._links.on_worker_down(instance))
+        self._cache_commands.on_down(instance)
         self._feed(WorkerDown(instance, incarnation, reason))
 
     def on_instance_lost(self, instance: str) -> None:
@@ -252,11 +283,14 @@ class ServingEngine:
                 case Emit(request_id=request_id, output=output):
                     self._tell(request_id, output)
                 case Send(instance=instance, incarnation=incarnation, message=message):
-                    assert self._send is not None
                     if self._alive.get(instance) == incarnation:
-                        self._send(instance, message)
+                        self._send_to(instance, message)
                 case Refuse(request_id=request_id, error=error):
                     self._end(request_id, error)
+
+    def _send_to(self, instance: str, message: ToWorker) -> None:
+        assert self._send is not None
+        self._send(instance, message)
 
     def _tell(self, request_id: str, output: Output) -> None:
         ended = output.finish_reason is not None
@@ -268,7 +302,7 @@ class ServingEngine:
                     output.logprobs,
                     output.prompt_logprobs,
                     output.finish_reason,
-                    output.num_cached_tokens,
+                    output.cached,
                 )
             )
 

@@ -12,7 +12,7 @@ Whoever submits cancels what has not ended when he leaves: nothing else does.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -23,7 +23,15 @@ from numpy.typing import NDArray
 
 from memserve.config import Role, Transport
 from memserve.errors import MemserveError
-from memserve.messages import FinishReason, Load, SamplingParams, TokenLogprobs
+from memserve.messages import (
+    CacheCommand,
+    CachedTokens,
+    CacheReport,
+    FinishReason,
+    Load,
+    SamplingParams,
+    TokenLogprobs,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +52,8 @@ class Delta(msgspec.Struct, frozen=True):
 
     `token_ids` include the stop token that ended the sequence (`finish_reason` STOP); hiding its text is the
     server's part. `logprobs` runs parallel to `token_ids` and is None unless asked for. `prompt_logprobs`
-    comes once, with the first delta, one entry a prompt token (the first is None). `num_cached_tokens` is the
-    number of prompt tokens that did not have to be computed; that of the first delta counts. (A msgspec
+    comes once, with the first delta, one entry a prompt token (the first is None). `cached` are the
+    prompt tokens that did not have to be computed; that of the first delta counts. (A msgspec
     struct, as one is made for every token.)
     """
 
@@ -53,7 +61,7 @@ class Delta(msgspec.Struct, frozen=True):
     logprobs: tuple[TokenLogprobs, ...] | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     finish_reason: FinishReason | None = None
-    num_cached_tokens: int = 0
+    cached: CachedTokens | None = None
 
 
 # Called on the event loop with each delta, or with the error that ends the sequence. It takes note and
@@ -74,7 +82,8 @@ class InstanceStatus:
     """One instance as the router sees it.
 
     `incarnation` counts its lives from 0; of one that is down it is the last. `load` is the last reported.
-    `num_blocks`: size of its KV pool, 0 unless it is ready. `num_restarts`: how often it came up again.
+    `num_blocks`: size of its KV pool, 0 unless it is ready, in blocks of `block_bytes`. `max_host_blocks`:
+    how many its host tier may have, 0 = it has none. `num_restarts`: how often it came up again.
     `pulls_from`: the instances whose KV can get here, and by which transport.
     """
 
@@ -85,6 +94,8 @@ class InstanceStatus:
     load: Load
     num_blocks: int = 0
     num_restarts: int = 0
+    block_bytes: int = 0
+    max_host_blocks: int = 0
     pulls_from: tuple[tuple[str, Transport], ...] = ()
 
 
@@ -116,6 +127,9 @@ class EngineStatus:
     pull_back_misses_total: int = 0
     pulled_back_tokens_total: int = 0
     pulled_back_bytes_total: int = 0
+    evicted_blocks_total: int = 0
+    swapped_out_blocks_total: int = 0
+    swapped_in_blocks_total: int = 0
 
 
 class Engine(Protocol):
@@ -137,6 +151,10 @@ class Engine(Protocol):
         """Raises `Overloaded` or `Unavailable` unless so many sequences, submitted right now, would all be
         admitted. Cheap.
         """
+        ...
+
+    async def command_caches(self, commands: Mapping[str, CacheCommand]) -> Mapping[str, CacheReport | None]:
+        """Sends each instance a command on its cache; the answers, None where none came within seconds."""
         ...
 
     def ready(self) -> bool:

@@ -19,6 +19,8 @@ class WorkerLoad(msgspec.Struct, frozen=True):
     free_blocks: int
     active_blocks: int
     historical_blocks: int
+    num_host_blocks: int
+    historical_host_blocks: int
     preemptions: int
 
 
@@ -65,6 +67,8 @@ def _row(status: InstanceStatus) -> WorkerObject:
             free_blocks=load.num_free_blocks,
             active_blocks=load.num_active_blocks,
             historical_blocks=load.num_historical_blocks,
+            num_host_blocks=load.num_host_blocks,
+            historical_host_blocks=load.num_host_historical_blocks,
             preemptions=load.num_preemptions,
         ),
         pulls_from=dict(status.pulls_from),

@@ -7,12 +7,13 @@ both         on demand a chunk with the usage, at last `data: [DONE]`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
 
+from memserve.messages import CachedTokens
 from memserve.router.choices import Choice, ChoiceUpdate, TokenEntry
 from memserve.router.openai import (
     ChatChoice,
@@ -33,19 +34,41 @@ from memserve.router.tokenizer import Tokenizer
 
 DONE = b"data: [DONE]\n\n"
 
+CACHED_HEADER = "x-memserve-cached"
+CACHE_SOURCES = ("device", "host", "pulled")
+
 UsageField = Usage | None | msgspec.UnsetType
+
+
+def cached_of(choices: Sequence[Choice]) -> list[CachedTokens]:
+    """What was cached of each prompt: what the first of its choices found."""
+    return [choice.cached for choice in _firsts(choices)]
+
+
+def cached_header(choices: Sequence[Choice]) -> str:
+    """Cached tokens by source, those of all prompts together: "device=512, host=64, pulled=0"; what was
+    pulled also names the instances that it came from.
+    """
+    cached = cached_of(choices)
+    sums = [sum(getattr(each, source) for each in cached) for source in CACHE_SOURCES]
+    sources = "+".join(sorted({each.pulled_from for each in cached if each.pulled}))
+    text = ", ".join(f"{source}={count}" for source, count in zip(CACHE_SOURCES, sums, strict=True))
+    return f"{text};from={sources}" if sources else text
+
+
+def _firsts(choices: Sequence[Choice]) -> Iterable[Choice]:
+    return {choice.plan.prompt_index: choice for choice in reversed(choices)}.values()
 
 
 def usage_of(choices: Sequence[Choice]) -> Usage:
     """A prompt counts once however many choices it has; what was cached of it is what its first found."""
-    firsts = {choice.plan.prompt_index: choice for choice in reversed(choices)}.values()
-    prompt_tokens = sum(len(choice.plan.prompt.token_ids) for choice in firsts)
+    prompt_tokens = sum(len(choice.plan.prompt.token_ids) for choice in _firsts(choices))
     completion_tokens = sum(choice.num_completion_tokens for choice in choices)
     return Usage(
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,
         total_tokens=prompt_tokens + completion_tokens,
-        prompt_tokens_details=PromptTokensDetails(sum(choice.num_cached_tokens for choice in firsts)),
+        prompt_tokens_details=PromptTokensDetails(sum(cached.total for cached in cached_of(choices))),
     )
 
 

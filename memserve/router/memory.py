@@ -56,6 +56,14 @@ class _Pool:
     max_tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Host:
+    """One worker's host tier: its blocks at first, and to how many it may grow."""
+
+    num_blocks: int | None = None
+    most: int = 0
+
+
 def plan_workers(
     serve: ServeConfig, model: ModelConfig, model_path: Path, machine: Machine
 ) -> tuple[WorkerConfig, ...]:
@@ -76,8 +84,12 @@ def plan_workers(
             f"{model.max_position_embeddings} tokens"
         )
     wanted_len = serve.max_model_len or model.max_position_embeddings
+    hosts = _hosts(serve, seats, geometry, machine.available_bytes)
+    available_bytes = (
+        machine.available_bytes - sum(host.num_blocks or 0 for host in hosts) * geometry.block_bytes
+    )
     if seats[0].gpu is None:
-        pools = _cpu_pools(serve, seats, geometry, weights_bytes, wanted_len, machine.available_bytes)
+        pools = _cpu_pools(serve, seats, geometry, weights_bytes, wanted_len, available_bytes)
     else:
         pools = _cuda_pools(serve, seats, model, geometry, weights_bytes, wanted_len)
     max_model_len = _model_len(serve, wanted_len, pools, geometry)
@@ -101,10 +113,14 @@ def plan_workers(
             threads=seat.threads,
             cpus=seat.cpus,
             caches=_caches(serve.caching, seat.role),
+            eviction=serve.eviction,
+            cache_ttl_s=serve.cache_ttl_s,
+            host_blocks=host.num_blocks,
+            max_host_blocks=host.most,
             transports=announced(serve.transport, "cpu" if seat.gpu is None else "cuda"),
             log_level=serve.log_level,
         )
-        for seat, pool in zip(seats, pools, strict=True)
+        for seat, pool, host in zip(seats, pools, hosts, strict=True)
     )
 
 
@@ -172,8 +188,28 @@ def _cpu_pools(
     return pools
 
 
+def _hosts(
+    serve: ServeConfig, seats: Sequence[Seat], geometry: KVGeometry, available_bytes: int
+) -> list[_Host]:
+    """The host tiers that were asked for. While it runs each may grow to what the machine has now: an arena
+    is sparse.
+    """
+    hosts = []
+    for seat in seats:
+        asked = _parse("--host-memory", seat.options.host_memory)
+        if asked is None or not _caches(serve.caching, seat.role):
+            hosts.append(_Host())
+            continue
+        num_bytes = int(asked * available_bytes) if isinstance(asked, float) else asked
+        num_blocks = num_bytes // geometry.block_bytes
+        hosts.append(_Host(num_blocks, max(1, num_blocks, available_bytes // geometry.block_bytes)))
+    total = sum(host.num_blocks or 0 for host in hosts) * geometry.block_bytes
+    _check_left(available_bytes - total, f"host tiers of {format_bytes(total)}", "memory")
+    return hosts
+
+
 def _asked_bytes(seat: Seat, free_bytes: int) -> int | None:
-    asked = _parse(seat)
+    asked = _parse("--device-memory", seat.options.device_memory)
     return int(asked * free_bytes) if isinstance(asked, float) else asked
 
 
@@ -202,7 +238,9 @@ def _cuda_pools(
             what = f"{len(others)} workers with {format_bytes(weights_bytes)} of weights each"
         _check_left(left, what, where)
         for seat in others:
-            asked = _parse(seat) or DEFAULT_CUDA_FRACTION / len(others)
+            asked = _parse("--device-memory", seat.options.device_memory) or DEFAULT_CUDA_FRACTION / len(
+                others
+            )
             if isinstance(asked, int):
                 num_blocks = asked // geometry.block_bytes
             else:
@@ -237,14 +275,14 @@ def _check_left(left: int, what: str, where: str) -> None:
         raise MemoryError_(f"{what} do not fit in the available {where}: {format_bytes(-left)} are missing")
 
 
-def _parse(seat: Seat) -> int | float | None:
-    """`--device-memory` of a worker as bytes or as a fraction; None if it was not given."""
-    if seat.options.device_memory is None:
+def _parse(option: str, value: str | None) -> int | float | None:
+    """An amount of memory as bytes or as a fraction; None if it was not given."""
+    if value is None:
         return None
     try:
-        return parse_memory(seat.options.device_memory)
+        return parse_memory(value)
     except ValueError as error:
-        raise ConfigError(f"--device-memory: {error}") from error
+        raise ConfigError(f"{option}: {error}") from error
 
 
 def _blocks(num_tokens: int, geometry: KVGeometry) -> int:

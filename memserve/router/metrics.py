@@ -18,7 +18,9 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
+from memserve.messages import CachedTokens
 from memserve.router.engine_api import Engine, InstanceState
+from memserve.router.formats import CACHE_SOURCES
 from memserve.router.openai import Usage
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -68,8 +70,13 @@ class Metrics:
             "memserve_prompt_tokens", "Prompt tokens of finished requests", registry=self._registry
         )
         self._cached_tokens = Counter(
-            "memserve_cached_prompt_tokens", "Prompt tokens that were not computed", registry=self._registry
+            "memserve_cached_prompt_tokens",
+            "Prompt tokens that were not computed, by where their KV was",
+            ["source"],
+            registry=self._registry,
         )
+        for source in CACHE_SOURCES:
+            self._cached_tokens.labels(source)
         self._completion_tokens = Counter(
             "memserve_completion_tokens", "Tokens generated", registry=self._registry
         )
@@ -99,10 +106,12 @@ class Metrics:
         """The clock of a job that starts now."""
         return RequestTimer(self._clock, self._ttft, self._itl)
 
-    def on_finished(self, timer: RequestTimer, usage: Usage) -> None:
-        """A job ran to its end."""
+    def on_finished(self, timer: RequestTimer, usage: Usage, cached: Sequence[CachedTokens]) -> None:
+        """A job ran to its end; `cached` of each of its prompts."""
         self._prompt_tokens.inc(usage.prompt_tokens)
-        self._cached_tokens.inc(usage.prompt_tokens_details.cached_tokens)
+        for each in cached:
+            for source in CACHE_SOURCES:
+                self._cached_tokens.labels(source).inc(getattr(each, source))
         self._completion_tokens.inc(usage.completion_tokens)
         self._duration.observe(timer.elapsed_s())
 
@@ -181,6 +190,13 @@ class _EngineCollector(Collector):
                 status.pulled_back_tokens_total,
             ),
             ("memserve_pulled_back_bytes", "Bytes of KV that went there", status.pulled_back_bytes_total),
+            ("memserve_evicted_blocks", "Cached blocks given up", status.evicted_blocks_total),
+            (
+                "memserve_swapped_out_blocks",
+                "Cached blocks moved to a host tier",
+                status.swapped_out_blocks_total,
+            ),
+            ("memserve_swapped_in_blocks", "Cached blocks moved back", status.swapped_in_blocks_total),
             ("memserve_stale_answers", "Answers of workers to what was given up", status.stale_total),
             ("memserve_replays", "Requests dispatched again after a failure", status.replays_total),
             ("memserve_restarts", "Instances started again", status.restarts_total),
@@ -196,6 +212,9 @@ class _EngineCollector(Collector):
         )
         blocks = GaugeMetricFamily(
             "memserve_blocks", "KV blocks of an instance's pool", labels=["instance", "state"]
+        )
+        host_blocks = GaugeMetricFamily(
+            "memserve_host_blocks", "KV blocks of an instance's host tier", labels=["instance", "state"]
         )
         offers = GaugeMetricFamily(
             "memserve_offers", "Prefilled requests whose KV waits to be pulled", labels=one
@@ -217,10 +236,14 @@ class _EngineCollector(Collector):
             blocks.add_metric([name, "free"], load.num_free_blocks)
             blocks.add_metric([name, "active"], load.num_active_blocks)
             blocks.add_metric([name, "historical"], load.num_historical_blocks)
+            if row.max_host_blocks:
+                num_cached = load.num_host_historical_blocks
+                host_blocks.add_metric([name, "free"], load.num_host_blocks - num_cached)
+                host_blocks.add_metric([name, "historical"], num_cached)
             offers.add_metric([name], load.num_offers)
             oldest.add_metric([name], load.oldest_offer_s)
             preemptions.add_metric([name], load.num_preemptions)
             steps.add_metric([name], load.num_steps)
             tokens.add_metric([name, "prefill"], load.num_prefill_tokens)
             tokens.add_metric([name, "decode"], load.num_decode_tokens)
-        yield from (up, running, blocks, offers, oldest, preemptions, steps, tokens)
+        yield from (up, running, blocks, host_blocks, offers, oldest, preemptions, steps, tokens)

@@ -146,10 +146,23 @@ class ChatBody(SamplingBody, frozen=True, kw_only=True):
     modalities: list[str] | None = None
 
 
-Body = TypeVar("Body", CompletionBody, ChatBody)
+class CacheBody(msgspec.Struct, frozen=True, kw_only=True):
+    """POST /v1/cache/flush and /resize: which instance (all, if none is named), and how much for each."""
+
+    instance: Name | None = None
+    host_memory: Name | None = None
+
+
+class _MaybeChat(msgspec.Struct, frozen=True):
+    messages: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+
+
+Body = TypeVar("Body", CompletionBody, ChatBody, CacheBody, _MaybeChat)
 
 _COMPLETION = msgspec.json.Decoder(CompletionBody)
 _CHAT = msgspec.json.Decoder(ChatBody)
+_CACHE = msgspec.json.Decoder(CacheBody)
+_MAYBE_CHAT = msgspec.json.Decoder(_MaybeChat)
 # How msgspec says where: "… - at `$.stop[2]`", "… - at `key` in `$.logit_bias`", "… required field `model`".
 _FIELD = re.compile(r"`\$\.((\w+)[^`]*)`")
 _MISSING = re.compile(r"missing required field `((\w+))`")
@@ -169,6 +182,16 @@ def decode_completion(data: bytes) -> CompletionBody:
 def decode_chat(data: bytes) -> ChatBody:
     """The body of a chat request. Raises RequestError on anything that is not one."""
     return _decode(data, _CHAT)
+
+
+def decode_cache(data: bytes) -> CacheBody:
+    """The body of a command on the cache; nothing at all is one too. Raises RequestError otherwise."""
+    return _decode(data or b"{}", _CACHE)
+
+
+def has_messages(data: bytes) -> bool:
+    """Whether a body is that of a chat request. Raises RequestError on anything that is not JSON."""
+    return _decode(data, _MAYBE_CHAT).messages is not msgspec.UNSET
 
 
 def _decode(data: bytes, decoder: msgspec.json.Decoder[Body]) -> Body:

@@ -31,17 +31,21 @@ from aiohttp.http_exceptions import HttpProcessingError
 
 from memserve.errors import RequestError
 from memserve.router.active import ActiveRequests
+from memserve.router.cache_routes import CacheRoutes
 from memserve.router.choices import Choice, ChoiceUpdate
 from memserve.router.engine_api import Engine
 from memserve.router.event_stream import ClientGone, EventStream
 from memserve.router.fleet_view import worker_list
 from memserve.router.formats import (
+    CACHED_HEADER,
     DONE,
     ChatFormat,
     Collected,
     CompletionFormat,
     Format,
     UsageField,
+    cached_header,
+    cached_of,
     count_logprobs,
     event,
     usage_of,
@@ -81,6 +85,7 @@ def create_app(engine: Engine, model: ServedModel, limits: HttpLimits | None = N
     app.router.add_post("/v1/completions", server.completions)
     app.router.add_post("/v1/chat/completions", server.chat_completions)
     app.router.add_post("/v1/requests/{id:.+}/cancel", server.cancel)
+    CacheRoutes(engine, model, limits, server.read_body).add_to(app)
     app.router.add_get("/v1/workers", server.list_workers)
     app.router.add_get("/v1/models", server.list_models)
     app.router.add_get("/v1/models/{id:.+}", server.show_model)
@@ -158,7 +163,7 @@ class _Server:
     ) -> web.StreamResponse:
         self._engine.check_room(1)  # before any work
         with self._active.admit((request[REQUEST_ID], form.id), self._most_bytes(request)) as active:
-            data = await self._read_body(request)
+            data = await self.read_body(request)
             active.num_bytes = len(data)
             job_id = f"{request[REQUEST_ID]}.{next(self._numbers)}"
             job = await plan(decode(data), job_id, self._model, self._limits)
@@ -172,7 +177,7 @@ class _Server:
                 else:
                     response = await self._whole(form, generation)
             if all(choice.finish_reason is not None for choice in choices):
-                self._metrics.on_finished(timer, usage_of(choices))
+                self._metrics.on_finished(timer, usage_of(choices), cached_of(choices))
             return response
 
     def _most_bytes(self, request: web.Request) -> int:
@@ -181,7 +186,8 @@ class _Server:
         told = request.content_length if hdrs.CONTENT_ENCODING not in request.headers else None
         return most if told is None else min(told, most)
 
-    async def _read_body(self, request: web.Request) -> bytes:
+    async def read_body(self, request: web.Request) -> bytes:
+        """A JSON body, within the limits. Raises RequestError."""
         # Other types a browser sends across sites without asking, so any web page could use a local server.
         if request.content_type != "application/json":
             raise RequestError("the content-type must be application/json", status=415)
@@ -203,7 +209,8 @@ class _Server:
         num_logprobs = sum(count_logprobs(choice.entries) for choice in collected)
         usage = usage_of(generation.choices)
         body = await _maybe_off_loop(num_logprobs, lambda done: form.whole(done, usage), collected)
-        return web.Response(body=body, content_type="application/json")
+        headers = {CACHED_HEADER: cached_header(generation.choices)}
+        return web.Response(body=body, content_type="application/json", headers=headers)
 
     async def _stream(
         self, request: web.Request, form: Format, job: Job, generation: Generation
@@ -219,6 +226,8 @@ class _Server:
         async with EventStream(request, self._limits) as stream:
             try:
                 while updates := await generation.next():
+                    if not stream.response.prepared:
+                        stream.response.headers[CACHED_HEADER] = cached_header(choices)
                     usage = _usage_so_far(job, choices)
                     if choices[0].plan.num_logprobs is None:
                         data = events_of(updates)

@@ -215,9 +215,9 @@ class Doorbell:
         """Wake the loop; from any thread."""
         os.eventfd_write(self._event_fd, 1)
 
-    def wait(self) -> None:
-        """Sleep until something is to be read or the bell rings."""
-        for fd, _ in self._poll.poll():
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Sleep until something is to be read or the bell rings, or time is up."""
+        for fd, _ in self._poll.poll(None if timeout_s is None else timeout_s * 1e3):
             if fd == self._event_fd:
                 os.eventfd_read(self._event_fd)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from memserve.messages import Heartbeat, Load
-from memserve.pool.mempool import PoolStats
+from memserve.pool.retention import PoolStats
 from memserve.workers.budget import StepTally
 from memserve.workers.handoff import OfferBook
 from memserve.workers.scheduler import Scheduler
@@ -76,4 +76,6 @@ class Gauges:
             num_steps=self._num_steps,
             num_prefill_tokens=self._num_prefill_tokens,
             num_decode_tokens=self._num_decode_tokens,
+            num_host_blocks=stats.num_host,
+            num_host_historical_blocks=stats.host_historical,
         )

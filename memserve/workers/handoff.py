@@ -18,12 +18,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-import msgspec
-
 from memserve.messages import BlockRefs, Offer, PullAhead, Pulled, Reserve, num_packed
 from memserve.model_config import blocks_for
 from memserve.pool.allocator import BlockIds
 from memserve.pool.block_table import BlockTable
+from memserve.pool.incoming import tail
 from memserve.pool.transports.base import FailedPull, Pull, PullResult
 from memserve.radix_tree import common_tokens
 from memserve.workers.request import Request
@@ -184,7 +183,7 @@ class Pulls:
         done = ahead.table.num_blocks - message.first_block
         if not 0 <= done < len(message.refs.blocks):
             return
-        refs = _tail(message.refs, done)
+        refs = tail(message.refs, done)
         block_ids = self._pool.alloc_mem(len(refs.blocks))
         if block_ids is None:
             return
@@ -256,7 +255,7 @@ class Pulls:
             end = offer.first_block + len(offer.refs.blocks)
             if done < end:
                 into = request.table.ids(end)[done:].copy()
-                lacking = _tail(offer.refs, done - offer.first_block)
+                lacking = tail(offer.refs, done - offer.first_block)
                 parts.append(_Part(self._pool.fetch(lacking, into), len(into)))
         else:  # nothing counts, but the copies of what was pulled ahead must have stopped all the same
             parts.insert(0, _Part(FailedPull(fault), 1))
@@ -302,7 +301,7 @@ class Pulls:
                     logger.info("%s: pulled again from the offer: %s", request.request_id, failure)
                     end = len(offer.refs.blocks)
                     into = request.table.ids(end)[num_blocks:].copy()
-                    again = _Part(self._pool.fetch(_tail(offer.refs, num_blocks), into), len(into))
+                    again = _Part(self._pool.fetch(tail(offer.refs, num_blocks), into), len(into))
                     self._running[request] = running._replace(
                         num_here=num_blocks, parts=(again,), num_ahead=0, num_bytes=num_bytes
                     )
@@ -356,8 +355,3 @@ class Pulls:
         if not 0 <= offer.first_block <= request.table.num_shared:
             return f"the offer begins at block {offer.first_block}, and those before it are not here"
         return None
-
-
-def _tail(refs: BlockRefs, start: int) -> BlockRefs:
-    """The addresses from the `start`th on."""
-    return msgspec.structs.replace(refs, blocks=refs.blocks[start:], generations=refs.generations[start:])

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from memserve.messages import Stored
+from memserve.messages import Removed, Stored
 from memserve.model_config import blocks_for
 from memserve.pool.mempool import MemPool
 from memserve.workers.request import Request
@@ -28,7 +28,7 @@ class Publisher:
             enqueued; if not, nothing is announced, and blocks are told when they are complete.
     """
 
-    def __init__(self, pool: MemPool, send: Callable[[Stored], None], *, by_layer: bool) -> None:
+    def __init__(self, pool: MemPool, send: Callable[[Stored | Removed], None], *, by_layer: bool) -> None:
         self._by_layer = by_layer
         self._pool = pool
         self._send = send
@@ -58,6 +58,11 @@ class Publisher:
         """Tell of the blocks that are complete now and were not told of, where that is asked for."""
         if request.tell_blocks:
             self._tell(request, request.num_computed_tokens // self._pool.block_size, None)
+
+    def tell_removed(self) -> None:
+        """Tell what is no longer cached where it was."""
+        for removed in self._pool.take_removed():
+            self._send(removed)
 
     def _tell(self, request: Request, end: int, layers_from: int | None) -> None:
         first = request.num_told_blocks

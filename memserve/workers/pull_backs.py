@@ -10,10 +10,8 @@ from __future__ import annotations
 import logging
 from typing import NamedTuple, Protocol
 
-from memserve.messages import BlockRefs, PullBack, PulledBack
-from memserve.pool.allocator import BlockIds
-from memserve.pool.block_table import BlockTable
-from memserve.pool.transports.base import Pull, PullResult
+from memserve.messages import PullBack, PulledBack, Transfer
+from memserve.pool.incoming import Incoming, Received
 
 logger = logging.getLogger(__name__)
 
@@ -29,27 +27,21 @@ class Pool(Protocol):
     @property
     def num_blocks(self) -> int: ...
     @property
-    def num_available(self) -> int: ...
-    def alloc_mem(self, num_blocks: int, /) -> BlockIds | None: ...
-    def acquire(self, tokens: bytes, salt: str, /) -> BlockTable: ...
-    def publish(self, table: BlockTable, tokens: bytes, /) -> None: ...
-    def release(self, table: BlockTable, /) -> None: ...
-    def fetch(self, refs: BlockRefs, into: BlockIds, /) -> Pull: ...
+    def block_size(self) -> int: ...
+    def receive(self, offered: Transfer, /, *, spare: int) -> Incoming: ...
 
 
 class _Running(NamedTuple):
     message: PullBack
-    table: BlockTable
-    pull: Pull
+    incoming: Incoming
 
 
 class PullBacks:
-    """Those under way; owner of their tables."""
+    """Those under way at one instance."""
 
-    def __init__(self, pool: Pool, block_size: int) -> None:
+    def __init__(self, pool: Pool, instance: str) -> None:
         self._pool = pool
-        self._block_bytes = block_size * 4
-        self._block_size = block_size
+        self._instance = instance
         self._running: list[_Running] = []
 
     def __bool__(self) -> bool:
@@ -58,62 +50,37 @@ class PullBacks:
 
     def begin(self, message: PullBack) -> PulledBack | None:
         """Start a pull; the answer if there is nothing to be pulled, or no room."""
-        table = self._pool.acquire(message.token_ids, message.cache_salt)
-        failure = self._start(message, table)
-        if failure is None:
-            return None
-        self._pool.release(table)
-        return PulledBack(message.request_id, 0, 0, failure or None)
+        if len(self._running) >= _MAX_RUNNING:
+            return PulledBack(message.request_id, 0, 0, f"{_MAX_RUNNING} are under way already")
+        offered = Transfer(
+            self._instance, message.refs, message.token_ids, message.cache_salt, message.first_block
+        )
+        incoming = self._pool.receive(offered, spare=int(self._pool.num_blocks * _SPARE))
+        received = incoming.poll()
+        if received is not None:
+            return self._answer(message, received)
+        self._running.append(_Running(message, incoming))
+        return None
 
     def poll(self) -> list[PulledBack]:
         """The answers of those that ended since the last call. What is verified is cached by then."""
         answers: list[PulledBack] = []
         going_on: list[_Running] = []
         for running in self._running:
-            result = running.pull.poll()
-            if result is None:
+            received = running.incoming.poll()
+            if received is None:
                 going_on.append(running)
             else:
-                answers.append(self._arrive(running, result))
+                answers.append(self._answer(running.message, received))
         self._running = going_on
         return answers
 
     def cancel_all(self) -> None:
         """Stop them; each is still polled until its copy has ended."""
         for running in self._running:
-            running.pull.cancel()
+            running.incoming.cancel()
 
-    def _start(self, message: PullBack, table: BlockTable) -> str | None:
-        """None if a pull has begun, "" if nothing is lacking, else why it cannot."""
-        num_blocks = len(message.token_ids) // self._block_bytes
-        if message.first_block + len(message.refs.blocks) != num_blocks:
-            return f"{len(message.refs.blocks)} blocks from {message.first_block} for {num_blocks}"
-        done = table.num_shared
-        if done == num_blocks:
-            return ""
-        if done < message.first_block:
-            return "the prefix before it is no longer cached"
-        num_lacking = num_blocks - done
-        spare = int(self._pool.num_blocks * _SPARE)
-        if len(self._running) >= _MAX_RUNNING or self._pool.num_available - num_lacking < spare:
-            return "no room"
-        block_ids = self._pool.alloc_mem(num_lacking)
-        assert block_ids is not None
-        table.append(block_ids)
-        skip = done - message.first_block
-        refs = message.refs
-        lacking = BlockRefs(
-            refs.instance, refs.incarnation, refs.tier, refs.blocks[skip:], refs.generations[skip:]
-        )
-        self._running.append(_Running(message, table, self._pool.fetch(lacking, block_ids)))
-        return None
-
-    def _arrive(self, running: _Running, result: PullResult) -> PulledBack:
-        message, table, _ = running
-        start = table.num_shared * self._block_bytes
-        stop = start + result.num_blocks * self._block_bytes
-        self._pool.publish(table, message.token_ids[start:stop])
-        self._pool.release(table)
-        num_tokens = result.num_blocks * self._block_size
-        logger.debug("%s: %d tokens came back, %s", message.request_id, num_tokens, result.failure)
-        return PulledBack(message.request_id, num_tokens, result.num_bytes, result.failure)
+    def _answer(self, message: PullBack, received: Received) -> PulledBack:
+        num_tokens = received.num_blocks * self._pool.block_size
+        logger.debug("%s: %d tokens came back, %s", message.request_id, num_tokens, received.failure)
+        return PulledBack(message.request_id, num_tokens, received.num_bytes, received.failure)

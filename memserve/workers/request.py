@@ -20,6 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memserve.messages import (
+    NO_CACHED_TOKENS,
+    CachedTokens,
     Decode,
     FinishReason,
     Offer,
@@ -55,7 +57,8 @@ class Request:
     `arrival` counts the worker's requests: it is the order of service, and preemption takes the largest
     first. `num_tokens` counts the prompt and everything drawn so far; `output_ids` is the part after the
     prompt. `prompt_logprobs` collects what is reported with the first token, and is None if nothing is
-    (any more). `num_cached_tokens` were found in the pool when the request was first admitted (None before).
+    (any more). `cached`: the tokens found in the pool when the request was first admitted, and pulled for it
+    (None before).
     `offer` is KV to be pulled; None when there is none, or no longer. `leader` computes or pulls the first
     `num_common_tokens` of a waiting request, which is admitted when they are there; it was the
     `num_follows`th such. `tell_blocks`: the router
@@ -76,7 +79,8 @@ class Request:
     state: RequestState = RequestState.WAITING
     cache_salt: str = ""
     num_computed_tokens: int = 0
-    num_cached_tokens: int | None = None
+    cached: CachedTokens | None = None
+    _tells_cached: bool = True
     table: BlockTable = field(default_factory=BlockTable)
     leader: Request | None = None
     num_common_tokens: int = 0
@@ -173,6 +177,13 @@ class Request:
         self.num_computed_tokens = self.num_told_blocks = 0
         if self.prompt_logprobs is not None:
             self.prompt_logprobs = [None]
+
+    def take_cached(self) -> CachedTokens | None:
+        """What to report with the first token; None ever after."""
+        if not self._tells_cached:
+            return None
+        self._tells_cached = False
+        return self.cached or NO_CACHED_TOKENS
 
     # --- logprobs ---
 

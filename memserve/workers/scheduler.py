@@ -25,11 +25,14 @@ from bisect import insort
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+import msgspec
 import numpy as np
 
+from memserve.messages import CachedTokens
 from memserve.model_config import blocks_for
 from memserve.pool.allocator import BlockIds
 from memserve.pool.block_table import BlockTable
+from memserve.pool.index import Match
 from memserve.workers.budget import MIN_CHUNK_TOKENS, StepTally
 from memserve.workers.request import Request, RequestState
 from memserve.workers.steps import Chunk, Refusal, StepPlan
@@ -48,7 +51,7 @@ class BlockSource(Protocol):
     @property
     def num_available(self) -> int: ...
     def alloc_mem(self, num_blocks: int, /) -> BlockIds | None: ...
-    def match(self, tokens: bytes, salt: str, /) -> int: ...
+    def match(self, tokens: bytes, salt: str, /) -> Match: ...
     def acquire(self, tokens: bytes, salt: str, /) -> BlockTable: ...
     def release(self, table: BlockTable, /) -> None: ...
 
@@ -90,8 +93,14 @@ class Scheduler:
     def pulled(self, request: Request, num_tokens: int) -> None:
         """PULLING → RUNNING: the KV of the first `num_tokens` tokens is there, the rest is to be computed."""
         self.pulling.remove(request)
-        request.offer = None
+        offer, request.offer = request.offer, None
         request.num_computed_tokens = min(num_tokens, request.num_tokens - 1)
+        assert offer is not None and request.cached is not None
+        num_pulled = request.num_computed_tokens - request.cached.total
+        if num_pulled > 0:
+            request.cached = msgspec.structs.replace(
+                request.cached, pulled=num_pulled, pulled_from=offer.refs.instance
+            )
         request.state = RequestState.RUNNING
         insort(self.running, request, key=_arrival)
 
@@ -248,8 +257,10 @@ class Scheduler:
             block_ids = self._pool.alloc_mem(num_lacking)
             assert block_ids is not None
             request.table.append(block_ids)
-        if request.num_cached_tokens is None:
-            request.num_cached_tokens = request.table.num_shared * self._block_size
+        if request.cached is None:
+            host = request.table.num_swapped_in * self._block_size
+            device = request.table.num_shared * self._block_size - host
+            request.cached = CachedTokens(device, host)
         return True
 
     def _cacheable(self, request: Request) -> bytes:
@@ -279,7 +290,7 @@ class Scheduler:
             num_common = self._common_tokens(request, other)
             if num_common - self._progress(other) < MIN_FOLLOWED_TOKENS:
                 continue
-            num_cached = self._pool.match(self._cacheable(request), request.cache_salt)
+            num_cached = self._pool.match(self._cacheable(request), request.cache_salt).num_tokens
             if num_common - num_cached >= MIN_FOLLOWED_TOKENS:
                 request.leader, request.num_common_tokens = other, num_common
                 request.num_follows += 1

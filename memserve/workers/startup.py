@@ -31,6 +31,7 @@ from memserve.messages import (
     Loading,
     Ready,
     SamplingParams,
+    Tier,
     WeightsGrant,
     pack_tokens,
 )
@@ -38,8 +39,9 @@ from memserve.model_config import KVGeometry, blocks_for, fingerprint
 from memserve.models.transformer import Transformer
 from memserve.models.weights import Weights, load_weights_to_device, map_weights, write_weights
 from memserve.pool.arena import Arena, ArenaFds
-from memserve.pool.index import Index
+from memserve.pool.eviction import least_frequently_used, least_recently_used
 from memserve.pool.mempool import MemPool
+from memserve.pool.retention import HostArena, Retention
 from memserve.pool.transports.by_peer import PeerTransfer
 from memserve.pool.transports.shm import ShmTransfer
 from memserve.pool.transports.torch_distributed import TorchPool
@@ -74,18 +76,24 @@ def start(init: Init, channel: SocketChannel, grants: GrantSocket) -> tuple[Work
     device, dtype = torch.device(config.device), TORCH_DTYPES[config.dtype]
     geometry = KVGeometry.of(config.model, config.block_size, config.dtype)
     team = _take_cores(config)
-    granted = Grants(config.instance, grants, needed=device.type == "cpu")
+    granted = Grants(config, grants)
     weights, digest = _weights(init, channel, granted, device)
     arena = _arena(config, geometry, granted, device)
+    host = _host_arena(config, geometry, granted)
     granted.close()
 
     doorbell = Doorbell()
     doorbell.watch(channel.fileno())
     doorbell.watch(grants.fileno())
-    index = Index(config.block_size) if config.caches else None
-    stamp = fingerprint(config.model, geometry, digest)
-    transfer = _transfer(init, arena, geometry, stamp, doorbell.ring)
-    pool = MemPool(arena, config.instance, init.incarnation, doorbell.ring, index=index, transfer=transfer)
+    identity = fingerprint(config.model, geometry, digest)
+    retention = None
+    if config.caches:
+        rank = least_frequently_used if config.eviction == "lfu" else least_recently_used
+        retention = Retention(identity, rank, host, tells_removals=True)
+    transfer = _transfer(init, arena, host, identity, doorbell.ring)
+    pool = MemPool(
+        arena, config.instance, init.incarnation, doorbell.ring, retention=retention, transfer=transfer
+    )
     transformer = Transformer(config.model, weights, config.max_model_len, device, dtype)
     runner = ModelRunner(transformer, pool.kv, config.block_size, pool.progress.advance)
     worker = Worker(config, channel, grants, pool, runner)
@@ -103,7 +111,7 @@ def start(init: Init, channel: SocketChannel, grants: GrantSocket) -> tuple[Work
             num_blocks=arena.num_blocks,
             block_size=config.block_size,
             max_model_len=config.max_model_len,
-            fingerprint=stamp,
+            fingerprint=identity,
             device=config.device,
             dtype=config.dtype,
             load_s=time.monotonic() - began_at,
@@ -125,28 +133,31 @@ def _keep_pages() -> None:
 
 
 class Grants:
-    """What a CPU worker needs to start: its arena and the weights. Peers that came early wait here."""
+    """What a worker needs to start: its arenas and, on a CPU, the weights. Peers that came early wait."""
 
-    def __init__(self, instance: str, source: GrantSocket, *, needed: bool) -> None:
+    def __init__(self, config: WorkerConfig, source: GrantSocket) -> None:
         self.peers: list[ReceivedGrant] = []
-        self._arena: ReceivedGrant | None = None
+        self._arenas: dict[Tier, ReceivedGrant] = {}
         self._weights: ReceivedGrant | None = None
-        while needed and (self._arena is None or self._weights is None):
+        is_cpu = config.device == "cpu"
+        needed = {Tier.DEVICE} if is_cpu else set()
+        if config.host_blocks is not None:
+            needed.add(Tier.HOST)
+        while not needed <= self._arenas.keys() or (is_cpu and self._weights is None):
             for received in source.wait():
                 match received.grant:
-                    case ArenaGrant() if received.grant.instance == instance:
-                        self._arena = received
+                    case ArenaGrant(instance=config.instance, tier=tier):
+                        self._arenas[tier] = received
                     case WeightsGrant():
                         self._weights = received
                     case _:
                         self.peers.append(received)
 
-    def arena(self) -> tuple[ArenaGrant, ArenaFds]:
-        """The worker's own arena; the descriptors stay here."""
-        assert self._arena is not None
-        grant = self._arena.grant
-        assert isinstance(grant, ArenaGrant)
-        return grant, ArenaFds(*self._arena.fds)
+    def arena(self, tier: Tier) -> tuple[ArenaGrant, ArenaFds]:
+        """The worker's own arena of a tier; the descriptors stay here."""
+        received = self._arenas[tier]
+        assert isinstance(received.grant, ArenaGrant)
+        return received.grant, ArenaFds(*received.fds)
 
     def weights(self) -> tuple[int, int]:
         """The descriptor of the weights, which stays here, and their size in bytes."""
@@ -157,7 +168,7 @@ class Grants:
 
     def close(self) -> None:
         """Close the descriptors of arena and weights: mappings do not need them."""
-        for received in (self._arena, self._weights):
+        for received in (*self._arenas.values(), self._weights):
             for fd in received.fds if received is not None else ():
                 os.close(fd)
 
@@ -240,33 +251,38 @@ def _arena(config: WorkerConfig, geometry: KVGeometry, granted: Grants, device: 
     if device.type != "cpu":
         num_blocks = config.num_blocks or _blocks_that_fit(config, geometry, device)
         return Arena.on_device(geometry, num_blocks, device)
-    grant, fds = granted.arena()
-    if grant.num_blocks != config.num_blocks or grant.block_bytes != geometry.block_bytes:
+    assert config.num_blocks is not None
+    return _map_arena(granted, Tier.DEVICE, geometry, config.num_blocks)
+
+
+def _host_arena(config: WorkerConfig, geometry: KVGeometry, granted: Grants) -> HostArena | None:
+    if config.host_blocks is None:
+        return None
+    return HostArena(_map_arena(granted, Tier.HOST, geometry, config.max_host_blocks), config.host_blocks)
+
+
+def _map_arena(granted: Grants, tier: Tier, geometry: KVGeometry, num_blocks: int) -> Arena:
+    grant, fds = granted.arena(tier)
+    if grant.num_blocks != num_blocks or grant.block_bytes != geometry.block_bytes:
         raise EngineError(
             f"granted {grant.num_blocks} blocks of {grant.block_bytes} bytes, "
-            f"but the config says {config.num_blocks} of {geometry.block_bytes}"
+            f"but the config says {num_blocks} of {geometry.block_bytes}"
         )
-    return Arena.map(geometry, grant.num_blocks, fds)
+    return Arena.map(geometry, num_blocks, fds)
 
 
 def _transfer(
-    init: Init, arena: Arena, geometry: KVGeometry, stamp: str, wake: Callable[[], None]
+    init: Init, arena: Arena, host: HostArena | None, identity: str, wake: Callable[[], None]
 ) -> PeerTransfer | None:
     """What reaches the peers; None where the host cannot address the arena. Before cores are shared out."""
     if arena.blocks is None:
         return None
-    shm, torch_pool = None, None
-    if "shm" in init.config.transports:
-        shm = ShmTransfer(arena.blocks, wake, num_layers=geometry.num_layers)
-    if "torch_distributed" in init.config.transports:
-        torch_pool = TorchPool(
-            init.config.instance,
-            init.incarnation,
-            geometry.description,
-            stamp,
-            arena.blocks,
-            arena.generations,
-        )
+    config, shm, torch_pool = init.config, None, None
+    if "shm" in config.transports:
+        shm = ShmTransfer(arena.blocks, wake, num_layers=arena.geometry.num_layers)
+    if "torch_distributed" in config.transports:
+        second = None if host is None else host.arena
+        torch_pool = TorchPool.of(config.instance, init.incarnation, identity, arena, second)
     return PeerTransfer(wake, shm, torch_pool)
 
 

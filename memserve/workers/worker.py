@@ -19,8 +19,10 @@ from collections.abc import Callable, Sequence
 from memserve.config import WorkerConfig
 from memserve.errors import EngineError, MemserveError
 from memserve.messages import (
+    NO_CACHED_TOKENS,
     Accept,
     ArenaGrant,
+    CacheCommand,
     Cancel,
     Connect,
     Decode,
@@ -44,6 +46,7 @@ from memserve.messages import (
 )
 from memserve.pool.mempool import MemPool
 from memserve.workers.budget import StepBudget, StepTally, pair_cost
+from memserve.workers.cache_admin import CacheAdmin
 from memserve.workers.channel import Channel, Doorbell, GrantSource, MessageTooLong, ReceivedGrant
 from memserve.workers.executor import Executor
 from memserve.workers.gauges import Gauges
@@ -59,6 +62,8 @@ logger = logging.getLogger(__name__)
 # How often, and how long in between, a step looks for pulls that have begun with it.
 ARRIVAL_LOOKS = 9
 ARRIVAL_LOOK_S = 0.00025
+# How often within a time to live it is looked what is over it.
+EXPIRY_LOOKS = 4
 
 
 class Worker:
@@ -83,12 +88,14 @@ class Worker:
         self._scheduler = Scheduler(pool, config.block_size, config.max_running, caches=config.caches)
         self.budget = StepBudget(config.max_batch_tokens, config.max_step_ms, pair_cost(config.model))
         self._pulls = Pulls(pool, config.block_size, caches=config.caches)
-        self._pull_backs = PullBacks(pool, config.block_size)
+        self._pull_backs = PullBacks(pool, config.instance)
+        self._cache_admin = CacheAdmin(pool)
         self._offers = OfferBook()
         self.gauges = Gauges(self._scheduler, self._offers, pool, clock)
         self._requests: dict[str, Request] = {}
         self._arrivals = 0
         self._stopping = False
+        self._expires_at = 0.0
 
     # --- the loop ---
 
@@ -97,7 +104,8 @@ class Worker:
         while not self._stopping:
             if not self.step() and not self._stopping:
                 self._receive_grants()
-                doorbell.wait()
+                ttl_s = self._config.cache_ttl_s
+                doorbell.wait(None if ttl_s is None else ttl_s / EXPIRY_LOOKS)
 
     def step(self) -> bool:
         """One turn of the loop. False = there is nothing to do until the doorbell rings."""
@@ -112,6 +120,7 @@ class Worker:
                 self._channel.send(answer)
         if self._stopping:
             return False
+        self._expire()
         tally = self.budget.open()
         plan = self._scheduler.schedule(tally)
         for request, reason in plan.refused:
@@ -138,8 +147,20 @@ class Worker:
             step_ms,
         )
         self._tell(plan.chunks, drawn)
+        self._publisher.tell_removed()
         self.gauges.end_step()
         return True
+
+    def _expire(self) -> None:
+        """Forget what was not used for its time to live. Looked at now and then: it walks all ends."""
+        ttl_s = self._config.cache_ttl_s
+        if ttl_s is None:
+            return
+        now = self._clock()
+        if now >= self._expires_at:
+            self._expires_at = now + ttl_s / EXPIRY_LOOKS
+            self._pool.expire(now - ttl_s)
+            self._publisher.tell_removed()
 
     def _take_arrivals(self) -> list[Request]:
         """Pulls that ended: their requests run from now on."""
@@ -212,6 +233,9 @@ class Worker:
                 answer = self._pull_backs.begin(message)
                 if answer is not None:
                     self._channel.send(answer)
+            case CacheCommand():
+                self._channel.send(self._cache_admin.obey(message))
+                self._publisher.tell_removed()
             case Cancel():
                 self._cancel(message.request_id, message.attempt)
             case Release():
@@ -323,7 +347,7 @@ class Worker:
                     logprobs=logprobs,
                     prompt_logprobs=prompt_logprobs,
                     finish_reason=reason,
-                    num_cached_tokens=request.num_cached_tokens or 0,
+                    cached=request.take_cached(),
                 )
             )
         if outputs:
@@ -363,7 +387,7 @@ class Worker:
             token_id=drawn.token_id,
             logprobs=drawn.logprobs,
             prompt_logprobs=request.take_prompt_logprobs(),
-            num_cached_tokens=request.num_cached_tokens or 0,
+            cached=request.take_cached() or NO_CACHED_TOKENS,
             finish_reason=reason,
             offer=offer,
             load=self.gauges.load(),

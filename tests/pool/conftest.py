@@ -19,6 +19,7 @@ from memserve.messages import ArenaGrant, Tier
 from memserve.model_config import KVGeometry
 from memserve.pool.arena import Arena, ArenaFds
 from memserve.pool.mempool import MemPool
+from memserve.pool.retention import HostArena, Retention
 from memserve.pool.transports.base import Pull, PullResult
 from memserve.pool.transports.by_peer import PeerTransfer
 from memserve.pool.transports.shm import Copy, ShmTransfer, copy_bytes
@@ -35,13 +36,16 @@ class PoolUnderTest:
     fds: ArenaFds
     instance: str
     woken: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    host: Arena | None = None
+    host_fds: ArenaFds | None = None
 
     def grant_to(self, other: PoolUnderTest) -> None:
         """Let `other` pull from here, as the supervisor does: read-only descriptors, given away."""
-        geometry, num_blocks = self.arena.geometry, self.arena.num_blocks
-        grant = ArenaGrant(self.instance, 1, Tier.DEVICE, num_blocks, geometry.block_bytes)
-        readonly = [memfd.reopen_readonly(fd) for fd in self.fds]
-        other.pool.add_peer(grant, *readonly)
+        block_bytes = self.arena.geometry.block_bytes
+        for tier, arena, fds in ((Tier.DEVICE, self.arena, self.fds), (Tier.HOST, self.host, self.host_fds)):
+            if arena is not None and fds is not None:
+                grant = ArenaGrant(self.instance, 1, tier, arena.num_blocks, block_bytes)
+                other.pool.add_peer(grant, *map(memfd.reopen_readonly, fds))
 
     def fill(self, ids: np.ndarray, first: int = 1) -> None:
         """Give each of `ids` a content of its own."""
@@ -49,10 +53,11 @@ class PoolUnderTest:
         for value, block in enumerate(ids, start=first):
             self.arena.blocks[block] = value % 251
 
-    def content(self, ids: np.ndarray) -> list[int]:
+    def content(self, ids: np.ndarray, tier: Tier = Tier.DEVICE) -> list[int]:
         """The value each of `ids` was filled with; fails on a block of mixed content."""
-        assert self.arena.blocks is not None
-        blocks = self.arena.blocks[ids]
+        arena = self.arena if tier is Tier.DEVICE else self.host
+        assert arena is not None and arena.blocks is not None
+        blocks = arena.blocks[ids]
         assert (blocks == blocks[:, :1]).all()
         return [int(value) for value in blocks[:, 0]]
 
@@ -73,6 +78,27 @@ def shared_memory() -> tuple[int, int]:
     return num_fds, Path("/proc/self/maps").read_text().count("/memfd:")
 
 
+class Ticks:
+    """A clock that goes on by a second whenever it is looked at."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 1
+        return self.now
+
+
+def poison(arena: Arena) -> Callable[[np.ndarray], None]:
+    """Spoils the content of blocks."""
+
+    def spoil(ids: np.ndarray) -> None:
+        assert arena.blocks is not None
+        arena.blocks[ids] = POISON
+
+    return spoil
+
+
 MakePool = Callable[..., PoolUnderTest]
 
 
@@ -83,26 +109,40 @@ def make_pool() -> Iterator[MakePool]:
     made: list[PoolUnderTest] = []
 
     def make(
-        instance: str = "pool", *, num_blocks: int = 64, block_size: int = 4, copy: Copy = copy_bytes
+        instance: str = "pool",
+        *,
+        num_blocks: int = 64,
+        block_size: int = 4,
+        copy: Copy = copy_bytes,
+        caches: bool = False,
+        host_blocks: int | None = None,
+        max_host_blocks: int = 64,
+        **retention: object,
     ) -> PoolUnderTest:
+        """`host_blocks` of `max_host_blocks` make a host tier; `retention` are further fields of one."""
         geometry = KVGeometry(
             num_layers=2, num_kv_heads=2, block_size=block_size, head_dim=8, dtype="float32"
         )
-        fds = ArenaFds(
-            memfd.create_memfd(instance, num_blocks * geometry.block_bytes),
-            memfd.create_memfd(instance, (num_blocks + 1) * 8),
-        )
-        arena = Arena.map(geometry, num_blocks, fds)
+        arena, fds = Arena.create(instance, geometry, num_blocks)
+        host = host_fds = keeps = None
+        if host_blocks is not None:
+            host, host_fds = Arena.create(f"{instance}-host", geometry, max_host_blocks)
+            retention["host"] = HostArena(host, host_blocks, poison(host))
+        if caches or host is not None:
+            keeps = Retention(**retention)
         woken = threading.Semaphore(0)
-
-        def poison(ids: np.ndarray) -> None:
-            assert arena.blocks is not None
-            arena.blocks[ids] = POISON
-
         shm = ShmTransfer(arena.blocks, woken.release, num_layers=geometry.num_layers, copy=copy)
-        transfer = PeerTransfer(woken.release, shm)
-        pool = MemPool(arena, instance, 1, woken.release, on_free=poison, transfer=transfer)
-        made.append(PoolUnderTest(pool, arena, fds, instance, woken))
+        pool = MemPool(
+            arena,
+            instance,
+            1,
+            woken.release,
+            retention=keeps,
+            clock=Ticks(),
+            on_free=poison(arena),
+            transfer=PeerTransfer(woken.release, shm),
+        )
+        made.append(PoolUnderTest(pool, arena, fds, instance, woken, host, host_fds))
         return made[-1]
 
     yield make
@@ -110,7 +150,7 @@ def make_pool() -> Iterator[MakePool]:
         under_test = made.pop()
         under_test.pool.close()
         under_test.pool.assert_idle()
-        for fd in under_test.fds:
+        for fd in (*under_test.fds, *(under_test.host_fds or ())):
             os.close(fd)
         del under_test
     if shared_memory() != before:

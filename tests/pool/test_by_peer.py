@@ -114,6 +114,31 @@ def test_the_loop_is_rung_for_messages_and_takes_them_in_its_own_time(ends) -> N
     assert finish(ends, pull).failure is None
 
 
+def test_both_tiers_of_a_peer_are_sent(ends) -> None:
+    receiver, _, sending = ends
+    # 1. as many blocks in the host tier, of another content and with generations of their own
+    host, fds = Arena.create("sending-host", GEOMETRY, NUM_BLOCKS)
+    for fd in fds:
+        os.close(fd)
+    host.kv.fill_(7)
+    host.generations[:] = 100
+    pool = TorchPool.of("sending", 1, "model", sending.arena, host)
+    sending.pool._transfer._torch_pool = pool
+    receiver.pool.add_sending_peer(PeerGrant("sending", 1, NUM_BLOCKS, NUM_BLOCKS))
+    in_host = BlockRefs("sending", 1, Tier.HOST, (4, 5), (100, 100))
+    for refs, into in ((in_host, [1, 2]), (sending.refs(4, 5), [5, 3])):
+        result = finish(ends, receiver.pool.fetch(refs, np.array(into)))
+        assert (result.num_blocks, result.failure) == (2, None)
+    assert receiver.arena.kv[:, 0, 0, 0, 0, 0].tolist() == [0, 7, 7, 2, 0, 2, 0, 0]
+    # 2. generations of one tier do not verify blocks of the other
+    mixed = BlockRefs("sending", 1, Tier.HOST, (4,), sending.refs(4).generations)
+    assert finish(ends, receiver.pool.fetch(mixed, np.array([6]))).num_blocks == 0
+    # 3. a tier that the peer was not said to have is a miss
+    receiver.pool.add_sending_peer(PeerGrant("sending", 1, NUM_BLOCKS))
+    missing = receiver.pool.fetch(in_host, np.array([1, 2])).poll()
+    assert missing is not None and missing.failure == "bad addresses at sending: no such block among 0"
+
+
 def test_a_way_that_is_not_there_is_an_error_to_be_logged(ends) -> None:
     _, mapped, sending = ends
     with pytest.raises(EngineError, match="sending is not to be asked for blocks here"):

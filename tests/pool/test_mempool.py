@@ -14,7 +14,8 @@ from memserve.errors import EngineError, MemoryError_
 from memserve.messages import ArenaGrant, BlockRefs, Tier
 from memserve.model_config import KVGeometry
 from memserve.pool.arena import Arena
-from memserve.pool.mempool import MemPool, PoolStats
+from memserve.pool.mempool import MemPool
+from memserve.pool.retention import PoolStats
 
 
 @pytest.mark.parametrize("block_size", [1, 4, 16])

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from memserve.messages import BlockRefs
+from memserve.messages import BlockRefs, Tier
 from memserve.pool.arena import PeerArena
 from memserve.pool.transports import shm
 from memserve.pool.transports.base import PullResult
@@ -258,7 +258,7 @@ def test_pulls_beyond_the_queue_fail_at_once(make_pool) -> None:
     into = receiver.pool.alloc_mem(10)
     transfer = ShmTransfer(receiver.arena.blocks, receiver.woken.release, copy=copy, max_queued=2)
     transfer.add_peer(
-        PeerArena("source", source.arena.blocks, source.arena.generations, source.arena.progress)
+        PeerArena("source", Tier.DEVICE, source.arena.blocks, source.arena.generations, source.arena.progress)
     )
     # 1. one is being copied, two wait
     begun = [transfer.begin(refs, into)]

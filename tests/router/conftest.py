@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ from aiohttp import web
 import memserve
 from memserve.config import Role
 from memserve.errors import MemserveError, Overloaded
-from memserve.messages import FinishReason, Load, TokenLogprobs
+from memserve.messages import CacheCommand, CachedTokens, CacheReport, FinishReason, Load, TokenLogprobs
 from memserve.model_config import DefaultSampling
 from memserve.router.chat_template import ChatTemplate
 from memserve.router.connections import HttpConnection
@@ -55,6 +55,8 @@ class FakeEngine:
     active: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     num_closed_early: int = 0
     room: int = 512
+    commands: list[tuple[str, CacheCommand]] = field(default_factory=list)
+    reports: dict[str, CacheReport | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.gate.set()
@@ -91,6 +93,10 @@ class FakeEngine:
         if num_sequences > self.room:
             raise Overloaded("no room", retry_after_s=1.0)
 
+    async def command_caches(self, commands: Mapping[str, CacheCommand]) -> Mapping[str, CacheReport | None]:
+        self.commands += commands.items()
+        return {instance: self.reports.get(instance) for instance in commands}
+
     def ready(self) -> bool:
         return self.is_ready
 
@@ -103,6 +109,8 @@ class FakeEngine:
                 1,
                 InstanceState.READY,
                 load,
+                block_bytes=1024,
+                max_host_blocks=64,
                 pulls_from=(("decode-0", "shm"),),
             ),
             InstanceStatus("decode-0", Role.DECODE, 2, InstanceState.STARTING, Load()),
@@ -131,7 +139,7 @@ def make_deltas(request: GenerateRequest, token_ids: Sequence[int]) -> list[Delt
             reason = FinishReason.LENGTH
         logprobs = None if params.logprobs is None else (_logprobs(token_id, params.logprobs),)
         deltas.append(
-            Delta((token_id,), logprobs, prompt_logprobs if i == 0 else None, reason, num_cached_tokens=1)
+            Delta((token_id,), logprobs, prompt_logprobs if i == 0 else None, reason, cached=CachedTokens(1))
         )
         if reason is not None:
             return deltas

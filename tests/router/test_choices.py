@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from memserve.messages import FinishReason, SamplingParams, TokenLogprobs
+from memserve.messages import CachedTokens, FinishReason, SamplingParams, TokenLogprobs
 from memserve.router.choices import Choice, ChoiceUpdate, TokenEntry
 from memserve.router.engine_api import Delta, GenerateRequest
 from memserve.router.prompts import Prompt
@@ -234,5 +234,5 @@ def test_any_cut_of_random_tokens_gives_the_same(make_choice: MakeChoice, tiny_t
 def test_what_was_cached_is_what_the_first_delta_says(make_choice: MakeChoice) -> None:
     choice = make_choice()
     for token_id, num_cached in ((300, 3), (301, 0), (302, 9)):  # a replay may find more
-        choice.push(Delta((token_id,), num_cached_tokens=num_cached))
-        assert choice.num_cached_tokens == 3
+        choice.push(Delta((token_id,), cached=CachedTokens(num_cached)))
+        assert choice.cached.total == 3

@@ -18,6 +18,7 @@ from memserve.config import Role
 from memserve.errors import EngineError, Overloaded, RequestError
 from memserve.messages import (
     BlockRefs,
+    CachedTokens,
     Cancel,
     Decode,
     Failed,
@@ -172,7 +173,7 @@ class FakeWorker:
             token_id=token,
             logprobs=None,
             prompt_logprobs=None if wanted is None else (None, TokenLogprobs(-1.0, 1)),
-            num_cached_tokens=0,
+            cached=CachedTokens(),
             finish_reason=FinishReason.LENGTH if ends else None,
             offer=offer,
             load=Load(),

@@ -9,6 +9,10 @@ import pytest
 
 from memserve.errors import EngineError, MemserveError, Overloaded, Unavailable
 from memserve.messages import (
+    CacheCommand,
+    CachedTokens,
+    CacheReport,
+    CacheVerb,
     Cancel,
     Connect,
     Decode,
@@ -76,13 +80,13 @@ async def test_tokens_come_through() -> None:
     task = asyncio.create_task(collect(rig.engine, request()))
     await asyncio.sleep(0)
     assert isinstance(rig.sent[0], Decode)
-    rig.say(Output("r", 0, (5,), num_cached_tokens=1))
+    rig.say(Output("r", 0, (5,), cached=CachedTokens(1)))
     rig.say(Output("r", 0, (6,)))
     await asyncio.sleep(0)
     rig.say(Output("r", 0, (7,), finish_reason=FinishReason.STOP))
     deltas = await task
     assert [d.token_ids for d in deltas] == [(5,), (6,), (7,)]
-    assert deltas[0].num_cached_tokens == 1
+    assert deltas[0].cached.total == 1
     assert deltas[-1].finish_reason is FinishReason.STOP
     assert not rig.engine._listeners
     assert not any(isinstance(message, Cancel) for message in rig.sent)
@@ -221,3 +225,16 @@ async def test_ready_states_and_drain(caplog: pytest.LogCaptureFixture) -> None:
         row = rig.engine.status().instances[0]
         assert (row.state, row.incarnation) == (InstanceState.READY, incarnation + 1)
         assert row.num_restarts == incarnation + 1
+
+
+async def test_commands_on_caches_go_to_those_alive_and_answers_of_older_lives_do_not_count() -> None:
+    rig = Rig("colocated-0", "colocated-1")
+    rig.up()
+    flush = CacheCommand(0, CacheVerb.FLUSH)
+    asking = asyncio.create_task(rig.engine.command_caches({"colocated-0": flush, "colocated-1": flush}))
+    await asyncio.sleep(0)
+    (command,) = rig.sent
+    rig.down()
+    rig.up(incarnation=1)
+    rig.engine.on_worker_message("colocated-0", 0, CacheReport(command.command_id, num_blocks=5))
+    assert await asking == {"colocated-0": None}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from memserve.config import Role
-from memserve.messages import Load
+from memserve.messages import CachedTokens, Load
 from memserve.router.engine_api import (
     EngineStatus,
     GenerateRequest,
@@ -81,7 +81,7 @@ def test_times_and_tokens_of_a_job() -> None:
     timer.on_tokens(0, 2)  # two tokens 0.2 s later: 0.1 s each
     timer.on_tokens(0, 0)  # the end alone is no token
     timer.on_tokens(1, 1)  # another choice: 1.0 s after the start
-    metrics.on_finished(timer, Usage(9, 4, 13, PromptTokensDetails(8)))
+    metrics.on_finished(timer, Usage(9, 4, 13, PromptTokensDetails(8)), [CachedTokens(5, 2, 1, "p")])
     metrics.on_response("/v1/completions", 200)
     lines = metrics.render().decode().splitlines()
     for line in (
@@ -95,7 +95,9 @@ def test_times_and_tokens_of_a_job() -> None:
         'memserve_time_to_first_token_seconds_bucket{le="+Inf"} 2.0',
         "memserve_request_duration_seconds_sum 2.0",
         "memserve_prompt_tokens_total 9.0",
-        "memserve_cached_prompt_tokens_total 8.0",
+        'memserve_cached_prompt_tokens_total{source="device"} 5.0',
+        'memserve_cached_prompt_tokens_total{source="host"} 2.0',
+        'memserve_cached_prompt_tokens_total{source="pulled"} 1.0',
         "memserve_completion_tokens_total 4.0",
         'memserve_http_requests_total{endpoint="/v1/completions",status="200"} 1.0',
     ):

@@ -755,3 +755,12 @@ async def test_workers(serve: Serve, say: Say) -> None:
     }
     assert (load["running"], load["free_blocks"], load["active_blocks"], load["offers"]) == (3, 7, 2, 1)
     assert (second["id"], second["state"]) == ("decode-0", "starting")
+
+
+async def test_cached_tokens_by_source_are_in_a_header(serve: Serve, say: Say) -> None:
+    server = await serve(say("hi"))
+    for stream_it in (False, True):
+        for path, body in ((COMPLETIONS, PROMPT), (CHAT, CHAT_BODY)):
+            async with server.session.post(path, json={**body, "stream": stream_it}) as response:
+                assert response.headers["x-memserve-cached"] == "device=1, host=0, pulled=0"
+                await response.read()

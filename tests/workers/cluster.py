@@ -19,11 +19,9 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 import numpy as np
-import torch
 
 from memserve.config import Role, Transport
 from memserve.errors import MemserveError
-from memserve.memfd import create_memfd
 from memserve.messages import (
     FinishReason,
     Link,
@@ -32,12 +30,11 @@ from memserve.messages import (
     decode_to_router,
     decode_to_worker,
     encode_frame,
-    generation_table_bytes,
 )
 from memserve.model_config import KVGeometry
 from memserve.pool.arena import Arena, ArenaFds
-from memserve.pool.index import Index
 from memserve.pool.mempool import MemPool
+from memserve.pool.retention import Retention
 from memserve.pool.transports.by_peer import PeerTransfer
 from memserve.pool.transports.shm import ShmTransfer
 from memserve.pool.transports.torch_distributed import Options, TorchPool
@@ -64,7 +61,10 @@ from tests.workers.conftest import (
     HashRunner,
     Rig,
     hash_tokens,
+    make_fds,
+    make_retention,
     make_worker_config,
+    poison,
 )
 
 FRAME_HEADER_BYTES = 8
@@ -166,7 +166,7 @@ class Life:
         parts += [part for ahead in pulls._ahead.values() for part in ahead.parts]
         parts += [part for claimed in pulls._claimed.values() for part in claimed]
         parts += [part for cancelled, _ in pulls._cancelled for part in cancelled]
-        return [part.pull for part in parts] + [running.pull for running in pull_backs._running]
+        return [part.pull for part in parts] + [running.incoming for running in pull_backs._running]
 
     @property
     def is_copying(self) -> bool:
@@ -205,6 +205,7 @@ class Cluster:
         self.abandoned: set[str] = set()
         self._worker_fields = worker
         self._fds: dict[str, ArenaFds] = {}
+        self._host_fds: dict[str, ArenaFds] = {}
         self._clock = Clock()
         self._incarnation = 0
         for instance in roles:
@@ -341,7 +342,7 @@ class Cluster:
     def close(self) -> None:
         for life in self.lives.values():
             self._close(life)
-        for fds in self._fds.values():
+        for fds in (*self._fds.values(), *self._host_fds.values()):
             for fd in fds:
                 os.close(fd)
 
@@ -352,7 +353,9 @@ class Cluster:
         if self.transport == "shm":
             life.rig.grant_to(other.rig, life.incarnation)
         else:
-            grant = PeerGrant(life.instance, life.incarnation, life.rig.pool.num_blocks)
+            grant = PeerGrant(
+                life.instance, life.incarnation, life.rig.pool.num_blocks, life.rig.pool.host_capacity
+            )
             other.rig.grants.inbox.append(ReceivedGrant(grant, ()))
 
     def _feed(self, event: Event) -> None:
@@ -387,43 +390,41 @@ class Cluster:
         geometry = KVGeometry.of(config.model, config.block_size, config.dtype)
         assert config.num_blocks is not None
         if instance not in self._fds:
-            self._fds[instance] = ArenaFds(
-                create_memfd("arena", config.num_blocks * geometry.block_bytes),
-                create_memfd("generations", generation_table_bytes(config.num_blocks)),
-            )
-        fds, gate, channel, grants = self._fds[instance], Gate(), FakeChannel(), FakeGrants()
+            self._fds[instance] = make_fds(config.num_blocks, geometry)
+            if config.host_blocks is not None:
+                self._host_fds[instance] = make_fds(config.max_host_blocks, geometry)
+        fds, host_fds = self._fds[instance], self._host_fds.get(instance)
+        gate, channel, grants = Gate(), FakeChannel(), FakeGrants()
         arena = Arena.map(geometry, config.num_blocks, fds)
-
-        def poison(block_ids) -> None:
-            arena.kv[torch.from_numpy(np.asarray(block_ids))] = torch.nan
-
+        retention = make_retention(config, geometry, host_fds)
         pool = MemPool(
             arena,
             instance,
             incarnation,
             lambda: None,
-            index=Index(config.block_size) if config.caches else None,
+            retention=retention,
             clock=self._clock,
-            on_free=poison,
-            transfer=self._make_transfer(arena, geometry, instance, incarnation, gate),
+            on_free=poison(arena),
+            transfer=self._make_transfer(arena, instance, incarnation, gate, retention),
         )
         runner = HashRunner(pool.kv, config.block_size)
         runner.on_layer = pool.progress.advance
         worker = Worker(config, channel, grants, pool, runner, self._clock)
-        rig = Rig(config, worker, channel, grants, pool, runner, self._clock, fds)
+        rig = Rig(config, worker, channel, grants, pool, runner, self._clock, fds, host_fds)
         return Life(instance, config.role, incarnation, rig, gate)
 
     def _make_transfer(
-        self, arena: Arena, geometry: KVGeometry, instance: str, incarnation: int, gate: Gate
+        self, arena: Arena, instance: str, incarnation: int, gate: Gate, retention: Retention | None
     ) -> PeerTransfer:
         def wake() -> None:
             return
 
         assert arena.blocks is not None
         if self.transport == "shm":
-            shm = ShmTransfer(arena.blocks, wake, num_layers=geometry.num_layers, copy=gate.copy)
+            shm = ShmTransfer(arena.blocks, wake, num_layers=arena.geometry.num_layers, copy=gate.copy)
             return PeerTransfer(wake, shm)
-        pool = TorchPool(instance, incarnation, geometry.description, "", arena.blocks, arena.generations)
+        host = None if retention is None or retention.host is None else retention.host.arena
+        pool = TorchPool.of(instance, incarnation, "", arena, host)
         return PeerTransfer(wake, None, pool, gate.options(**self._options))
 
     @staticmethod

@@ -38,13 +38,14 @@ from memserve.messages import (
     StepOutputs,
     Tier,
     encode_frame,
+    generation_table_bytes,
     pack_tokens,
 )
 from memserve.model_config import KVGeometry, ModelConfig, RopeConfig, load_model_config
 from memserve.models.checkpoint import tensor_shapes
 from memserve.pool.arena import Arena, ArenaFds
-from memserve.pool.index import Index
 from memserve.pool.mempool import MemPool
+from memserve.pool.retention import HostArena, Retention
 from memserve.pool.transports.by_peer import PeerTransfer
 from memserve.pool.transports.shm import ShmTransfer
 from memserve.workers.channel import MessageTooLong, ReceivedGrant
@@ -192,6 +193,34 @@ def make_worker_config(**changes) -> WorkerConfig:
     return WorkerConfig(**{**fields, **changes})
 
 
+def make_fds(num_blocks: int, geometry: KVGeometry) -> ArenaFds:
+    """The memfds of an arena."""
+    return ArenaFds(
+        create_memfd("arena", num_blocks * geometry.block_bytes),
+        create_memfd("generations", generation_table_bytes(num_blocks)),
+    )
+
+
+def poison(arena: Arena) -> Callable[[np.ndarray], None]:
+    """Spoils the content of blocks."""
+
+    def spoil(block_ids) -> None:
+        arena.kv[torch.from_numpy(np.asarray(block_ids))] = torch.nan
+
+    return spoil
+
+
+def make_retention(config: WorkerConfig, geometry: KVGeometry, host_fds: ArenaFds | None) -> Retention | None:
+    """What `workers.startup` makes of a config."""
+    if not config.caches:
+        return None
+    host = None
+    if host_fds is not None:
+        arena = Arena.map(geometry, config.max_host_blocks, host_fds)
+        host = HostArena(arena, config.host_blocks, on_free=poison(arena))
+    return Retention(host=host, tells_removals=True)
+
+
 @dataclasses.dataclass
 class Rig:
     """One worker over a real pool, driven by hand."""
@@ -204,6 +233,7 @@ class Rig:
     runner: HashRunner
     clock: Clock
     fds: ArenaFds
+    host_fds: ArenaFds | None = None
 
     def send(self, *messages) -> None:
         """To the worker."""
@@ -229,9 +259,11 @@ class Rig:
     def grant_to(self, other: Rig, incarnation: int = 0) -> None:
         """Let another worker read this one's arena."""
         block_bytes = KVGeometry.of(self.config.model, self.config.block_size, self.config.dtype).block_bytes
-        grant = ArenaGrant(self.config.instance, incarnation, Tier.DEVICE, self.pool.num_blocks, block_bytes)
-        fds = (reopen_readonly(self.fds.arena), reopen_readonly(self.fds.generations))
-        other.grants.inbox.append(ReceivedGrant(grant, fds))
+        sizes = {Tier.DEVICE: self.pool.num_blocks, Tier.HOST: self.config.max_host_blocks}
+        for tier, fds in ((Tier.DEVICE, self.fds), (Tier.HOST, self.host_fds)):
+            if fds is not None:
+                grant = ArenaGrant(self.config.instance, incarnation, tier, sizes[tier], block_bytes)
+                other.grants.inbox.append(ReceivedGrant(grant, tuple(map(reopen_readonly, fds))))
 
     def assert_idle(self) -> None:
         """No request, no offer, no block in use."""
@@ -257,36 +289,29 @@ class Rigs:
         config = make_worker_config(**changes)
         geometry = KVGeometry.of(config.model, config.block_size, config.dtype)
         assert config.num_blocks is not None
-        fds = ArenaFds(
-            create_memfd("arena", config.num_blocks * geometry.block_bytes),
-            create_memfd("generations", (config.num_blocks + 1) * 8),
-        )
+        fds = make_fds(config.num_blocks, geometry)
+        host_fds = None if config.host_blocks is None else make_fds(config.max_host_blocks, geometry)
         arena = Arena.map(geometry, config.num_blocks, fds)
-
-        def poison(block_ids) -> None:
-            arena.kv[torch.from_numpy(np.asarray(block_ids))] = torch.nan
-
         transfer = None
         if copy is not None:
             shm = ShmTransfer(arena.blocks, lambda: None, num_layers=geometry.num_layers, copy=copy)
             transfer = PeerTransfer(lambda: None, shm)
         channel, grants, clock = FakeChannel(), FakeGrants(), Clock()
-        index = Index(config.block_size) if config.caches else None
         pool = MemPool(
             arena,
             config.instance,
             0,
             lambda: None,
-            index=index,
+            retention=make_retention(config, geometry, host_fds),
             clock=clock,
-            on_free=poison,
+            on_free=poison(arena),
             transfer=transfer,
         )
         runner = runner_of(pool.kv, config.block_size)
         if isinstance(runner, HashRunner):
             runner.on_layer = pool.progress.advance
         worker = Worker(config, channel, grants, pool, runner, clock)
-        rig = Rig(config, worker, channel, grants, pool, runner, clock, fds)
+        rig = Rig(config, worker, channel, grants, pool, runner, clock, fds, host_fds)
         self._made.append(rig)
         return rig
 
@@ -294,7 +319,7 @@ class Rigs:
         for rig in self._made:
             rig.worker.close()
             rig.pool.close()
-            for fd in rig.fds:
+            for fd in (*rig.fds, *(rig.host_fds or ())):
                 os.close(fd)
 
 

@@ -53,7 +53,7 @@ def run_one(rig, tools, request_id: str, prompt: Sequence[int], max_tokens: int 
     rig.run()
     heard = tools.Transcript.of(rig.take(), request_id)
     assert heard.failed is None
-    return heard.token_ids, heard.outputs[0].num_cached_tokens
+    return heard.token_ids, heard.outputs[0].cached.total
 
 
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
@@ -114,7 +114,7 @@ def test_prompts_with_logprobs_are_computed_whole(make_caching, tools):
     rig.run()
     heard = tools.Transcript.of(rig.take(), "second")
     assert heard.token_ids == tools.expected(prompt, 6)
-    assert heard.outputs[0].num_cached_tokens == 0 and computed(rig, "second") == 35
+    assert heard.outputs[0].cached.total == 0 and computed(rig, "second") == 35
     rig.assert_idle()
 
 
@@ -151,7 +151,7 @@ def test_preempted_requests_find_what_they_had_computed(make_caching, tools):
     for request_id, prompt in prompts.items():
         heard = tools.Transcript.of(said, request_id)
         assert heard.token_ids == tools.expected(prompt, 30)
-        assert heard.outputs[0].num_cached_tokens == 0, "its own work is no cache hit"
+        assert heard.outputs[0].cached.total == 0, "its own work is no cache hit"
     assert rig.worker.gauges.load().num_preemptions > 0
     rig.assert_idle()
 
@@ -245,7 +245,7 @@ class Pair:
         self.p.run()
         self.p.assert_idle()
         self.d.assert_idle()
-        return tokens, done.num_cached_tokens, pulled, answer
+        return tokens, done.cached.total, pulled, answer
 
     def _pull_back(self, request_id: str, tokens: list[int], num_offered: int, said: list) -> PulledBack:
         stored = [item for item in said if isinstance(item, Stored)]

@@ -383,9 +383,12 @@ class ClusterMachine(RuleBasedStateMachine):
         num_decode=st.integers(1, 2),
         block_size=st.sampled_from([1, 4, 16]),
         pool_tokens=st.sampled_from([144, 320]),
+        host_tokens=st.sampled_from([None, 0, 48, 640]),
         max_batch_tokens=st.sampled_from([24, 128]),
     )
-    def start(self, transfer, num_prefill, num_decode, block_size, pool_tokens, max_batch_tokens) -> None:
+    def start(
+        self, transfer, num_prefill, num_decode, block_size, pool_tokens, host_tokens, max_batch_tokens
+    ) -> None:
         roles = {f"prefill-{i}": Role.PREFILL for i in range(num_prefill)}
         role = Role.DECODE if num_prefill else Role.COLOCATED
         roles |= {f"{role.value}-{i}": role for i in range(num_decode)}
@@ -398,6 +401,8 @@ class ClusterMachine(RuleBasedStateMachine):
             max_batch_tokens=max_batch_tokens,
             max_running=4,
             caches=True,
+            host_blocks=None if host_tokens is None else host_tokens // block_size,
+            max_host_blocks=640 // block_size,
         )
 
     def pick(self, number: int) -> Life | None:

@@ -183,7 +183,7 @@ def test_kv_of_a_request_that_fails_in_its_last_chunk_is_forgotten(make_rig, too
     rig.send(tools.decode("good", prompt, max_tokens=3))
     rig.run()
     heard = tools.Transcript.of(rig.take(), "good")
-    assert heard.token_ids == tools.expected(prompt, 3) and heard.outputs[0].num_cached_tokens == 0
+    assert heard.token_ids == tools.expected(prompt, 3) and heard.outputs[0].cached.total == 0
     rig.assert_idle()
 
 

@@ -186,7 +186,7 @@ def test_an_idle_loop_sleeps(make_rig, tools):
     heard = []
 
     class Bell:
-        def wait(self) -> None:
+        def wait(self, timeout_s: float | None) -> None:
             heard.append(len(rig.runner.batches))
             rig.send(tools.decode("b", tools.prompt(5)) if len(heard) == 1 else Shutdown())
 

@@ -57,7 +57,9 @@ class PeerTransfer:
         transfer = self._sending()
         if transfer is None:
             raise EngineError(f"{grant.instance} is not to be asked for blocks here")
-        transfer.add_peer(TorchPeer(grant.instance, grant.incarnation, grant.num_blocks))
+        transfer.add_peer(
+            TorchPeer(grant.instance, grant.incarnation, grant.num_blocks, grant.num_host_blocks)
+        )
         self._ways[grant.instance] = transfer
 
     def remove_peer(self, instance: str) -> None:

@@ -259,7 +259,7 @@ class Receiver:
                     if end > next_start:
                         under_way.append(self._ask(pull, pair, next_start, end, more))
                     elif next_start > 0:  # more had been promised
-                        self._send_ask(pair, pull.blocks[:0], [], more)
+                        self._send_ask(pair, pull, pull.blocks[:0], [], more)
                     next_start = end
                 if under_way:
                     self._take(pull, pair, under_way.pop(0), progress)
@@ -273,12 +273,14 @@ class Receiver:
         places = self._staging.places(into, ends, turn)
         data = [pair.recv(torch.from_numpy(place), DATA_TAG) for place in places]
         proof = pair.recv(self._proofs[turn % CHUNKS_UNDER_WAY].tensor, PROOF_TAG)
-        self._send_ask(pair, blocks, ends, more)
+        self._send_ask(pair, pull, blocks, ends, more)
         return _UnderWay(start, end, places, data, proof, turn)
 
-    def _send_ask(self, pair: GlooPair, blocks: BlockIds, ends: list[int], more: bool) -> None:
+    def _send_ask(
+        self, pair: GlooPair, pull: QueuedPull, blocks: BlockIds, ends: list[int], more: bool
+    ) -> None:
         ask = self._asks[self._turn % CHUNKS_UNDER_WAY]
-        ask.set(blocks, ends, more=more)
+        ask.set(blocks, ends, more=more, tier=pull.tier)
         pair.wait(pair.send(ask.tensor, ASK_TAG), self._options.stall_s)
         self._turn += 1
 

@@ -1,6 +1,6 @@
 """What the two ends of a gloo link say to each other: the tensors of a chunk.
 
-    receiver ── ask ──────► source      which blocks, in which order, in which pieces
+    receiver ── ask ──────► source      which blocks of which tier, in which order, in which pieces
              ◄── data ──────            each piece [num_blocks, block_bytes]
              ◄── proof ─────            their generations before and after they were sent
 
@@ -15,11 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from memserve.messages import Tier
 from memserve.pool.allocator import BlockIds
 from memserve.pool.transports.gloo_pair import FIRST_TAG
 from memserve.pool.transports.pull import num_same
@@ -30,11 +32,18 @@ MAX_CHUNK_BLOCKS = 1024
 MAX_PIECES = 64
 _MIN_PIECE_BYTES = 128 << 10  # a message more costs what copying so much does
 
-_NUM_BLOCKS, _MORE, _NUM_PIECES, _BLOCKS = 0, 1, 2, 3  # layout of an ask
+_NUM_BLOCKS, _MORE, _NUM_PIECES, _TIER, _BLOCKS = 0, 1, 2, 3, 4  # layout of an ask
 _ENDS = _BLOCKS + MAX_CHUNK_BLOCKS  # of its pieces, as positions
 _BEFORE, _AFTER = 0, 1  # rows of a proof
 
 Bytes = NDArray[np.uint8]
+
+
+class TierMemory(NamedTuple):
+    """One tier of a pool: `blocks` [num_blocks, block_bytes], `generations` [num_blocks]."""
+
+    blocks: Bytes
+    generations: NDArray[np.uint64]
 
 
 def _nothing(blocks: BlockIds) -> None:
@@ -74,8 +83,9 @@ class Ask:
         self.tensor = torch.zeros(_ENDS + MAX_PIECES, dtype=torch.int64)
         self._words: NDArray[np.int64] = self.tensor.numpy()
 
-    def set(self, blocks: BlockIds, ends: list[int], *, more: bool) -> None:
+    def set(self, blocks: BlockIds, ends: list[int], *, more: bool, tier: Tier = Tier.DEVICE) -> None:
         """Ask for `blocks` in pieces that end there; without any, the stream just ends."""
+        self._words[_TIER] = tier
         self._words[_NUM_BLOCKS] = len(blocks)
         self._words[_MORE] = more
         self._words[_NUM_PIECES] = len(ends)
@@ -102,6 +112,12 @@ class Ask:
         if any(start >= end for start, end in zip(starts, ends, strict=False)):
             return None
         return ends if (ends or [0])[-1] == int(self._words[_NUM_BLOCKS]) else None
+
+    @property
+    def tier(self) -> Tier | None:
+        """Whose blocks; None if it cannot be."""
+        tier = int(self._words[_TIER])
+        return Tier(tier) if tier in list(Tier) else None
 
     @property
     def more(self) -> bool:

@@ -26,6 +26,7 @@ class QueuedPull:
         """`refs` came over a socket: raises ValueError or OverflowError if they cannot be."""
         self.blocks = np.array(refs.blocks, dtype=np.int64)
         self.generations = np.array(refs.generations, dtype=np.uint64)
+        self.tier = refs.tier
         self.into = into
         if self.blocks.shape != self.generations.shape:
             raise ValueError(f"{len(self.blocks)} blocks with {len(self.generations)} generations")

@@ -20,7 +20,7 @@ from queue import Empty, SimpleQueue
 import numpy as np
 from numpy.typing import NDArray
 
-from memserve.messages import BlockRefs
+from memserve.messages import BlockRefs, Tier
 from memserve.pool.allocator import BlockIds
 from memserve.pool.arena import PeerArena
 from memserve.pool.transports.base import FailedPull, Pull
@@ -70,7 +70,7 @@ class ShmTransfer:
         self._num_layers = num_layers
         self._copy = copy
         self._max_queued = max_queued
-        self._peers: dict[str, PeerArena] = {}
+        self._peers: dict[tuple[str, Tier], PeerArena] = {}
         self._queue: SimpleQueue[_ShmPull | None] = SimpleQueue()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="memserve-pull", daemon=True)
@@ -79,11 +79,14 @@ class ShmTransfer:
     def add_peer(self, peer: PeerArena) -> None:
         """Pull from this arena from now on; pulls under way keep the one they began with."""
         assert peer.blocks.shape[1] == self._blocks.shape[1], "block sizes differ"
-        self._peers[peer.instance] = peer
+        self._peers[peer.instance, peer.tier] = peer
 
     def remove_peer(self, instance: str) -> None:
-        """Forget an arena; it is unmapped when the last pull from it has ended. Unknown names are ignored."""
-        self._peers.pop(instance, None)
+        """Forget an instance's arenas; each is unmapped when the last pull from it has ended. An unknown
+        name is ignored.
+        """
+        for tier in Tier:
+            self._peers.pop((instance, tier), None)
 
     def begin(self, refs: BlockRefs, into: BlockIds, layers_from: int | None = None) -> Pull:
         """See `Transfer.begin`. `refs` came over a socket, so it is checked; `into` is ours and trusted.
@@ -94,7 +97,7 @@ class ShmTransfer:
         assert len(into) == len(refs.blocks)
         if self._closing.is_set():
             return self._refuse("the pool is closed")
-        peer = self._peers.get(refs.instance)
+        peer = self._peers.get((refs.instance, refs.tier))
         if peer is None:
             return self._refuse(f"unknown peer {refs.instance}")
         if self._queue.qsize() >= self._max_queued:

@@ -19,12 +19,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from memserve.messages import BlockRefs, Connect, Link, Refuse
+from memserve.messages import BlockRefs, Connect, Link, Refuse, Tier
 from memserve.pool.allocator import BlockIds
+from memserve.pool.arena import Arena
 from memserve.pool.transports.base import FailedPull, Pull
 from memserve.pool.transports.gloo_receiver import LinkEnds, Receiver
 from memserve.pool.transports.gloo_source import Sender
-from memserve.pool.transports.gloo_wire import Bytes, Options
+from memserve.pool.transports.gloo_wire import Bytes, Options, TierMemory
 from memserve.pool.transports.links import LinkMeans
 from memserve.pool.transports.pull import QueuedPull
 
@@ -37,7 +38,7 @@ __all__ = ["Options", "TorchPeer", "TorchPool", "TorchTransfer"]
 class TorchPool:
     """Our own end: `blocks` uint8 [num_blocks, block_bytes] and `generations` uint64 [num_blocks] in memory
     that the host addresses, both the owner's; `fingerprint` of the model and the layout of its KV; `layout`
-    in words.
+    in words. `host` is the second tier, if there is one.
     """
 
     instance: str
@@ -46,15 +47,35 @@ class TorchPool:
     fingerprint: str
     blocks: Bytes
     generations: NDArray[np.uint64]
+    host: TierMemory | None = None
+
+    @classmethod
+    def of(
+        cls, instance: str, incarnation: int, fingerprint: str, arena: Arena, host: Arena | None
+    ) -> TorchPool:
+        """Of the arenas of a pool, of equal geometry, which the host can address."""
+        assert arena.blocks is not None
+        second = None
+        if host is not None and host.blocks is not None:
+            second = TierMemory(host.blocks, host.generations)
+        layout = arena.geometry.description
+        return cls(instance, incarnation, layout, fingerprint, arena.blocks, arena.generations, second)
+
+    @property
+    def tiers(self) -> dict[Tier, TierMemory]:
+        """What can be asked for."""
+        tiers = {Tier.DEVICE: TierMemory(self.blocks, self.generations)}
+        return tiers if self.host is None else {**tiers, Tier.HOST: self.host}
 
 
 @dataclass(frozen=True, slots=True)
 class TorchPeer:
-    """Another instance that can be pulled from."""
+    """Another instance that can be pulled from: blocks of its device tier, and at most of its host tier."""
 
     instance: str
     incarnation: int
     num_blocks: int
+    num_host_blocks: int = 0
 
 
 class TorchTransfer:
@@ -121,7 +142,9 @@ class TorchTransfer:
         if layers_from is not None:
             return self._fail("over gloo, blocks are pulled once they are complete")
         try:
-            pull = QueuedPull(refs, into, peer.num_blocks)
+            pull = QueuedPull(
+                refs, into, peer.num_blocks if refs.tier is Tier.DEVICE else peer.num_host_blocks
+            )
         except (ValueError, OverflowError) as error:
             return self._fail(f"bad addresses at {refs.instance}: {error}")
         receiver = self._receivers.get(peer.instance)
@@ -160,7 +183,7 @@ class TorchTransfer:
             self._means.send_control(message.receiver, refusal)
             return
         pool = self._pool
-        self._senders[message.receiver] = Sender(message, pool.blocks, pool.generations, self._means)
+        self._senders[message.receiver] = Sender(message, pool.tiers, self._means)
 
     def close(self) -> None:
         """See `Transfer.close`. Links that others have to us end too; no thread or socket is left.

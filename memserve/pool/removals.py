@@ -1,0 +1,46 @@
+"""What a pool no longer caches where it was, for those elsewhere who were told that it does: the router's
+prompt trees, whose addresses would otherwise go stale unnoticed (a weakness that the paper names).
+
+Noted before a block is freed, while its generation is still the one that was told. A hint: whoever misses
+one finds out by a pull that does not verify.
+"""
+
+from __future__ import annotations
+
+from memserve.messages import Removed, Tier
+from memserve.pool.addresses import Addresses
+from memserve.pool.allocator import BlockIds
+
+
+class RemovalLog:
+    """Removals since the last `take`.
+
+    Args:
+        addresses: of the pool's blocks.
+    """
+
+    def __init__(self, addresses: Addresses) -> None:
+        self._addresses = addresses
+        self._removed: list[Removed] = []
+        self._moved: set[tuple[Tier, int]] = set()
+
+    def moved(self, blocks: BlockIds, tier: Tier, to_blocks: BlockIds, to_tier: Tier) -> None:
+        """Their content is in other blocks now. They are yet to be freed, which is no second removal."""
+        if len(blocks):
+            refs, moved_to = self._addresses.of(blocks, tier), self._addresses.of(to_blocks, to_tier)
+            self._removed.append(Removed(refs, moved_to))
+            self._moved.update((tier, block) for block in blocks.tolist())
+
+    def gone(self, blocks: BlockIds, tier: Tier) -> None:
+        """They are about to be freed."""
+        if self._moved:
+            keys = [(tier, block) for block in blocks.tolist()]
+            blocks = blocks[[key not in self._moved for key in keys]]
+            self._moved.difference_update(keys)
+        if len(blocks):
+            self._removed.append(Removed(self._addresses.of(blocks, tier), None))
+
+    def take(self) -> list[Removed]:
+        """The removals since the last call, in order; the caller's."""
+        removed, self._removed = self._removed, []
+        return removed
