@@ -101,6 +101,13 @@ def test_pulls_do_happen_and_do_not_fail(disaggregated: Server, over_gloo: Serve
     assert colocated.gauges()["memserve_pulls_total"] == 0
 
 
+def test_the_log_says_once_how_kv_moves(disaggregated: Server, over_gloo: Server) -> None:
+    lines = ("KV moves over torch_distributed", "as with --transfer chunk")
+    for server, count in ((disaggregated, 0), (over_gloo, 1)):
+        log = server.log.read_text(errors="replace")
+        assert [log.count(line) for line in lines] == [count, count]
+
+
 async def _stream_ids(
     session: aiohttp.ClientSession, url: str, body: dict[str, object], leave_after: int | None
 ) -> list[int]:
