@@ -221,7 +221,7 @@ class Refuse(_Message, frozen=True, array_like=True, tag=True, gc=False):
     reason: str
 
 
-Link = Connect | Accept | Refuse
+LinkMessage = Connect | Accept | Refuse
 
 
 # --- router → worker ---
@@ -510,7 +510,7 @@ ToWorker = (
     | Cancel
     | Release
     | Shutdown
-    | Link
+    | LinkMessage
 )
 ToRouter = (
     Loading
@@ -526,7 +526,7 @@ ToRouter = (
     | CacheReport
     | StepOutputs
     | Failed
-    | Link
+    | LinkMessage
 )
 
 

@@ -29,7 +29,7 @@ from numpy.typing import ArrayLike
 
 from memserve import memfd
 from memserve.errors import EngineError, MemserveError
-from memserve.messages import ArenaGrant, BlockRefs, Link, PeerGrant, Removed, Tier, Transfer
+from memserve.messages import ArenaGrant, BlockRefs, LinkMessage, PeerGrant, Removed, Tier, Transfer
 from memserve.pool.addresses import Addresses
 from memserve.pool.allocator import BlockAllocator, BlockIds
 from memserve.pool.arena import Arena, ArenaFds, PeerArena, Progress
@@ -334,12 +334,12 @@ class MemPool:
         if self._transfer is not None:
             self._transfer.add_sending(grant)
 
-    def on_control(self, message: Link) -> None:
+    def on_control(self, message: LinkMessage) -> None:
         """Take what another worker says of a link between it and us. Never waits."""
         if self._transfer is not None:
             self._transfer.on_control(message)
 
-    def take_control(self) -> list[Link]:
+    def take_control(self) -> list[LinkMessage]:
         """What is to be said to other workers, by way of the router; `wake` tells when there is something."""
         return [] if self._transfer is None else self._transfer.take_control()
 

@@ -24,7 +24,7 @@ from memserve.messages import (
     CacheCommand,
     CacheReport,
     Heartbeat,
-    Link,
+    LinkMessage,
     Load,
     Output,
     Ready,
@@ -55,7 +55,7 @@ from memserve.router.events import (
     WorkerDown,
     WorkerUp,
 )
-from memserve.router.links import Links
+from memserve.router.link_relay import LinkRelay
 from memserve.router.transports import peers_of
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class ServingEngine:
         self._alive: dict[str, int] = {}  # instance → incarnation
         self._last_incarnation: dict[str, int] = {}
         self._lost: set[str] = set()
-        self._links = Links()
+        self._links = LinkRelay()
         self._num_restarts: Counter[str] = Counter()
         self._was_ready = False
         self._draining = False
@@ -231,7 +231,7 @@ class ServingEngine:
                 self._cache_commands.on_report(instance, message)
             return
         event = FromWorker(instance, incarnation, message)
-        if isinstance(message, Link):
+        if isinstance(message, LinkMessage):
             if (send := self._links.relay(event, message, self._alive)) is not None:
                 self._carry_out([send])
             return

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from memserve.messages import Accept, BlockRefs, Connect, Link, Refuse, Tier
+from memserve.messages import Accept, BlockRefs, Connect, LinkMessage, Refuse, Tier
 from memserve.pool.allocator import BlockIds
 from memserve.pool.transports.base import Pull, PullResult
 from memserve.pool.transports.torch_distributed import (
@@ -96,10 +96,10 @@ class Router:
 
     def __init__(self) -> None:
         self.instances: dict[str, Instance] = {}
-        self.sent: list[Link] = []
-        self.lose: Callable[[Link], bool] = lambda message: False
+        self.sent: list[LinkMessage] = []
+        self.lose: Callable[[LinkMessage], bool] = lambda message: False
 
-    def send(self, peer: str, message: Link) -> None:
+    def send(self, peer: str, message: LinkMessage) -> None:
         self.sent.append(message)
         if not self.lose(message):
             self.instances[peer].transfer.on_control(message)
@@ -454,7 +454,7 @@ def test_nothing_is_said_to_who_does_not_know_the_token(pair, router: Router, ca
     # 1. whoever came to the address in the source's place would know another one
     stolen: list[Connect] = []
 
-    def strip(message: Link) -> bool:
+    def strip(message: LinkMessage) -> bool:
         if isinstance(message, Connect):
             stolen.append(message)
             source.transfer.on_control(msgspec.structs.replace(message, token=bytes(32)))
@@ -481,7 +481,7 @@ def test_strangers_who_connect_first_hear_nothing_and_are_not_believed(make_inst
     tokens: list[bytes] = []
     others = listeners()
 
-    def intrude(message: Link) -> bool:
+    def intrude(message: LinkMessage) -> bool:
         if isinstance(message, Connect):
             tokens.append(message.token)
         for address in (listeners() - others) if len(tokens) == 1 else ():
@@ -515,7 +515,7 @@ def test_links_run_where_their_maker_might_not_where_the_loop_does(make_instance
     seen: list[set[int]] = []
     note = lambda chunk=None: seen.append(os.sched_getaffinity(0))  # noqa: E731
     source, receiver = make_instance("source", on_chunk=note), make_instance("receiver", on_pull=note)
-    held: list[Link] = []
+    held: list[LinkMessage] = []
     router.lose = lambda message: isinstance(message, Connect) and held.append(message) is None
     os.sched_setaffinity(0, {min(cpus)})
     try:  # both threads are started from here

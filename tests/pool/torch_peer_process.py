@@ -16,7 +16,7 @@ from collections import deque
 import msgspec
 import numpy as np
 
-from memserve.messages import Accept, BlockRefs, Connect, Link, Refuse
+from memserve.messages import Accept, BlockRefs, Connect, LinkMessage, Refuse
 from memserve.pool.transports.base import Pull, PullResult
 from memserve.pool.transports.torch_distributed import (
     Options,
@@ -57,7 +57,7 @@ class Forward(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """For another instance."""
 
     peer: str
-    message: Link
+    message: LinkMessage
 
 
 class Done(msgspec.Struct, frozen=True, array_like=True, tag=True):

@@ -24,7 +24,7 @@ from memserve.config import Role, Transport
 from memserve.errors import MemserveError
 from memserve.messages import (
     FinishReason,
-    Link,
+    LinkMessage,
     PeerGrant,
     SamplingParams,
     decode_to_router,
@@ -51,7 +51,7 @@ from memserve.router.events import (
     WorkerDown,
     WorkerUp,
 )
-from memserve.router.links import Links
+from memserve.router.link_relay import LinkRelay
 from memserve.workers.channel import ReceivedGrant
 from memserve.workers.worker import Worker
 from tests.workers.conftest import (
@@ -193,9 +193,9 @@ class Cluster:
     ) -> None:
         self.roles = roles
         self.transport = transport
-        self.lose: Callable[[Link], bool] = lambda message: False
+        self.lose: Callable[[LinkMessage], bool] = lambda message: False
         self._options = options or {}
-        self._links = Links()
+        self._links = LinkRelay()
         self.dispatcher = Dispatcher(limits)
         self.lives: dict[str, Life] = {}
         self.prompts: dict[str, list[int]] = {}
@@ -245,7 +245,7 @@ class Cluster:
         for _ in range(num_heard):
             body = encode_frame(life.said.popleft(), life.incarnation)[FRAME_HEADER_BYTES:]
             event = FromWorker(life.instance, life.incarnation, decode_to_router(body))
-            if not isinstance(event.message, Link):
+            if not isinstance(event.message, LinkMessage):
                 self._feed(event)
             elif not self.lose(event.message):
                 alive = {name: life.incarnation for name, life in self.lives.items()}

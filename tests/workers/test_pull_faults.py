@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from memserve.config import Role
-from memserve.messages import Accept, Connect, Link, RevokeGrant
+from memserve.messages import Accept, Connect, LinkMessage, RevokeGrant
 from memserve.router.dispatcher import DispatcherLimits
 from memserve.workers.channel import ReceivedGrant
 from tests.workers.cluster import Cluster, Gate, Step
@@ -215,7 +215,7 @@ def test_no_way_to_the_source(make_cluster, transport: str, fault: Callable) -> 
 @pytest.mark.parametrize("who", ["prefill-0", "decode-0"])
 def test_either_end_goes_while_a_link_is_being_formed(make_cluster, who: str) -> None:
     cluster = make_cluster("torch_distributed")
-    sent: list[Link] = []
+    sent: list[LinkMessage] = []
     cluster.lose = lambda message: sent.append(message) is not None
     # 1. the receiver has asked for a link, and the source has not read it
     cluster.submit("r", PROMPT, MAX_TOKENS)
@@ -233,7 +233,7 @@ def test_either_end_goes_while_a_link_is_being_formed(make_cluster, who: str) ->
 
 def test_a_link_is_formed_once_for_all_pulls_one_way(make_cluster) -> None:
     cluster = make_cluster("torch_distributed")
-    sent: list[Link] = []
+    sent: list[LinkMessage] = []
     cluster.lose = lambda message: sent.append(message) is not None
     for number in range(4):
         cluster.submit(f"r{number}", [number, *PROMPT], MAX_TOKENS)

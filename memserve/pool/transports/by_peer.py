@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 
 from memserve.errors import EngineError
-from memserve.messages import BlockRefs, Link, PeerGrant
+from memserve.messages import BlockRefs, LinkMessage, PeerGrant
 from memserve.pool.allocator import BlockIds
 from memserve.pool.arena import PeerArena
 from memserve.pool.transports.base import FailedPull, Pull, Transfer
@@ -43,7 +43,7 @@ class PeerTransfer:
         self._options = options
         self._torch: TorchTransfer | None = None
         self._ways: dict[str, Transfer] = {}
-        self._outbox: deque[Link] = deque()
+        self._outbox: deque[LinkMessage] = deque()
 
     def add_mapped(self, peer: PeerArena) -> None:
         """Pull out of this arena from now on. Raises EngineError if arenas are not to be mapped here."""
@@ -77,15 +77,15 @@ class PeerTransfer:
             return FailedPull(f"unknown peer {refs.instance}")
         return way.begin(refs, into, layers_from)
 
-    def on_control(self, message: Link) -> None:
+    def on_control(self, message: LinkMessage) -> None:
         """A message of a link from another worker."""
         transfer = self._sending()
         if transfer is not None:
             transfer.on_control(message)
 
-    def take_control(self) -> list[Link]:
+    def take_control(self) -> list[LinkMessage]:
         """The messages for other workers since the last call."""
-        taken: list[Link] = []
+        taken: list[LinkMessage] = []
         while self._outbox:
             taken.append(self._outbox.popleft())
         return taken
@@ -101,6 +101,6 @@ class PeerTransfer:
             self._torch = TorchTransfer(self._torch_pool, self._wake, self._post, self._options)
         return self._torch
 
-    def _post(self, peer: str, message: Link) -> None:
+    def _post(self, peer: str, message: LinkMessage) -> None:
         self._outbox.append(message)
         self._wake()

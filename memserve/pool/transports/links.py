@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Callable
 
-from memserve.messages import Link
+from memserve.messages import LinkMessage
 from memserve.pool.transports.gloo_pair import Device, GlooPair, make_device
 from memserve.pool.transports.gloo_wire import Options
 
@@ -18,7 +18,7 @@ from memserve.pool.transports.gloo_wire import Options
 class LinkMeans:
     """See the module, and `TorchTransfer` for `send_control`."""
 
-    def __init__(self, options: Options, send_control: Callable[[str, Link], None]) -> None:
+    def __init__(self, options: Options, send_control: Callable[[str, LinkMessage], None]) -> None:
         self.options = options
         self.send_control = send_control
         self.cpus = os.sched_getaffinity(0)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from memserve.messages import BlockRefs, Connect, Link, Refuse, Tier
+from memserve.messages import BlockRefs, Connect, LinkMessage, Refuse, Tier
 from memserve.pool.allocator import BlockIds
 from memserve.pool.arena import Arena
 from memserve.pool.transports.base import FailedPull, Pull
@@ -94,7 +94,7 @@ class TorchTransfer:
         self,
         pool: TorchPool,
         wake: Callable[[], None],
-        send_control: Callable[[str, Link], None],
+        send_control: Callable[[str, LinkMessage], None],
         options: Options | None = None,
     ) -> None:
         assert pool.blocks.flags.c_contiguous and len(pool.blocks) == len(pool.generations)
@@ -155,7 +155,7 @@ class TorchTransfer:
         receiver.put(pull)
         return pull
 
-    def on_control(self, message: Link) -> None:
+    def on_control(self, message: LinkMessage) -> None:
         """Take a control message that a peer sent to us. Stale ones are ignored."""
         if self._is_closed:
             return

@@ -10,19 +10,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
-from memserve.messages import Connect, Link, Refuse
+from memserve.messages import Connect, LinkMessage, Refuse
 from memserve.router.events import FromWorker, Send
 
 logger = logging.getLogger(__name__)
 
 
-class Links:
+class LinkRelay:
     """What was asked for and not answered, the last of each pair; nothing else is kept."""
 
     def __init__(self) -> None:
         self._asked: dict[tuple[str, str], Connect] = {}
 
-    def relay(self, event: FromWorker, message: Link, alive: Mapping[str, int]) -> Send | None:
+    def relay(self, event: FromWorker, message: LinkMessage, alive: Mapping[str, int]) -> Send | None:
         """Where a worker's message goes, or its answer; None if it is stale. `alive`: incarnations."""
         receiver = message.receiver, message.receiver_incarnation
         source = message.source, message.source_incarnation
