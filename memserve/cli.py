@@ -191,6 +191,13 @@ COUNT = click.IntRange(1, 64)
     type=click.Choice(get_args(Caching)),
 )
 @_option(
+    "--reuse-history-tokens/--no-reuse-history-tokens",
+    "Read an answer that comes back in a later prompt as the tokens that were generated, so that their KV is "
+    "found again, and not as its text would be tokenised [default: reuse, unless caching is off].",
+    metavar=None,
+    default=None,
+)
+@_option(
     "--eviction",
     "What goes first when there is no room: the least recently or the least frequently used.",
     type=click.Choice(get_args(Eviction)),

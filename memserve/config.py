@@ -57,7 +57,8 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """`memserve serve`, as asked for. Field names are the option names with underscores.
 
     `seed` makes a server repeatable: the seeds of requests that bring none follow from it (None: each is
-    drawn at random), and dummy weights (None: those of seed 0).
+    drawn at random), and dummy weights (None: those of seed 0). `reuse_history_tokens`: an answer that comes
+    back in a prompt is read as the ids that were generated, unless nothing is cached.
     """
 
     model: str | None = None
@@ -77,6 +78,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     transfer: Transfer = "layer"
     transport: TransportChoice = "auto"
     caching: Caching = "full"
+    reuse_history_tokens: bool = True
     eviction: Eviction = "lru"
     cache_ttl_s: float | None = None
     seed: int | None = None

@@ -46,6 +46,7 @@ from memserve.router.request_seeds import RequestSeeds
 from memserve.router.served_model import ServedModel
 from memserve.router.server import create_app
 from memserve.router.supervisor import Supervisor
+from memserve.router.token_history import TokenHistory
 from memserve.router.tokenizer import Tokenizer
 from memserve.router.transports import GLOO_NOTICE, transfer_mode, uses_gloo
 
@@ -87,18 +88,21 @@ def resolve(config: ServeConfig) -> Run:
     model = load_model_config(folder)
     plan = plan_workers(config, model, folder, read_machine(with_gpus=config.device != "cpu"))
     tokenizer_source = folder if config.tokenizer is None else resolve_tokenizer(config.tokenizer)
+    tokenizer = Tokenizer.load(tokenizer_source)
+    reuses_history = config.reuse_history_tokens and config.caching != "off"
     served = ServedModel(
         name=config.served_model_name or served_model_name(config.model),
         created=int(time.time()),
         max_model_len=plan[0].max_model_len,
         vocab_size=model.vocab_size,
         eos_token_ids=model.eos_token_ids,
-        tokenizer=Tokenizer.load(tokenizer_source),
+        tokenizer=tokenizer,
         chat_template=ChatTemplate.load(
             tokenizer_source, None if config.chat_template is None else Path(config.chat_template)
         ),
         default_sampling=default_sampling(folder),
         seeds=RequestSeeds(config.seed),
+        history=TokenHistory(tokenizer) if reuses_history else None,
     )
     return Run(config, plan, served)
 

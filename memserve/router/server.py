@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import closing, suppress
@@ -52,9 +53,10 @@ from memserve.router.formats import (
 )
 from memserve.router.generation import Generation, make_choices
 from memserve.router.http_errors import (
+    DIVERGED_AT,
     METRICS,
     REQUEST_ID,
-    add_request_id,
+    add_headers,
     error_object,
     errors_middleware,
 )
@@ -64,6 +66,8 @@ from memserve.router.openai import CancelledObject, ModelList, ModelObject, to_j
 from memserve.router.schemas import SamplingBody, decode_chat, decode_completion
 from memserve.router.served_model import ServedModel
 from memserve.router.validation import Job, plan_chat, plan_completion, unknown_model
+
+logger = logging.getLogger(__name__)
 
 Body = TypeVar("Body", bound=SamplingBody)
 Value = TypeVar("Value")
@@ -80,7 +84,7 @@ def create_app(engine: Engine, model: ServedModel, limits: HttpLimits | None = N
     limits = limits or HttpLimits()
     app = web.Application(middlewares=[errors_middleware], client_max_size=limits.max_body_bytes)
     metrics = app[METRICS] = Metrics(engine)
-    app.on_response_prepare.append(add_request_id)
+    app.on_response_prepare.append(add_headers)
     server = _Server(engine, model, limits, metrics)
     app.router.add_post("/v1/completions", server.completions)
     app.router.add_post("/v1/chat/completions", server.chat_completions)
@@ -167,9 +171,10 @@ class _Server:
             active.num_bytes = len(data)
             job_id = f"{request[REQUEST_ID]}.{next(self._numbers)}"
             job = await plan(decode(data), job_id, self._model, self._limits)
+            self._note_readings(request, job)
             choices = await make_choices(job, self._model.tokenizer)
             timer = self._metrics.start_request()
-            with closing(Generation(self._engine, choices, timer)) as generation:
+            with closing(Generation(self._engine, choices, timer, self._model.history)) as generation:
                 active.start(generation)
                 response: web.StreamResponse
                 if job.stream:
@@ -179,6 +184,24 @@ class _Server:
             if all(choice.finish_reason is not None for choice in choices):
                 self._metrics.on_finished(timer, usage_of(choices), cached_of(choices))
             return response
+
+    def _note_readings(self, request: web.Request, job: Job) -> None:
+        """Tells what the history of tokens was to the prompts; the header is of the first that diverged."""
+        firsts = {choice.prompt_index: choice.prompt.reading for choice in job.choices}
+        for reading in firsts.values():
+            if reading is None:
+                continue
+            diverged_at = reading.diverged_at
+            self._metrics.on_prompt(reading.num_reused, diverged_at is not None)
+            if diverged_at is not None and DIVERGED_AT not in request:
+                request[DIVERGED_AT] = diverged_at
+            logger.debug(
+                "request %s: %d of %d prompt tokens are remembered ones; diverged at: %s",
+                request[REQUEST_ID],
+                reading.num_reused,
+                len(reading.token_ids),
+                diverged_at,
+            )
 
     def _most_bytes(self, request: web.Request) -> int:
         """What the body will take at most; the whole allowance where its length is not told."""
