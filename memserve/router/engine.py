@@ -221,6 +221,8 @@ class ServingEngine:
                 num_blocks=ready.num_blocks,
                 block_size=ready.block_size,
                 max_running=config.max_running,
+                kv_token_bytes=KVGeometry.of(config.model, config.block_size, config.dtype).token_bytes,
+                caches=config.caches,
             )
         )
 

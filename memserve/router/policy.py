@@ -35,6 +35,8 @@ class WorkerView:
     num_blocks: int
     block_size: int
     max_running: int
+    kv_token_bytes: int = 1
+    caches: bool = False
     reserved_blocks: int = 0
     num_placed: int = 0
     outstanding_tokens: int = 0

@@ -121,6 +121,7 @@ class Worker:
         if self._stopping:
             return False
         self._expire()
+        self._publisher.tell_removed()
         tally = self.budget.open()
         plan = self._scheduler.schedule(tally)
         for request, reason in plan.refused:
@@ -135,6 +136,7 @@ class Worker:
             if plan.pulls:
                 return True  # one that could not begin has ended already, and rings no bell
             return self._scheduler.is_stuck and self._pulls.make_room()
+        self._publisher.tell_removed()  # before it is told what is in those blocks now
         self._publisher.announce(plan.chunks)
         self.gauges.begin_step()
         drawn = self._executor.execute(plan.chunks)
@@ -147,7 +149,6 @@ class Worker:
             step_ms,
         )
         self._tell(plan.chunks, drawn)
-        self._publisher.tell_removed()
         self.gauges.end_step()
         return True
 
@@ -160,7 +161,6 @@ class Worker:
         if now >= self._expires_at:
             self._expires_at = now + ttl_s / EXPIRY_LOOKS
             self._pool.expire(now - ttl_s)
-            self._publisher.tell_removed()
 
     def _take_arrivals(self) -> list[Request]:
         """Pulls that ended: their requests run from now on."""
@@ -235,7 +235,6 @@ class Worker:
                     self._channel.send(answer)
             case CacheCommand():
                 self._channel.send(self._cache_admin.obey(message))
-                self._publisher.tell_removed()
             case Cancel():
                 self._cancel(message.request_id, message.attempt)
             case Release():
