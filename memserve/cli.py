@@ -30,6 +30,7 @@ from memserve.config import (
     PolicyName,
     ServeConfig,
     Transfer,
+    TransportChoice,
     WorkerOptions,
 )
 from memserve.errors import StartupError
@@ -180,6 +181,12 @@ COUNT = click.IntRange(1, 64)
     "--transfer",
     "When a prompt's KV is pulled: after it is computed, or beside it, chunk by chunk or layer by layer.",
     type=click.Choice(get_args(Transfer)),
+)
+@_option(
+    "--transport",
+    "How KV gets from worker to worker: out of mapped memory (shm), or sent over gloo on loopback "
+    "(torch_distributed; local users could disturb it). auto: shm where memory can be mapped.",
+    type=click.Choice(get_args(TransportChoice)),
 )
 @_option(
     "--caching",

@@ -49,6 +49,7 @@ from memserve.router.server import create_app
 from memserve.router.supervisor import Supervisor
 from memserve.router.token_history import TokenHistory
 from memserve.router.tokenizer import Tokenizer
+from memserve.router.transports import GLOO_NOTICE, transfer_mode, uses_gloo
 
 logger = logging.getLogger(__name__)
 
@@ -132,9 +133,16 @@ def bind(host: str, port: int) -> socket.socket:
 async def serve(run: Run, sock: socket.socket, console: Console) -> int:
     """Everything after `resolve`, inside the loop; the process's exit status. Raises StartupError."""
     config = run.config
+    transfer = transfer_mode(config, run.plan)
+    if uses_gloo(run.plan):
+        logger.warning(GLOO_NOTICE)
+    if transfer != config.transfer:
+        logger.info(
+            "over gloo no layer can be pulled before its chunk is done: as with --transfer %s", transfer
+        )
     limits = DispatcherLimits(
         max_waiting=config.max_waiting,
-        transfer=config.transfer,
+        transfer=transfer,
         pull_back=config.caching == "full",
         request_timeout_s=config.request_timeout_s,
     )

@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from memserve.config import Role
+from memserve.config import Role, Transport
 from memserve.errors import MemserveError
 from memserve.messages import (
     CacheCommand,
@@ -88,6 +88,7 @@ class InstanceStatus:
     `incarnation` counts its lives from 0; of one that is down it is the last. `load` is the last reported.
     `num_blocks`: size of its KV pool, 0 unless it is ready, in blocks of `block_bytes`. `max_host_blocks`:
     how many its host tier may have, 0 = it has none. `num_restarts`: how often it came up again.
+    `pulls_from`: the instances whose KV can get here, and by which transport.
     """
 
     instance: str
@@ -99,6 +100,7 @@ class InstanceStatus:
     num_restarts: int = 0
     block_bytes: int = 0
     max_host_blocks: int = 0
+    pulls_from: tuple[tuple[str, Transport], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,19 +20,23 @@ from memserve.config import WorkerConfig
 from memserve.errors import EngineError, MemserveError
 from memserve.messages import (
     NO_CACHED_TOKENS,
+    Accept,
     ArenaGrant,
     CacheCommand,
     Cancel,
+    Connect,
     Decode,
     Failed,
     FinishReason,
     Offer,
     Output,
+    PeerGrant,
     Prefill,
     Prefilled,
     PullAhead,
     PullBack,
     Pulled,
+    Refuse,
     Release,
     Reserve,
     RevokeGrant,
@@ -107,6 +111,8 @@ class Worker:
         """One turn of the loop. False = there is nothing to do until the doorbell rings."""
         for message in self._channel.receive():
             self._handle(message)
+        for control in self._pool.take_control():
+            self._channel.send(control)
         if self._pulls:
             self._take_arrivals()
         if self._pull_backs:
@@ -187,6 +193,11 @@ class Worker:
                     self._pool.add_peer(grant, *fds)
                 except MemserveError as error:
                     logger.error("cannot map the arena of %s: %s", grant.instance, error)
+            case PeerGrant() if not fds:
+                try:
+                    self._pool.add_sending_peer(grant)
+                except MemserveError as error:
+                    logger.error("cannot pull from %s: %s", grant.instance, error)
             case RevokeGrant():
                 self._pool.remove_peer(grant.instance)
             case _:
@@ -228,6 +239,8 @@ class Worker:
                 self._cancel(message.request_id, message.attempt)
             case Release():
                 self._release(message.request_id, message.attempt)
+            case Connect() | Accept() | Refuse():
+                self._pool.on_control(message)
             case Shutdown():
                 self._stopping = True
             case _:

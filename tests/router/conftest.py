@@ -112,7 +112,14 @@ class FakeEngine:
         load = Load(num_running=3, num_free_blocks=7, num_active_blocks=2, num_offers=1)
         rows = (
             InstanceStatus(
-                "prefill-0", Role.PREFILL, 1, InstanceState.READY, load, block_bytes=1024, max_host_blocks=64
+                "prefill-0",
+                Role.PREFILL,
+                1,
+                InstanceState.READY,
+                load,
+                block_bytes=1024,
+                max_host_blocks=64,
+                pulls_from=(("decode-0", "shm"),),
             ),
             InstanceStatus("decode-0", Role.DECODE, 2, InstanceState.STARTING, Load()),
         )

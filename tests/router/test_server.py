@@ -755,6 +755,7 @@ async def test_workers(serve: Serve, say: Say) -> None:
         "state": "ready",
         "incarnation": 1,
         "restarts": 0,
+        "pulls_from": {"decode-0": "shm"},
     }
     assert (load["running"], load["free_blocks"], load["active_blocks"], load["offers"]) == (3, 7, 2, 1)
     assert (second["id"], second["state"]) == ("decode-0", "starting")
