@@ -338,7 +338,8 @@ class Dispatcher:
         assert request.prefill is not None
         self.fleet.settle_prompt(request.prefill)
         refs = None if done.offer is None else done.offer.refs
-        self.scheduler.prompt_done(request, request.prefill, done.cached, refs, now)
+        self.scheduler.computed(request, request.prefill, done.cached, now)
+        self.scheduler.prefilled(request, request.prefill, done.cached, refs, now)
         output = Output(
             request_id=done.request_id,
             attempt=done.attempt,
@@ -427,8 +428,8 @@ class Dispatcher:
             self.counters.stale += 1
             return
         assert request.decode is not None
-        if output.cached is not None and request.prefill is None and request.offer is None:
-            self.scheduler.prompt_done(request, request.decode, output.cached, None, now)
+        if output.cached is not None and request.decode.outstanding_tokens:
+            self.scheduler.computed(request, request.decode, output.cached, now)
         self.fleet.settle_prompt(request.decode)
         self._deliver(request, output, now)
 

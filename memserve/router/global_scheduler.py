@@ -4,7 +4,7 @@ the choice of workers for a request.
     join, leave           a worker's life begins and ends
     place                 match the prompt trees, price every worker, choose (policies/)
     started               what was chosen is believed from now on: the prompt to be there, the work queued
-    prompt_done, left     and is corrected by what comes back
+    computed, prefilled, left    and is corrected by what comes back
     stored, moved, held   addresses as workers tell them
 
 Pure like the dispatcher that owns it: times are arguments. Trees are hints, one for each role; a worker's
@@ -168,36 +168,34 @@ class GlobalScheduler:
             return Offer(refs[0], num_tokens) if num_tokens > row.num_device_tokens else None
         return None
 
-    def prompt_done(
-        self,
-        request: RequestState,
-        seat: Seat,
-        cached: CachedTokens | None,
-        refs: BlockRefs | None,
-        now: float,
-    ) -> None:
-        """A prompt was computed at `seat`: `cached` of it was there, its blocks are now at `refs`."""
-        worker = self._workers.get(seat.instance)
-        if worker is None or worker.view.incarnation != seat.incarnation:
+    def computed(self, request: RequestState, seat: Seat, cached: CachedTokens | None, now: float) -> None:
+        """A prompt was computed at `seat`, where `cached` of it was there: the work is done."""
+        worker = self._worker_at(seat)
+        if worker is None:
             return
+        view = worker.view
         worked_ms = worker.backlog.worked_ms(request.request_id, now)
         worker.backlog.remove(request.request_id, now)
-        decision = request.decision
-        if worked_ms is not None and decision is not None and cached is not None and not cached.pulled:
-            view = worker.view
+        if worked_ms is not None and cached is not None and not cached.pulled:
             batch = Batch(view.num_decoding, view.num_context)
             raw_ms = worker.predictor.prefill_ms(request.num_prompt_tokens, cached.total, batch)
             worker.correction.observe(Phase.PREFILL, view.num_decoding > 0, raw_ms, worked_ms)
-        tree = self._trees[worker.view.role]
-        if not worker.view.caches:
+
+    def prefilled(
+        self, request: RequestState, seat: Seat, cached: CachedTokens, refs: BlockRefs | None, now: float
+    ) -> None:
+        """A prefill worker has a prompt in its cache, at `refs` where it says so; else what it had found
+        there is learned from.
+        """
+        worker = self._worker_at(seat)
+        if worker is None or not worker.view.caches:
             return
+        tree = self._trees[worker.view.role]
         tokens = pack_tokens(request.tokens[: request.num_prompt_tokens])
         place = (seat.instance, seat.incarnation, request.cache_salt)
-        if refs is not None:
-            tree.hold(*place, tokens, now, addresses=Addresses.of(refs))
-        elif cached is not None:
+        if refs is None:
             tree.relearn(*place, tokens, cached.device + cached.host, now)
-            tree.hold(*place, tokens, now)
+        tree.hold(*place, tokens, now, addresses=None if refs is None else Addresses.of(refs))
 
     def left(self, request: RequestState, now: float) -> None:
         """A request leaves its workers, in whatever phase."""
@@ -207,8 +205,8 @@ class GlobalScheduler:
 
     def decodes(self, seat: Seat, num_requests: int, num_tokens: int) -> None:
         """So many requests more (or fewer) decode there, attending to so many tokens."""
-        worker = self._workers.get(seat.instance)
-        if worker is not None and worker.view.incarnation == seat.incarnation:
+        worker = self._worker_at(seat)
+        if worker is not None:
             worker.view.num_decoding += num_requests
             worker.view.num_context += num_tokens
 
@@ -255,6 +253,10 @@ class GlobalScheduler:
         self._believe(instance, incarnation, salt, tokens, now)
 
     # --- inside ---
+
+    def _worker_at(self, seat: Seat) -> _Worker | None:
+        worker = self._workers.get(seat.instance)
+        return worker if worker is not None and worker.view.incarnation == seat.incarnation else None
 
     def _believe(self, instance: str, incarnation: int, salt: str, tokens: bytes, now: float) -> None:
         worker = self._workers.get(instance)
