@@ -19,6 +19,7 @@ import click
 import msgspec
 
 from memserve import __version__
+from memserve.bench.commands import bench
 from memserve.config import (
     Caching,
     DeviceKind,
@@ -48,6 +49,8 @@ def main() -> None:
 def cli() -> None:
     """An OpenAI-compatible LLM server that joins context caching with disaggregated inference."""
 
+
+cli.add_command(bench)
 
 # --- values ------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,38 @@
+"""The paper's settings as servers of ours, and the contrasts between them (MemServe §Evaluation).
+
+Each setting is a command line of `memserve serve` on the same cores with the same model. One worker on all
+cores is the colocated setting: it is the strongest one on few cores, since a second worker would have a cache
+of its own. A prefill and a decode worker share the same cores evenly (the server pins them).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Setting(NamedTuple):
+    """A name of the paper's and the options that make it."""
+
+    name: str
+    options: str
+
+
+COLOCATED = Setting("PD-colocated", "--colocated {colocated} --caching off")
+COLOCATED_CACHING = Setting("PD-colocated, caching", "--colocated {colocated} --caching full")
+BASIC = Setting("PD-Basic", "--prefill {prefill} --decode {decode} --caching off")
+CACHING_1 = Setting("PD-Caching-1", "--prefill {prefill} --decode {decode} --caching prefill")
+CACHING_2 = Setting("PD-Caching-2", "--prefill {prefill} --decode {decode} --caching both")
+CACHING_3 = Setting("PD-Caching-3", "--prefill {prefill} --decode {decode} --caching full")
+
+SETTINGS = (COLOCATED, COLOCATED_CACHING, BASIC, CACHING_1, CACHING_2, CACHING_3)
+# Each against the other, in the paper's order: what disaggregation does, what caching adds to it, and what
+# disaggregation is worth when both cache.
+CONTRASTS = ((BASIC, COLOCATED), (CACHING_3, BASIC), (CACHING_3, COLOCATED_CACHING))
+
+
+def command(
+    setting: Setting, *, colocated: int = 1, prefill: int = 1, decode: int = 1, serve_options: str = ""
+) -> str:
+    """The server's command line. `serve_options` go to every setting alike."""
+    own = setting.options.format(colocated=colocated, prefill=prefill, decode=decode)
+    return f"memserve serve {own} {serve_options}".rstrip()
