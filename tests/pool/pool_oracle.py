@@ -24,7 +24,7 @@ from memserve.pool.mempool import HostArena, MemPool, PoolStats, Retention
 from memserve.pool.transports.shm import Bytes, copy_bytes
 
 BLOCK_BYTES = 4096  # a page, so that memory is really given back
-MAX_HOST_BLOCKS = 8
+MAX_HOST_BLOCKS = 12
 Prefix = tuple[str, tuple[int, ...]]  # salt, symbols
 
 
@@ -289,6 +289,8 @@ class PoolBesideOracle:
                 prefix = self.told.pop(old, None)  # None: came and went within a step
                 if prefix is not None and new is not None:
                     self.told[new] = prefix
+                elif prefix in cached:  # computed anew
+                    assert cached[prefix][0] is Tier.DEVICE, f"{prefix} was moved, and told as gone"
         for (tier, block, generation), prefix in self.told.items():
             assert cached.get(prefix) == (tier, block), f"{prefix} left {tier!r} {block} unnoticed"
             assert self.arenas[tier].generations[block] == generation

@@ -17,6 +17,7 @@ from tests.pool.pool_oracle import MAX_HOST_BLOCKS, PoolBesideOracle, Prefix, Si
 
 numbers = st.integers(0, 2)
 salts = st.sampled_from(["", "x"])
+host_sizes = st.sampled_from([0, 1, 2, 3, 4, 5, 6, 6, 8, 8, 10, MAX_HOST_BLOCKS, MAX_HOST_BLOCKS])
 sequences = st.tuples(*[st.integers(0, 1)] * 6).flatmap(
     lambda symbols: st.integers(1, 6).map(lambda length: symbols[:length])
 )
@@ -34,7 +35,7 @@ def sizes(draw: st.DrawFn) -> list[Sizes]:
                 block_size,
                 num_blocks=draw(st.integers(4, 12)),
                 caches=caches,
-                num_host=draw(st.sampled_from([None, *range(MAX_HOST_BLOCKS + 1)])) if caches else None,
+                num_host=draw(st.none() | host_sizes) if caches else None,
                 rank=draw(st.sampled_from([least_recently_used, least_frequently_used])),
                 tells=caches and draw(st.integers(0, 3)) > 0,
             )
@@ -123,7 +124,12 @@ class PoolsAlone(RuleBasedStateMachine):
     @precondition(lambda self: self.loose)
     @rule(data=st.data())
     def free(self, data: st.DataObject) -> None:
-        some = data.draw(st.lists(st.sampled_from(self.loose), unique=True, min_size=1))
+        self.give_back(data.draw(st.lists(st.sampled_from(self.loose), unique=True, min_size=1)))
+
+    def give_back(self, some: list[tuple[PoolBesideOracle, Tier, int]]) -> None:
+        """Those of `some` that are of the pool and tier of the first."""
+        if not some:
+            return
         held, tier, _ = some[0]
         ids = [block for other, where, block in some if other is held and where is tier]
         held.pool.free_mem(ids, tier)
@@ -253,7 +259,7 @@ class PoolsAlone(RuleBasedStateMachine):
         count = held.pool.swap_in(held.tokens(symbols), salt)
         self.swapped_in(held, salt, symbols, count)
 
-    @rule(number=numbers, num_blocks=st.integers(0, MAX_HOST_BLOCKS))
+    @rule(number=numbers, num_blocks=host_sizes)
     def resize(self, number: int, num_blocks: int) -> None:
         held = self.at(number)
         if Tier.HOST not in held.arenas:
@@ -361,6 +367,7 @@ class PoolsAlone(RuleBasedStateMachine):
                 ids = held.pool.alloc_mem(count, tier)
                 assert (ids is None) == (tier not in held.arenas)
                 if ids is not None:
+                    assert (held.arenas[tier].generations[ids] % 2 == 1).all()
                     held.pool.free_mem(ids, tier)
             held.pool.flush()
             held.pool.assert_idle()

@@ -18,8 +18,8 @@ from hypothesis.stateful import precondition, rule
 from memserve.messages import Tier, Transfer
 from memserve.pool.incoming import Incoming, tail
 from memserve.pool.transports.base import FailedPull
-from tests.pool.pool_oracle import MAX_HOST_BLOCKS, PoolBesideOracle, prefixes
-from tests.pool.pools_alone import PoolsAlone, numbers
+from tests.pool.pool_oracle import PoolBesideOracle, prefixes
+from tests.pool.pools_alone import PoolsAlone, host_sizes, numbers
 
 ALL = math.inf
 faults = st.sampled_from([*[""] * 6, "short", "raises"])
@@ -199,6 +199,24 @@ class PoolsMachine(PoolsAlone):
         held.gate.let_pass(0)
 
     @precondition(lambda self: self.flights)
+    @rule(data=st.data(), swaps=st.booleans())
+    def give_up(self, data: st.DataObject, swaps: bool) -> None:
+        """The source of a transfer does not wait for its end."""
+        offer = data.draw(st.sampled_from(self.flights)).offer
+        source = offer.source
+        for held, lock in [each for each in self.kept if each[0] is source]:
+            held.pool.unlock(lock)
+            del held.locks[id(lock)]
+        self.kept = [each for each in self.kept if each[0] is not source]
+        number = self.pools.index(source)
+        if swaps:
+            self.swap_out(number, 8)
+        elif offer.symbols:
+            self.expire(number, -1)
+        else:
+            self.give_back([each for each in self.loose if each[0] is source])
+
+    @precondition(lambda self: self.flights)
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
         flight = data.draw(st.sampled_from(self.flights))
@@ -248,7 +266,7 @@ class PoolsMachine(PoolsAlone):
 
     @rule(
         number=numbers,
-        num_host=st.integers(0, MAX_HOST_BLOCKS),
+        num_host=host_sizes,
         grants=st.booleans(),
         is_spared=st.sampled_from([True, True, True, False]),
     )
