@@ -2,16 +2,15 @@
 
 For tests of clients, and to measure a load generator (`load_generator.py`). Token k of an answer is written
 `ttft_s + k * itl_s` after the request came, by an absolute clock, however many streams there are. As a
-program it listens on a free port, which it prints:
+program it prints its URL:
 
-    python benchmarks/fake_server.py [TTFT_S] [ITL_S]
+    python benchmarks/fake_server.py [--port N] [--ttft-s S] [--itl-s S]
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -28,6 +27,7 @@ class Mode(Enum):
 
     WELL = auto()
     NO_USAGE = auto()
+    LIKE_SSE_STARLETTE = auto()  # CR LF, pings, no usage: llama-cpp-python and others on that package
     NO_DONE = auto()  # ended well, but without [DONE]
     STAYS_OPEN = auto()  # after [DONE]
     STATUS_500 = auto()
@@ -70,6 +70,7 @@ class FakeServer:
     keep: bool = True  # remember what was seen
     seen: list[Seen] = field(default_factory=list)
     num_flushes: int = 0
+    connections: set[object] = field(default_factory=set)
     url: str = ""
     _num: int = 0
     _cached: list[Prompt] = field(default_factory=list)
@@ -113,6 +114,7 @@ class FakeServer:
         seen = Seen(prompt, body, at)
         if self.keep:
             self.seen.append(seen)
+            self.connections.add(request.transport)
         number, self._num = self._num, self._num + 1
         try:
             return await self._answer(request, body, prompt, chat, self.mode(number), at)
@@ -149,6 +151,9 @@ class FakeServer:
         await response.prepare(request)
         num_tokens = int(str(body["max_tokens"])) if mode is not Mode.EMPTY else 0
         until = num_tokens // 2 if mode in _HALF else num_tokens
+        crlf = mode is Mode.LIKE_SSE_STARLETTE
+        if crlf:
+            await response.write(b": ping - 2026-01-01 00:00:00+00:00\r\n\r\n")
         if chat:
             await _write(response, {"choices": [{"delta": {"role": "assistant", "content": ""}}]})
         for index in range(until):
@@ -160,7 +165,7 @@ class FakeServer:
             choice |= {"delta": {"content": text}} if chat else {"text": text}
             if body.get("return_token_ids"):
                 choice["token_ids"] = [1000 + index]
-            await _write(response, {"choices": [choice]})
+            await _write(response, {"choices": [choice]}, b"\r\n" if crlf else b"\n")
         if mode is Mode.STALL:
             await asyncio.sleep(3600)
         if mode is Mode.CUT:
@@ -180,7 +185,7 @@ class FakeServer:
             return response
         last = {"index": 0, "finish_reason": "length"} | ({"delta": {}} if chat else {"text": ""})
         await _write(response, {"choices": [last]})
-        if body.get("stream_options") and mode is not Mode.NO_USAGE:
+        if body.get("stream_options") and mode not in (Mode.NO_USAGE, Mode.LIKE_SSE_STARLETTE):
             usage: dict[str, object] = {"prompt_tokens": len(prompt), "completion_tokens": num_tokens}
             if self.tells_cached:
                 usage["prompt_tokens_details"] = {"cached_tokens": cached}
@@ -216,17 +221,17 @@ _HALF = {
 }
 
 
-async def _write(response: web.StreamResponse, event: dict[str, object]) -> None:
-    await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+async def _write(response: web.StreamResponse, event: dict[str, object], end: bytes = b"\n") -> None:
+    await response.write(b"data: " + json.dumps(event).encode() + 2 * end)
 
 
 @asynccontextmanager
-async def serving(server: FakeServer) -> AsyncIterator[FakeServer]:
-    """Listen on a free loopback port while the body runs; `server.url` says where."""
+async def serving(server: FakeServer, port: int = 0) -> AsyncIterator[FakeServer]:
+    """Listen on a loopback port, 0 for a free one, while the body runs; `server.url` says where."""
     # what a client left is cancelled, so that stalled answers end with it
     runner = web.AppRunner(server.app(), handler_cancellation=True, shutdown_timeout=0.1, access_log=None)
     await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0, backlog=1024)
+    site = web.TCPSite(runner, "127.0.0.1", port, backlog=1024)
     await site.start()
     try:
         server.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
@@ -235,16 +240,21 @@ async def serving(server: FakeServer) -> AsyncIterator[FakeServer]:
         await runner.cleanup()
 
 
-async def _main(ttft_s: float, itl_s: float) -> None:
-    async with serving(FakeServer(ttft_s, itl_s, keep=False)) as server:
+async def _main(ttft_s: float, itl_s: float, port: int) -> None:
+    async with serving(FakeServer(ttft_s, itl_s, keep=False), port) as server:
         print(server.url, flush=True)
         await asyncio.Event().wait()
 
 
 if __name__ == "__main__":
+    import argparse
     import contextlib
 
     import uvloop
 
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--ttft-s", type=float, default=0.01)
+    parser.add_argument("--itl-s", type=float, default=0.002)
     with contextlib.suppress(KeyboardInterrupt):
-        uvloop.run(_main(*(float(argument) for argument in sys.argv[1:])))
+        uvloop.run(_main(**vars(parser.parse_args())))

@@ -59,7 +59,7 @@ def main(streams: int, tokens: int, itl_ms: float) -> None:
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) > 1:
         os.sched_setaffinity(0, cores[-1:])  # inherited by the server
-    command = [sys.executable, str(FAKE_SERVER), str(TTFT_S), str(itl_ms / 1e3)]
+    command = [sys.executable, str(FAKE_SERVER), "--ttft-s", str(TTFT_S), "--itl-s", str(itl_ms / 1e3)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         os.sched_setaffinity(0, cores[:-1] or cores)
         try:

@@ -23,7 +23,8 @@ from memserve.memfd import reopen_readonly
 from memserve.messages import ArenaGrant, Tier, Transfer, pack_tokens
 from memserve.model_config import KVGeometry
 from memserve.pool.arena import Arena
-from memserve.pool.mempool import HostArena, MemPool, Retention
+from memserve.pool.mempool import MemPool
+from memserve.pool.retention import HostArena, Retention
 
 # 16 tokens of 8 layers, 4 KV heads of 64 numbers: 128 KiB a block, in one piece
 GEOMETRY = KVGeometry(num_layers=8, num_kv_heads=4, block_size=16, head_dim=64, dtype="bfloat16")

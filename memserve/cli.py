@@ -27,8 +27,10 @@ from memserve.config import (
     Eviction,
     LoadFormat,
     LogLevel,
+    PolicyName,
     ServeConfig,
     Transfer,
+    TransportChoice,
     WorkerOptions,
 )
 from memserve.errors import StartupError
@@ -181,10 +183,23 @@ COUNT = click.IntRange(1, 64)
     type=click.Choice(get_args(Transfer)),
 )
 @_option(
+    "--transport",
+    "How KV gets from worker to worker: out of mapped memory (shm), or sent over gloo on loopback "
+    "(torch_distributed; local users could disturb it). auto: shm where memory can be mapped.",
+    type=click.Choice(get_args(TransportChoice)),
+)
+@_option(
     "--caching",
     "Where the KV of finished requests is kept for reuse: nowhere, on prefill workers, on both sides, or on "
     "both and what was generated goes back to the prefill side.",
     type=click.Choice(get_args(Caching)),
+)
+@_option(
+    "--reuse-history-tokens/--no-reuse-history-tokens",
+    "Read an answer that comes back in a later prompt as the tokens that were generated, so that their KV is "
+    "found again, and not as its text would be tokenised [default: reuse, unless caching is off].",
+    metavar=None,
+    default=None,
 )
 @_option(
     "--eviction",
@@ -196,6 +211,12 @@ COUNT = click.IntRange(1, 64)
     "How long KV that nobody uses is kept [default: until there is no room].",
     type=float,
     callback=_seconds,
+)
+@_option(
+    "--policy",
+    "How workers are chosen for a request: by the predicted time to its first token, given who has cached "
+    "what (prompt-tree), by its session, or without a look at caches.",
+    type=click.Choice(get_args(PolicyName)),
 )
 @_option(
     "--seed",

@@ -70,10 +70,11 @@ def test_everything_asked_for(command: Command) -> None:
     line = """
         --model org/name --revision main --tokenizer other --chat-template t.jinja --load-format dummy
         --served-model-name mine --prefill 2 --decode 3 --device cpu --dtype float32 --block-size 4
+        --transport torch_distributed
         --max-model-len 512 --seed 5 --devices 0,1 --device-memory 2GiB --max-batch-tokens 64 --max-running 9
         --threads 2 --prefill-device-memory 0.25 --prefill-threads 4 --decode-devices 3 --decode-max-running 8
         --host 0.0.0.0 --port 9000 --max-waiting 7 --drain-timeout-s 1.5 --request-timeout-s 60
-        --ping-deadline-s 5 --log-level debug
+        --ping-deadline-s 5 --log-level debug --no-reuse-history-tokens
     """
     worker = WorkerOptions(
         devices=(0, 1), device_memory="2GiB", max_batch_tokens=64, max_running=9, threads=2
@@ -91,6 +92,7 @@ def test_everything_asked_for(command: Command) -> None:
         dtype="float32",
         block_size=4,
         max_model_len=512,
+        transport="torch_distributed",
         seed=5,
         worker=worker,
         prefill_worker=msgspec.structs.replace(worker, device_memory="0.25", threads=4),
@@ -102,6 +104,7 @@ def test_everything_asked_for(command: Command) -> None:
         request_timeout_s=60.0,
         ping_deadline_s=5.0,
         log_level="debug",
+        reuse_history_tokens=False,
     )
     assert command.config("--colocated", "2") == ServeConfig(colocated=2)
 
@@ -144,11 +147,15 @@ def test_file_under_the_command_line(command: Command, tmp_path: Path) -> None:
     file = tmp_path / "memserve.toml"
     file.write_text(
         'model = "m"\nport = 1234\nmax-running = 5\n'
-        "device_memory = 0.5\ndevices = [0, 1]\nprefill-threads = 3\n"
+        "device_memory = 0.5\ndevices = [0, 1]\nprefill-threads = 3\nreuse-history-tokens = false\n"
     )
     worker = WorkerOptions(devices=(0, 1), device_memory="0.5", max_running=5)
     expected = ServeConfig(
-        model="m", port=1234, worker=worker, prefill_worker=msgspec.structs.replace(worker, threads=3)
+        model="m",
+        port=1234,
+        reuse_history_tokens=False,
+        worker=worker,
+        prefill_worker=msgspec.structs.replace(worker, threads=3),
     )
     assert command.config("--config", str(file)) == expected
     assert command.config("--port", "1", "--config", str(file)) == msgspec.structs.replace(expected, port=1)

@@ -9,6 +9,7 @@ reported, but compared with nothing.
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -47,17 +48,24 @@ Measure = Callable[[Arm, str, int], Awaitable[Report]]
 
 
 async def alternate(
-    arms: Sequence[Arm], num_rounds: int, measure: Measure, interrupt: Interrupt
-) -> list[Measured]:
-    """All runs, in the order in which they were made; fewer if the user interrupts."""
-    runs: list[Measured] = []
-    for number in range(num_rounds):
-        for arm in arms if number % 2 == 0 else reversed(arms):
-            if interrupt.pressed:
-                return runs
-            async with arm.serving() as url:
-                runs.append(Measured(arm.name, number, await measure(arm, url, number)))
-    return runs
+    arms: Sequence[Arm], num_rounds: int, measure: Measure, interrupt: Interrupt, runs: list[Measured]
+) -> None:
+    """Make all runs and append them to `runs` in their order; fewer if the user interrupts. Raises BenchError
+    if a server does not start or cannot be measured; what was measured before stays in `runs`.
+    """
+    try:
+        for number in range(num_rounds):
+            for arm in arms if number % 2 == 0 else reversed(arms):
+                if interrupt.pressed:
+                    return
+                async with arm.serving() as url:
+                    runs.append(Measured(arm.name, number, await measure(arm, url, number)))
+    except asyncio.CancelledError:
+        if not interrupt.pressed:
+            raise
+        task = asyncio.current_task()
+        assert task is not None
+        task.uncancel()  # it was the user's signal, and it is dealt with
 
 
 def of_round(options: RunOptions, number: int) -> RunOptions:
@@ -67,16 +75,14 @@ def of_round(options: RunOptions, number: int) -> RunOptions:
     )
 
 
-def by_arm(runs: Sequence[Measured]) -> dict[str, list[Report]]:
+def by_arm(runs: Sequence[Measured], arms: Sequence[Arm]) -> dict[str, list[Report]]:
     """The reports of complete rounds, in order; an arm a key. Empty if no round is complete."""
-    arms = {run.arm for run in runs}
-    complete: dict[int, dict[str, Report]] = {}
+    rounds: dict[int, dict[str, Report]] = {}
     for run in runs:
         if not run.report.interrupted:
-            complete.setdefault(run.round, {})[run.arm] = run.report
-    rounds = [reports for _, reports in sorted(complete.items()) if set(reports) == arms]
-    order = list(dict.fromkeys(run.arm for run in runs))
-    return {arm: [reports[arm] for reports in rounds] for arm in order} if rounds else {}
+            rounds.setdefault(run.round, {})[run.arm] = run.report
+    complete = [reports for _, reports in sorted(rounds.items()) if len(reports) == len(arms)]
+    return {arm.name: [reports[arm.name] for reports in complete] for arm in arms} if complete else {}
 
 
 # --- figures -----------------------------------------------------------------------------------------------
@@ -130,6 +136,7 @@ FIGURES = (
     Figure("output throughput", "tokens/s", 1, of_run=lambda summary: summary.output_throughput),
     Figure("goodput", "/s", 1, of_run=lambda summary: summary.goodput),
     Figure("cached tokens", "of prompts", 0, of_run=lambda summary: summary.cached_ratio),
+    Figure("infinite cache", "of prompts", 0, of_run=lambda summary: summary.available_ratio),
     Figure("failed requests", "", -1, of_run=lambda summary: float(summary.num_failed)),
 )
 
@@ -146,6 +153,8 @@ def contrast(a: str, b: str, reports: Mapping[str, Sequence[Report]]) -> Contras
     """B against A; both have run the same rounds, at least one."""
     ratios = {}
     for figure in FIGURES:
+        if not figure.sense:
+            continue
         ratio = _ratio(figure, reports[a], reports[b])
         if ratio is not None:
             ratios[figure.name] = ratio

@@ -39,16 +39,16 @@ def sampled_ratio(
 ) -> Ratio | None:
     """Of a statistic over pooled values, round by round in `a` and `b`. None if one of them has no values."""
     assert len(a) == len(b) and a
-    pooled = [_Pool(rounds) for rounds in (a, b)]
+    units, first_of_round = _number(a, b)
+    pooled = [_Pool(rounds, units) for rounds in (a, b)]
     if not all(len(pool.values) for pool in pooled):
         return None
     whole = [float(statistic(pool.values)) for pool in pooled]
     rng = np.random.default_rng(seed)
-    names = [sorted(set(of_a) | set(of_b)) for of_a, of_b in zip(a, b, strict=True)]
     ratios = []
     for _ in range(NUM_RESAMPLES):
-        weights = _draw(names, rng)
-        sample = [pool.resample(weights) for pool in pooled]
+        counts = _draw(first_of_round, rng)
+        sample = [pool.resample(counts) for pool in pooled]
         if all(len(values) for values in sample):
             ratios.append(_divide(float(statistic(sample[1])), float(statistic(sample[0]))))
     return _with_interval(whole[0], whole[1], ratios)
@@ -66,36 +66,48 @@ def paired_ratio(a: Sequence[float], b: Sequence[float], seed: int = 0) -> Ratio
     return _with_interval(float(of_a.mean()), float(of_b.mean()), ratios)
 
 
-class _Pool:
-    """All values of one server, each with its (round, session)."""
+# A unit is a session of a round; those of a round have numbers in a row.
+Units = Mapping[tuple[int, str], int]
 
-    def __init__(self, rounds: Sequence[BySession]) -> None:
-        keys: dict[tuple[int, str], int] = {}
-        units: list[int] = []
+
+def _number(a: Sequence[BySession], b: Sequence[BySession]) -> tuple[Units, list[int]]:
+    """Numbers of all units; the first number of each round, and of the one after the last."""
+    units: dict[tuple[int, str], int] = {}
+    firsts = [0]
+    for index, (of_a, of_b) in enumerate(zip(a, b, strict=True)):
+        for name in sorted(set(of_a) | set(of_b)):
+            units[index, name] = len(units)
+        firsts.append(len(units))
+    return units, firsts
+
+
+class _Pool:
+    """All values of one server, each with its unit."""
+
+    def __init__(self, rounds: Sequence[BySession], units: Units) -> None:
+        of_values: list[int] = []
         values: list[float] = []
         for index, sessions in enumerate(rounds):
             for name, own in sessions.items():
-                units += [keys.setdefault((index, name), len(keys))] * len(own)
+                of_values += [units[index, name]] * len(own)
                 values += own
         self.values: Values = np.asarray(values, dtype=np.float64)
-        self._units = np.asarray(units, dtype=np.int64)
-        self._keys = list(keys)
+        self._units = np.asarray(of_values, dtype=np.int64)
 
-    def resample(self, weights: Mapping[tuple[int, str], int]) -> Values:
+    def resample(self, counts: NDArray[np.int64]) -> Values:
         """The values, as often as their unit was drawn."""
-        counts = np.asarray([weights.get(key, 0) for key in self._keys], dtype=np.int64)
         return np.repeat(self.values, counts[self._units])
 
 
-def _draw(names: Sequence[Sequence[str]], rng: np.random.Generator) -> dict[tuple[int, str], int]:
-    """How often each session of each round is drawn."""
-    weights: dict[tuple[int, str], int] = {}
-    for index in rng.integers(len(names), size=len(names)).tolist():
-        own = names[index]
-        for session in rng.integers(len(own), size=len(own)).tolist() if own else ():
-            key = (index, own[session])
-            weights[key] = weights.get(key, 0) + 1
-    return weights
+def _draw(firsts: Sequence[int], rng: np.random.Generator) -> NDArray[np.int64]:
+    """How often each unit is drawn."""
+    counts = np.zeros(firsts[-1], dtype=np.int64)
+    for index in rng.integers(len(firsts) - 1, size=len(firsts) - 1).tolist():
+        first, end = firsts[index], firsts[index + 1]
+        if end > first:
+            drawn = rng.integers(end - first, size=end - first)
+            counts[first:end] += np.bincount(drawn, minlength=end - first)
+    return counts
 
 
 def _divide(b: float, a: float) -> float:

@@ -7,9 +7,8 @@ Exit status: 0, all requests completed; 1, some failed, or nothing could be meas
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -21,6 +20,7 @@ from memserve.bench.options import (
     run_options,
     target_of,
     target_options,
+    worker_options,
     workload_options,
     workload_spec,
 )
@@ -29,7 +29,7 @@ from memserve.errors import BenchError, StartupError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from memserve.bench.alternate import Arm
+    from memserve.bench.alternate import Arm, Measured
     from memserve.bench.reuse import Reuse
     from memserve.bench.run import Report
     from memserve.bench.workload import Workload
@@ -133,9 +133,7 @@ def compare(context: click.Context, /, a: str, b: str, **options: Any) -> None:
 @bench.command(cls=_Command)
 @workload_options
 @click.option("--serve", default="", metavar="OPTIONS", help="Options of memserve serve for all, quoted.")
-@click.option("--colocated", default=1, show_default=True, metavar="N", help="Workers when colocated.")
-@click.option("--prefill", default=1, show_default=True, metavar="N", help="Prefill workers otherwise.")
-@click.option("--decode", default=1, show_default=True, metavar="N", help="Decode workers otherwise.")
+@worker_options
 @comparison_options
 @load_options(answers="live", warmup=4)
 @target_options
@@ -150,10 +148,10 @@ def settings(context: click.Context, /, serve: str, **options: Any) -> None:
     """
 
     def prepare() -> tuple[list[Arm], list[tuple[str, str]]]:
-        from memserve.bench.settings import CONTRASTS, SETTINGS, command
+        from memserve.bench.settings import CONTRASTS, SETTINGS, Workers, command
 
-        workers = {name: options[name] for name in ("colocated", "prefill", "decode")}
-        commands = {setting.name: command(setting, **workers, serve_options=serve) for setting in SETTINGS}
+        workers = Workers(options["prefill"], options["decode"], options["colocated"])
+        commands = {setting.name: command(setting, workers, serve) for setting in SETTINGS}
         arms = [arm_of(name, line, options) for name, line in commands.items()]
         return arms, [(against.name, setting.name) for setting, against in CONTRASTS]
 
@@ -170,6 +168,7 @@ async def _compared(
     from memserve.bench.live import shown
     from memserve.bench.plots import check_matplotlib
     from memserve.bench.run import run
+    from memserve.bench.servers import cores_shared
 
     if options["plot"] is not None:
         check_matplotlib()
@@ -193,17 +192,26 @@ async def _compared(
                 reuse=reuse,
             )
 
-    with interrupt.listening(), cores_shared(options["cores"]):
-        runs = await alternate(arms, num_rounds, measure, interrupt)
-    reports = by_arm(runs)
+    runs: list[Measured] = []
+    broken: BenchError | None = None
+    try:
+        with interrupt.listening(), cores_shared(options["cores"]):
+            await alternate(arms, num_rounds, measure, interrupt, runs)
+    except BenchError as error:
+        if not runs:
+            raise
+        broken = error  # what was measured before is reported first
+    reports = by_arm(runs, arms)
     contrasts = [contrast(a, b, reports) for a, b in pairs if a in reports and b in reports]
-    print_comparison(runs, contrasts, num_rounds, console)
+    print_comparison(reports, contrasts, runs, num_rounds, console)
     if options["json"] is not None:
         write_json(options["json"], words, arms, runs, contrasts)
     if options["plot"] is not None and reports:
-        plot_comparison(options["plot"], workload.name, runs)
+        plot_comparison(options["plot"], workload.name, reports)
     if interrupt.pressed:
         return INTERRUPTED
+    if broken is not None:
+        raise broken
     return FAILED if any(measured.report.summary.num_failed for measured in runs) else 0
 
 
@@ -232,7 +240,7 @@ def arm_of(name: str, server: str, options: dict[str, Any]) -> Arm:
     """A server by its URL or its command line. Raises BenchError."""
     from memserve.bench.alternate import Arm
     from memserve.bench.client import base_url
-    from memserve.bench.servers import is_url, place, started
+    from memserve.bench.servers import is_url, place, server_cores, started
 
     if is_url(server):
         url = base_url(server)
@@ -240,25 +248,6 @@ def arm_of(name: str, server: str, options: dict[str, Any]) -> Arm:
     place(server, 1)
     cpus = server_cores(options["cores"])
     return Arm(name, server, lambda: started(server, cpus=cpus, timeout_s=options["start_timeout"]))
-
-
-def server_cores(count: int | None) -> list[int]:
-    """The cores of servers that are started: the first so many, or all. Raises BenchError."""
-    cores = sorted(os.sched_getaffinity(0))
-    if count is not None and count > len(cores):
-        raise BenchError(f"--cores {count}: there are {len(cores)}")
-    return cores[:count]
-
-
-@contextlib.contextmanager
-def cores_shared(count: int | None) -> Iterator[None]:
-    """Leave the servers' cores to them while the body runs, if there are others."""
-    cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cores - set(server_cores(count)) or cores)
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, cores)
 
 
 def finish(measure: Callable[[], Coroutine[Any, Any, int]]) -> int:

@@ -48,7 +48,7 @@ def write_json(
         servers={arm.name: arm.server for arm in arms},
         figures={
             arm: {figure.name: figure.value(reports) for figure in FIGURES}
-            for arm, reports in by_arm(runs).items()
+            for arm, reports in by_arm(runs, arms).items()
         },
         contrasts=list(contrasts),
         runs=list(runs),
@@ -87,7 +87,7 @@ def show_value(figure: Figure, value: float | None) -> str:
     """A figure's cell."""
     if value is None:
         return "–"
-    return f"{value:.1%}" if figure.name == "cached tokens" else f"{value:.2f}"
+    return f"{value:.1%}" if figure.unit == "of prompts" else f"{value:.2f}"
 
 
 def show_change(figure: Figure, ratio: Ratio | None) -> str:
@@ -103,16 +103,21 @@ def show_change(figure: Figure, ratio: Ratio | None) -> str:
 
 
 def print_comparison(
-    runs: Sequence[Measured], contrasts: Sequence[Contrast], num_rounds: int, console: Console
+    reports: Mapping[str, Sequence[Report]],
+    contrasts: Sequence[Contrast],
+    runs: Sequence[Measured],
+    num_rounds: int,
+    console: Console,
 ) -> None:
-    """Tables, then what is to be known about them."""
-    reports = by_arm(runs)
+    """Tables of the complete rounds, `reports`; then what is to be known about all `runs`."""
     if reports:
         done = len(next(iter(reports.values())))
         console.print(figures_table(reports))
         console.print(contrasts_table(contrasts))
         method = f"{COVERAGE:.0%} intervals from {NUM_RESAMPLES} resamples of rounds and of sessions in them"
         console.print(f"{done} of {num_rounds} rounds; {method}", highlight=False)
+        if done == 1:
+            console.print("[yellow]note:[/yellow] of one round, intervals know nothing of how rounds differ")
     else:
         console.print("no round is complete: there is nothing to compare")
     for line in _once(warnings, runs):
@@ -135,11 +140,10 @@ def _once(say: object, runs: Sequence[Measured]) -> list[str]:
     ]
 
 
-def plot_comparison(path: Path, title: str, runs: Sequence[Measured]) -> None:
+def plot_comparison(path: Path, title: str, reports: Mapping[str, Sequence[Report]]) -> None:
     """CDFs and timelines of two arms; of more, bars whose whiskers are the least and the most of the rounds.
     Raises BenchError.
     """
-    reports = by_arm(runs)
     if len(reports) <= 2:
         plot_runs(
             path, title, {arm: [report.requests for report in of_arm] for arm, of_arm in reports.items()}

@@ -13,7 +13,11 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupt:
-    """Whether to go on. Who measures makes each run's State here and asks `pressed` between runs."""
+    """Whether to go on. Who measures makes each run's State here and asks `pressed` between runs.
+
+    While requests are sent a signal ends the run, which then has a report; at other times, while a server
+    starts for example, it cancels the task.
+    """
 
     def __init__(self) -> None:
         self.pressed = False
@@ -27,7 +31,7 @@ class Interrupt:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Take signals while the body runs, in this task. Before a run is under way they cancel the task."""
+        """Take signals while the body runs, in this task."""
         loop = asyncio.get_running_loop()
         self._task = asyncio.current_task()
         for number in _SIGNALS:
@@ -40,7 +44,7 @@ class Interrupt:
     def _press(self) -> None:
         self.pressed = True
         self._ignore_no_more()
-        if self._state is not None and self._state.started is not None:
+        if self._state is not None and self._state.is_running:
             self._state.stop()
         elif self._task is not None:
             self._task.cancel()

@@ -25,8 +25,8 @@ from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from memserve.bench.answer_stream import Answer
 from memserve.bench.arrivals import Ramp, ThinkTime, at_rate, from_trace, on_ramp
-from memserve.bench.client import Answer
 from memserve.bench.punctuality import LagMeter
 from memserve.bench.records import RequestRecord
 from memserve.bench.request_format import RequestFormat
@@ -103,6 +103,11 @@ class State:
     def now(self) -> float:
         """Seconds since the start; 0 before."""
         return 0.0 if self.started is None else time.perf_counter() - self.started
+
+    @property
+    def is_running(self) -> bool:
+        """Whether requests are being sent."""
+        return self._main is not None and not self._main.done()
 
     def stop(self) -> None:
         """End the run now; `run_load` returns soon after."""

@@ -38,16 +38,6 @@ class Distribution(msgspec.Struct, frozen=True):
     max: float
 
 
-class Available(msgspec.Struct, frozen=True):
-    """Share of the prompt tokens that a cache without bounds would have had: one that keeps prompts alone,
-    which is all there is to find where logged answers are replayed, since the server's own are in nobody's
-    next prompt; and one that keeps answers too, for live ones.
-    """
-
-    prompts: float
-    everything: float
-
-
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that a run's table says. None: there is nothing to say it of.
 
@@ -58,7 +48,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
         num_with_usage: completed requests whose server counted their tokens; of others every chunk counts
             as a token, and their prompts as nothing.
         cached_ratio: cached_tokens / prompt_tokens of those requests that tell both.
-        available: what an infinite cache would have had of the prompts of completed requests.
+        available_ratio: what a cache without bounds would have had of the completed requests' prompts.
         goodput: requests a second that met every limit.
         mean_running, max_running: requests at the same time.
     """
@@ -75,7 +65,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     output_tokens: int
     cached_tokens: int | None
     cached_ratio: float | None
-    available: Available | None
+    available_ratio: float | None
     request_rate: float
     input_throughput: float | None
     output_throughput: float
@@ -95,7 +85,7 @@ def summarize(
     records: Sequence[RequestRecord],
     *,
     limits_ms: Mapping[str, float] | None = None,
-    available: Available | None = None,
+    available_ratio: float | None = None,
     num_skipped: int = 0,
 ) -> Summary:
     """The figures of a run. `limits_ms`: of `ttft`, `tpot`, `jct`, for the goodput."""
@@ -125,7 +115,7 @@ def summarize(
         output_tokens=output_tokens,
         cached_tokens=cached if caches else None,
         cached_ratio=cached / cachable if cachable else None,
-        available=available,
+        available_ratio=available_ratio,
         request_rate=a_second(len(done)),
         input_throughput=a_second(sum(prompts)) if prompts else None,
         output_throughput=a_second(output_tokens),

@@ -147,6 +147,12 @@ comparison_options = _all(
     _option("--start-timeout", "Until a started server is ready.", "S", type=SECONDS, default=300.0),
 )
 
+worker_options = _all(
+    _option("--prefill", "Prefill workers.", type=COUNT, default=1, show_default=True),
+    _option("--decode", "Decode workers.", type=COUNT, default=1, show_default=True),
+    _option("--colocated", "Workers when colocated [default: as many as the two].", type=COUNT),
+)
+
 output_options = _all(
     _option("--json", "Write everything, per request.", "FILE", type=_FILE),
     _option("--plot", "Write a picture (PNG).", "FILE", type=_FILE),

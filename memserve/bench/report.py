@@ -52,11 +52,8 @@ def counts_table(report: Report) -> Table:
     table.add_row("output throughput", _rate(summary.output_throughput))
     table.add_row("running, mean and most", f"{summary.mean_running:.1f}, {summary.max_running}")
     table.add_row("cached tokens", f"{_percent(summary.cached_ratio)} of the prompts")
-    if summary.available is not None:
-        # an answer that was replaced by the logged one is in nobody's next prompt
-        live = report.options.load.answers == "live"
-        ratio = summary.available.everything if live else summary.available.prompts
-        table.add_row("  with an infinite cache", f"{_percent(ratio)} of the prompts")
+    if summary.available_ratio is not None:
+        table.add_row("  with an infinite cache", f"{_percent(summary.available_ratio)} of the prompts")
     kept = report.punctuality
     table.add_row("sent late, P50 and P99", f"{kept.late_p50_ms:.2f}, {kept.late_p99_ms:.2f} ms")
     return table

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 import msgspec
 
 from memserve.bench.client import Client
-from memserve.bench.load import LoadOptions, State, run_load
-from memserve.bench.metrics import Available, Summary, summarize
+from memserve.bench.load import Answers, LoadOptions, State, run_load
+from memserve.bench.metrics import Summary, summarize
 from memserve.bench.punctuality import Punctuality, punctuality
 from memserve.bench.records import RequestRecord
 from memserve.bench.request_format import Endpoint, RequestFormat
@@ -98,19 +98,20 @@ async def run(
         checked = await check_server(client, wanted, workload, live=options.load.answers == "live")
         notes += checked.notes
         if options.warmup:
-            concurrency = min(options.warmup, _WARM_UP_CONCURRENCY)
-            warming = warm_up(workload, options.warmup)
-            await run_load(
-                warming, checked.format, LoadOptions(concurrency=concurrency), client.send, State()
-            )
+            warming, warmed = warm_up(workload, options.warmup), State()
+            load = LoadOptions(concurrency=min(options.warmup, _WARM_UP_CONCURRENCY))
+            await run_load(warming, checked.format, load, client.send, warmed)
+            if warmed.num_failed:
+                notes.append(f"{warmed.num_failed} of {warmed.num_finished} warm-up requests failed")
         if options.flush and not await client.flush_cache():
             notes.append("the server's cache could not be flushed: it may have KV of earlier runs")
         with _quiet_collector():
             await run_load(workload, checked.format, options.load, client.send, state)
+    ratio = None if reuse is None else available_ratio(reuse, state.records, options.load.answers)
     summary = summarize(
         state.records,
         limits_ms=options.limits_ms,
-        available=None if reuse is None else available(reuse, state.records),
+        available_ratio=ratio,
         num_skipped=state.num_skipped,
     )
     return Report(
@@ -126,15 +127,17 @@ async def run(
     )
 
 
-def available(reuse: Reuse, records: Sequence[RequestRecord]) -> Available | None:
-    """What an infinite cache would have had of the completed requests' prompts; None without any."""
+def available_ratio(reuse: Reuse, records: Sequence[RequestRecord], answers: Answers) -> float | None:
+    """Share of the completed requests' prompt tokens that a cache without bounds would have had; None without
+    any. Of a replayed conversation it has prompts alone to find: the server's own answers are in nobody's
+    next prompt. Of a live one it has the answers too, which are as long as the logged ones.
+    """
     done = {(record.session, record.turn) for record in records if record.completed}
     requests = [request for request in reuse.requests if (request.session, request.turn) in done]
     total = sum(request.num_prompt_tokens for request in requests)
-    if not total:
-        return None
-    prompts = sum(request.cached for request in requests)
-    return Available(prompts / total, sum(request.cached_with_answers for request in requests) / total)
+    live = answers == "live"
+    cached = sum(request.cached_with_answers if live else request.cached for request in requests)
+    return cached / total if total else None
 
 
 def warm_up(workload: Workload, count: int) -> Workload:

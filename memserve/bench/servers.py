@@ -2,7 +2,8 @@
 
     start    on a free loopback port, in a session (process group) of its own, output into a log file
     ready    /health answers 200; servers without one: /v1/models does
-    stop     SIGTERM; after a while SIGKILL to the whole group. Also when the body raised or was cancelled
+    stop     SIGTERM; after a while SIGKILL to the whole group. Also when the body raised or was cancelled.
+             If this process is killed, the kernel sends the SIGTERM
 
 `{port}` in a command line stands for the port; without it `--port N` is added, unless the command says a port
 itself. The command `memserve` is the one that runs.
@@ -15,12 +16,13 @@ import contextlib
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
 import aiohttp
@@ -30,6 +32,8 @@ from memserve.errors import BenchError
 _STOP_S = 30.0
 _POLL_S = 0.1
 _LOG_TAIL = 2000
+# Has the kernel send a SIGTERM (15) when the parent dies (PR_SET_PDEATHSIG, 1), and becomes the server.
+_LAUNCH = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execvp(sys.argv[1], sys.argv[1:])"
 _PORT = re.compile(r"--port[ =](\d+)")
 
 
@@ -78,20 +82,20 @@ async def started(
 
 
 async def _spawn(words: Sequence[str], log: Path, cpus: Sequence[int] | None) -> asyncio.subprocess.Process:
+    if shutil.which(words[0]) is None:
+        raise BenchError(f"{words[0]} cannot be started: there is no such program")
     own = os.sched_getaffinity(0)
     if cpus is not None:
         os.sched_setaffinity(0, cpus)  # inherited by the child
     try:
         with log.open("wb") as out:
             return await asyncio.create_subprocess_exec(
-                *words,
+                *(sys.executable, "-I", "-S", "-c", _LAUNCH, *words),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=out,
                 stderr=asyncio.subprocess.STDOUT,
                 start_new_session=True,
             )
-    except OSError as error:
-        raise BenchError(f"{words[0]} cannot be started: {error.strerror}") from None
     finally:
         os.sched_setaffinity(0, own)
 
@@ -139,3 +143,25 @@ def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
+
+
+# --- cores -------------------------------------------------------------------------------------------------
+
+
+def server_cores(count: int | None) -> list[int]:
+    """The cores of servers that are started: the first so many, or all. Raises BenchError."""
+    cores = sorted(os.sched_getaffinity(0))
+    if count is not None and count > len(cores):
+        raise BenchError(f"--cores {count}: there are {len(cores)}")
+    return cores[:count]
+
+
+@contextlib.contextmanager
+def cores_shared(count: int | None) -> Iterator[None]:
+    """Leave the servers' cores to them while the body runs, if there are others."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores - set(server_cores(count)) or cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)

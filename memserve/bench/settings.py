@@ -1,8 +1,9 @@
 """The paper's settings as servers of ours, and the contrasts between them (MemServe §Evaluation).
 
-Each setting is a command line of `memserve serve` on the same cores with the same model. One worker on all
-cores is the colocated setting: it is the strongest one on few cores, since a second worker would have a cache
-of its own. A prefill and a decode worker share the same cores evenly (the server pins them).
+Each setting is a command line of `memserve serve` on the same cores with the same model and, by default, the
+same number of workers: as many do both as there are of prefill and decode workers together. The server shares
+the cores out evenly and pins the workers, so equal numbers have equal threads each. Fewer colocated workers
+(`--colocated 1`) have more threads each, and one cache instead of several.
 """
 
 from __future__ import annotations
@@ -30,9 +31,16 @@ SETTINGS = (COLOCATED, COLOCATED_CACHING, BASIC, CACHING_1, CACHING_2, CACHING_3
 CONTRASTS = ((BASIC, COLOCATED), (CACHING_3, BASIC), (CACHING_3, COLOCATED_CACHING))
 
 
-def command(
-    setting: Setting, *, colocated: int = 1, prefill: int = 1, decode: int = 1, serve_options: str = ""
-) -> str:
+class Workers(NamedTuple):
+    """How many of each role; None: as many colocated ones as there are of the other two."""
+
+    prefill: int = 1
+    decode: int = 1
+    colocated: int | None = None
+
+
+def command(setting: Setting, workers: Workers, serve_options: str = "") -> str:
     """The server's command line. `serve_options` go to every setting alike."""
-    own = setting.options.format(colocated=colocated, prefill=prefill, decode=decode)
+    both = workers.prefill + workers.decode if workers.colocated is None else workers.colocated
+    own = setting.options.format(colocated=both, prefill=workers.prefill, decode=workers.decode)
     return f"memserve serve {own} {serve_options}".rstrip()

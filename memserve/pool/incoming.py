@@ -10,12 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import msgspec
+import numpy as np
 
-from memserve.messages import BlockRefs
+from memserve.messages import BlockRefs, Transfer
 from memserve.pool.allocator import BlockIds
+from memserve.pool.block_table import BlockTable
 from memserve.pool.transports.base import Pull
+from memserve.radix_tree import TOKEN_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,3 +71,71 @@ class Incoming:
 def tail(refs: BlockRefs, start: int) -> BlockRefs:
     """The addresses from the `start`th on."""
     return msgspec.structs.replace(refs, blocks=refs.blocks[start:], generations=refs.generations[start:])
+
+
+class Pool(Protocol):
+    """What is needed of a `MemPool`."""
+
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def num_available(self) -> int: ...
+    def alloc_mem(self, num_blocks: int, /) -> BlockIds | None: ...
+    def free_mem(self, ids: BlockIds, /) -> None: ...
+    def acquire(self, tokens: bytes, salt: str, /) -> BlockTable: ...
+    def publish(self, table: BlockTable, tokens: bytes, /) -> None: ...
+    def release(self, table: BlockTable, /) -> None: ...
+    def fetch(self, refs: BlockRefs, into: BlockIds, /) -> Pull: ...
+
+
+def begin_transfer(pool: Pool, offered: Transfer, spare: int) -> Incoming:
+    """See `MemPool.receive`."""
+    return _with_insert(pool, offered, spare) if offered.tokens else _blocks_alone(pool, offered, spare)
+
+
+def _with_insert(pool: Pool, offered: Transfer, spare: int) -> Incoming:
+    refs, step = offered.refs, TOKEN_BYTES * pool.block_size
+    table = pool.acquire(offered.tokens, offered.salt)
+    num_here, num_blocks = table.num_shared, len(offered.tokens) // step
+
+    def finish(num_verified: int, num_bytes: int, failure: str | None) -> Received:
+        stop = num_here + num_verified
+        pool.publish(table, offered.tokens[num_here * step : stop * step])
+        blocks = table.ids(stop).copy()
+        pool.release(table)
+        return Received(num_verified, num_bytes, blocks, failure)
+
+    failure: str | None = None
+    if offered.first_block + len(refs.blocks) != num_blocks:
+        failure = f"{len(refs.blocks)} blocks from {offered.first_block} for {num_blocks}"
+    elif num_here < offered.first_block:
+        failure = "the prefix before it is no longer cached"
+    elif num_here < num_blocks and pool.num_available - (num_blocks - num_here) < spare:
+        failure = "no room"
+    if failure is not None or num_here == num_blocks:
+        return Incoming(None, finish, failure)
+    ids = pool.alloc_mem(num_blocks - num_here)
+    assert ids is not None
+    table.append(ids)
+    return Incoming(pool.fetch(tail(refs, num_here - offered.first_block), ids), finish)
+
+
+def _blocks_alone(pool: Pool, offered: Transfer, spare: int) -> Incoming:
+    count = len(offered.refs.blocks)
+    ids: BlockIds | None = None
+    failure = "no room"
+    if offered.into is None:
+        if pool.num_available - count >= spare:
+            ids = pool.alloc_mem(count)
+    elif len(offered.into) == count:
+        ids = np.array(offered.into, dtype=np.int64)
+    else:
+        failure = f"{count} blocks into {len(offered.into)}"
+    into = np.empty(0, dtype=np.int64) if ids is None else ids
+
+    def finish(num_verified: int, num_bytes: int, failure: str | None) -> Received:
+        if offered.into is None:
+            pool.free_mem(into[num_verified:])
+        return Received(num_verified, num_bytes, into[:num_verified], failure)
+
+    return Incoming(None, finish, failure) if ids is None else Incoming(pool.fetch(offered.refs, ids), finish)

@@ -21,27 +21,27 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
 from memserve import memfd
-from memserve.errors import MemserveError
-from memserve.messages import ArenaGrant, BlockRefs, Removed, Tier, Transfer
+from memserve.errors import EngineError, MemserveError
+from memserve.messages import ArenaGrant, BlockRefs, LinkMessage, PeerGrant, Removed, Tier, Transfer
+from memserve.pool.addresses import Addresses
 from memserve.pool.allocator import BlockAllocator, BlockIds
 from memserve.pool.arena import Arena, ArenaFds, PeerArena, Progress
 from memserve.pool.block_table import BlockTable
-from memserve.pool.eviction import Rank, least_recently_used
 from memserve.pool.host_tier import HostTier
-from memserve.pool.incoming import Incoming, Received, tail
+from memserve.pool.incoming import Incoming, begin_transfer
 from memserve.pool.index import Index, Lock, Match
 from memserve.pool.removals import RemovalLog
+from memserve.pool.retention import PoolStats, Retention
 from memserve.pool.transports.base import FailedPull, Pull
-from memserve.pool.transports.shm import Copy, ShmTransfer, copy_bytes
+from memserve.pool.transports.by_peer import PeerTransfer
+from memserve.pool.transports.shm import ShmTransfer
 
 logger = logging.getLogger(__name__)
 
@@ -49,44 +49,6 @@ _POPULATE_NICENESS = 10
 
 
 _NO_BLOCKS: BlockIds = np.empty(0, dtype=np.int64)
-
-
-@dataclass(frozen=True, slots=True)
-class PoolStats:
-    """Blocks by state; those of the device add up to the arena. `historical`: cached, and in nobody's use
-    now. The host tier has `num_host` blocks, of which `host_historical` are cached.
-    """
-
-    free: int
-    active: int
-    historical: int
-    num_host: int = 0
-    host_historical: int = 0
-
-
-class HostArena(NamedTuple):
-    """Memory for a host tier, at its greatest size, of which `num_blocks` are used at first. `on_free` is
-    told which of its blocks have become free.
-    """
-
-    arena: Arena
-    num_blocks: int
-    on_free: Callable[[BlockIds], None] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Retention:
-    """What a pool keeps of finished sequences, and how.
-
-    `fingerprint`: of model and layout; what is cached under another one never matches. `rank`: order of
-    eviction, lowest first. `host`: a second tier for what is evicted. `tells_removals`: note what is no
-    longer cached for `take_removed`.
-    """
-
-    fingerprint: str = ""
-    rank: Rank = least_recently_used
-    host: HostArena | None = None
-    tells_removals: bool = False
 
 
 class MemPool:
@@ -99,7 +61,7 @@ class MemPool:
         retention: keep the blocks of finished sequences for reuse; None = nothing is kept.
         clock: seconds, for the order of eviction.
         on_free: told which blocks have become free (tests poison them; no generation tells of such a write).
-        copy: how the bytes of a pull are copied (tests inject faults).
+        transfer: how peers are reached, owned from now on; None = they are mapped. Must know this arena.
     """
 
     def __init__(
@@ -112,30 +74,33 @@ class MemPool:
         retention: Retention | None = None,
         clock: Callable[[], float] = time.monotonic,
         on_free: Callable[[BlockIds], None] | None = None,
-        copy: Copy = copy_bytes,
+        transfer: PeerTransfer | None = None,
     ) -> None:
         self._arena = arena
+        self._addresses = Addresses(instance, incarnation, {Tier.DEVICE: arena.generations})
         self._host: HostTier | None = None
         self._index: Index | None = None
         self._namespace = ""
         self._removals: RemovalLog | None = None
         if retention is not None:
             if retention.tells_removals:
-                self._removals = RemovalLog(self.addresses)
+                self._removals = RemovalLog(self._addresses)
             if (host := retention.host) is not None:
+                self._addresses.generations[Tier.HOST] = host.arena.generations
                 self._host = HostTier(host.arena, arena, host.num_blocks, self._removals, host.on_free)
             self._index = Index(arena.geometry.block_size, retention.rank, self._host)
             self._namespace = f"{retention.fingerprint}/"
         self._clock = clock
         self._instance = instance
-        self._incarnation = incarnation
         self._wake = wake
         self._allocator = BlockAllocator(arena.num_blocks, arena.generations, on_free)
         # An arena the host cannot address has no way to pull yet: its peers are unknown, every pull a miss.
         self._progress = Progress(arena.progress, incarnation)
         self._transfer = None
         if arena.blocks is not None:
-            self._transfer = ShmTransfer(arena.blocks, wake, num_layers=arena.geometry.num_layers, copy=copy)
+            self._transfer = transfer or PeerTransfer(
+                wake, ShmTransfer(arena.blocks, wake, num_layers=arena.geometry.num_layers)
+            )
         self._is_populated = False
         self._unpopulated: dict[str, PeerArena] = {}
         self._populating: list[threading.Thread] = []
@@ -330,18 +295,7 @@ class MemPool:
 
     def addresses(self, ids: ArrayLike, tier: Tier = Tier.DEVICE) -> BlockRefs:
         """Where our blocks `ids` can be pulled from; good until they are freed."""
-        blocks = np.asarray(ids, dtype=np.int64)
-        arena = self._arena
-        if tier is Tier.HOST:
-            assert self._host is not None
-            arena = self._host.arena
-        return BlockRefs(
-            instance=self._instance,
-            incarnation=self._incarnation,
-            tier=tier,
-            blocks=tuple(blocks.tolist()),
-            generations=tuple(arena.generations[blocks].tolist()),
-        )
+        return self._addresses.of(ids, tier)
 
     # --- other instances ----------------------------------------------------------------------------------
 
@@ -349,22 +303,45 @@ class MemPool:
         """Map a peer's arena to pull from; a second grant of the same instance and tier replaces the first.
 
         Its mapping is populated by `populate`, or in the background if that was before. The descriptors are
-        ours from now on: they are closed, whatever happens. Raises MemoryError_.
+        ours from now on: they are closed, whatever happens. Raises MemoryError_, or EngineError if it is not
+        to be mapped, or made of other blocks.
         """
         try:
             if self._transfer is None:
                 return
+            ours = self._arena.geometry.block_bytes
+            if grant.block_bytes != ours:
+                raise EngineError(
+                    f"{grant.instance} has blocks of {grant.block_bytes} bytes, {self._instance} of {ours}"
+                )
             peer = PeerArena.map(grant, ArenaFds(arena_fd, generations_fd))
         finally:
             os.close(arena_fd)
             os.close(generations_fd)
-        self._transfer.add_peer(peer)
+        self._transfer.add_mapped(peer)
         if peer.tier is Tier.HOST:
             return  # mostly holes, which reading would fill
         if self._is_populated:
             self._populate_later(peer)
         else:
             self._unpopulated[peer.instance] = peer
+
+    def add_sending_peer(self, grant: PeerGrant) -> None:
+        """Pull from a peer that cannot be mapped, by asking it; a later life replaces the one before.
+
+        Raises EngineError if that is not to be done here.
+        """
+        if self._transfer is not None:
+            self._transfer.add_sending(grant)
+
+    def on_control(self, message: LinkMessage) -> None:
+        """Take what another worker says of a link between it and us. Never waits."""
+        if self._transfer is not None:
+            self._transfer.on_control(message)
+
+    def take_control(self) -> list[LinkMessage]:
+        """What is to be said to other workers, by way of the router; `wake` tells when there is something."""
+        return [] if self._transfer is None else self._transfer.take_control()
 
     def remove_peer(self, instance: str) -> None:
         """Forget a peer: pulls from it that are under way still end. Unknown names are ignored."""
@@ -416,54 +393,7 @@ class MemPool:
         would be left, ends at once.
         """
         assert offered.target == self._instance, offered.target
-        if not offered.tokens:
-            return self._receive_blocks(offered, spare)
-        table = self.acquire(offered.tokens, offered.salt)
-        num_blocks = len(offered.tokens) // (4 * self.block_size)
-        num_here = table.num_shared
-        refs = offered.refs
-
-        def finish(num_verified: int, num_bytes: int, failure: str | None) -> Received:
-            start, stop = (4 * self.block_size * end for end in (num_here, num_here + num_verified))
-            self.publish(table, offered.tokens[start:stop])
-            blocks = table.ids(num_here + num_verified).copy()
-            self.release(table)
-            return Received(num_verified, num_bytes, blocks, failure)
-
-        failure: str | None = None
-        if offered.first_block + len(refs.blocks) != num_blocks:
-            failure = f"{len(refs.blocks)} blocks from {offered.first_block} for {num_blocks}"
-        elif num_here < offered.first_block:
-            failure = "the prefix before it is no longer cached"
-        elif num_here < num_blocks and self.num_available - (num_blocks - num_here) < spare:
-            failure = "no room"
-        if failure is not None or num_here == num_blocks:
-            return Incoming(None, finish, failure)
-        ids = self.alloc_mem(num_blocks - num_here)
-        assert ids is not None
-        table.append(ids)
-        return Incoming(self.fetch(tail(refs, num_here - offered.first_block), ids), finish)
-
-    def _receive_blocks(self, offered: Transfer, spare: int) -> Incoming:
-        count = len(offered.refs.blocks)
-        if offered.into is not None and len(offered.into) != count:
-            failure = f"{count} blocks into {len(offered.into)}"
-            return Incoming(None, lambda *end: Received(0, 0, _NO_BLOCKS, end[2]), failure)
-        ids = None
-        if offered.into is not None:
-            ids = np.array(offered.into, dtype=np.int64)
-        elif self.num_available - count >= spare:
-            ids = self.alloc_mem(count)
-        if ids is None:
-            return Incoming(None, lambda *end: Received(0, 0, _NO_BLOCKS, end[2]), "no room")
-        into = ids
-
-        def finish(num_verified: int, num_bytes: int, failure: str | None) -> Received:
-            if offered.into is None:
-                self.free_mem(into[num_verified:])
-            return Received(num_verified, num_bytes, into[:num_verified], failure)
-
-        return Incoming(self.fetch(offered.refs, into), finish)
+        return begin_transfer(self, offered, spare)
 
     # --- life --------------------------------------------------------------------------------------------
 

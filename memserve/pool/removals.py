@@ -7,9 +7,8 @@ one finds out by a pull that does not verify.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from memserve.messages import BlockRefs, Removed, Tier
+from memserve.messages import Removed, Tier
+from memserve.pool.addresses import Addresses
 from memserve.pool.allocator import BlockIds
 
 
@@ -17,10 +16,10 @@ class RemovalLog:
     """Removals since the last `take`.
 
     Args:
-        addresses: of blocks of a tier, now.
+        addresses: of the pool's blocks.
     """
 
-    def __init__(self, addresses: Callable[[BlockIds, Tier], BlockRefs]) -> None:
+    def __init__(self, addresses: Addresses) -> None:
         self._addresses = addresses
         self._removed: list[Removed] = []
         self._moved: set[tuple[Tier, int]] = set()
@@ -28,7 +27,7 @@ class RemovalLog:
     def moved(self, blocks: BlockIds, tier: Tier, to_blocks: BlockIds, to_tier: Tier) -> None:
         """Their content is in other blocks now. They are yet to be freed, which is no second removal."""
         if len(blocks):
-            refs, moved_to = self._addresses(blocks, tier), self._addresses(to_blocks, to_tier)
+            refs, moved_to = self._addresses.of(blocks, tier), self._addresses.of(to_blocks, to_tier)
             self._removed.append(Removed(refs, moved_to))
             self._moved.update((tier, block) for block in blocks.tolist())
 
@@ -39,7 +38,7 @@ class RemovalLog:
             blocks = blocks[[key not in self._moved for key in keys]]
             self._moved.difference_update(keys)
         if len(blocks):
-            self._removed.append(Removed(self._addresses(blocks, tier), None))
+            self._removed.append(Removed(self._addresses.of(blocks, tier), None))
 
     def take(self) -> list[Removed]:
         """The removals since the last call, in order; the caller's."""

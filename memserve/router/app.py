@@ -38,6 +38,7 @@ from memserve.router.connections import bounded, max_connections
 from memserve.router.dispatcher import Dispatcher, DispatcherLimits
 from memserve.router.display import Display, log_through, print_plain
 from memserve.router.engine import TICK_S, ServingEngine
+from memserve.router.global_scheduler import GlobalScheduler
 from memserve.router.limits import HttpLimits
 from memserve.router.log_relay import LogRelay
 from memserve.router.machine import read_machine
@@ -46,7 +47,9 @@ from memserve.router.request_seeds import RequestSeeds
 from memserve.router.served_model import ServedModel
 from memserve.router.server import create_app
 from memserve.router.supervisor import Supervisor
+from memserve.router.token_history import TokenHistory
 from memserve.router.tokenizer import Tokenizer
+from memserve.router.transports import GLOO_NOTICE, transfer_mode, uses_gloo
 
 logger = logging.getLogger(__name__)
 
@@ -86,18 +89,21 @@ def resolve(config: ServeConfig) -> Run:
     model = load_model_config(folder)
     plan = plan_workers(config, model, folder, read_machine(with_gpus=config.device != "cpu"))
     tokenizer_source = folder if config.tokenizer is None else resolve_tokenizer(config.tokenizer)
+    tokenizer = Tokenizer.load(tokenizer_source)
+    reuses_history = config.reuse_history_tokens and config.caching != "off"
     served = ServedModel(
         name=config.served_model_name or served_model_name(config.model),
         created=int(time.time()),
         max_model_len=plan[0].max_model_len,
         vocab_size=model.vocab_size,
         eos_token_ids=model.eos_token_ids,
-        tokenizer=Tokenizer.load(tokenizer_source),
+        tokenizer=tokenizer,
         chat_template=ChatTemplate.load(
             tokenizer_source, None if config.chat_template is None else Path(config.chat_template)
         ),
         default_sampling=default_sampling(folder),
         seeds=RequestSeeds(config.seed),
+        history=TokenHistory(tokenizer) if reuses_history else None,
     )
     return Run(config, plan, served)
 
@@ -127,14 +133,22 @@ def bind(host: str, port: int) -> socket.socket:
 async def serve(run: Run, sock: socket.socket, console: Console) -> int:
     """Everything after `resolve`, inside the loop; the process's exit status. Raises StartupError."""
     config = run.config
+    transfer = transfer_mode(config, run.plan)
+    if uses_gloo(run.plan):
+        logger.warning(GLOO_NOTICE)
+    if transfer != config.transfer:
+        logger.info(
+            "over gloo no layer can be pulled before its chunk is done: as with --transfer %s", transfer
+        )
     limits = DispatcherLimits(
         max_waiting=config.max_waiting,
-        transfer=config.transfer,
+        transfer=transfer,
         pull_back=config.caching == "full",
         request_timeout_s=config.request_timeout_s,
     )
     display = Display(config, run.plan, run.model.name, console)
-    engine = ServingEngine(Dispatcher(limits=limits), run.plan, on_progress=display.on_progress)
+    scheduler = GlobalScheduler(config.policy, seed=config.seed or 0)
+    engine = ServingEngine(Dispatcher(limits, scheduler), run.plan, on_progress=display.on_progress)
     relay = LogRelay(partial(print_plain, console)) if console.is_terminal else None
     supervisor = Supervisor(run.plan, config, engine, stderr=None if relay is None else relay.write_fd)
     engine.connect(supervisor.send)

@@ -60,8 +60,12 @@ class CacheRoutes:
         app.router.add_post("/v1/cache/resize", self.resize)
 
     async def flush(self, request: web.Request) -> web.Response:
-        """Forget all that no request uses: {"instance": NAME}, or nothing for all."""
+        """Forget all that no request uses: {"instance": NAME}, or nothing for all, and for all the ids that
+        answers are read as when they come back.
+        """
         body = decode_cache(await self.read_body(request))
+        if body.instance is None and self.model.history is not None:
+            self.model.history.clear()
         rows = self._rows(body.instance)
         reports = await self._ask(rows, CacheCommand(0, CacheVerb.FLUSH))
         return _answer("cache.flush", rows, reports, lambda report, _: {"freed_blocks": report.num_blocks})

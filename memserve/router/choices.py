@@ -65,6 +65,10 @@ class Choice:
         self._entries: list[TokenEntry] = []
         self._token_ids: list[int] = []
         self._text = ""
+        # For `answer`: all that was drawn and shown, whatever was taken of it.
+        self._keeps = plan.prompt.reading is not None
+        self._drawn: list[int] = []
+        self._said: list[str] = []
         self._num_shown = 0  # characters already taken
         self._num_decoded = 0  # characters the decoder has given, shown or held
         if plan.echo:
@@ -115,10 +119,17 @@ class Choice:
             finish_reason=self.finish_reason,
         )
 
+    def answer(self) -> tuple[list[int], str]:
+        """All that was drawn, and the text that it became, echo apart; only for a prompt with a `reading`."""
+        assert self._keeps
+        return self._drawn, "".join(self._said)
+
     def _push_token(self, token_id: int, logprobs: TokenLogprobs | None, *, hidden: bool) -> bool:
         """One token; True if a stop string ended the choice with it."""
         self.num_completion_tokens += 1
         self._token_ids.append(token_id)
+        if self._keeps:
+            self._drawn.append(token_id)
         if self.plan.num_logprobs is not None:
             self._entries.append(TokenEntry(token_id, logprobs, self._num_decoded))
         if hidden:
@@ -128,10 +139,10 @@ class Choice:
     def _push_text(self, text: str) -> bool:
         self._num_decoded += len(text)
         if self._stops is None or self.num_completion_tokens <= self._min_tokens:  # none may begin in these
-            self._text += text
+            self._show(text)
             return False
         shown, matched = self._stops.push(text)
-        self._text += shown
+        self._show(shown)
         if matched:
             self.finish_reason = FinishReason.STOP
             num_kept = self._num_shown + len(self._text)
@@ -142,8 +153,13 @@ class Choice:
         """The sequence ended by itself: what was held back is shown, unless it completes a stop string."""
         if not self._push_text(self._decoder.flush()):
             if self._stops is not None:
-                self._text += self._stops.flush()
+                self._show(self._stops.flush())
             self.finish_reason = reason
+
+    def _show(self, text: str) -> None:
+        self._text += text
+        if self._keeps and text:
+            self._said.append(text)
 
     def _echo_prompt(self) -> None:
         prompt = self.plan.prompt

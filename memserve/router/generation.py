@@ -19,6 +19,7 @@ from memserve.messages import FinishReason
 from memserve.router.choices import Choice, ChoiceUpdate
 from memserve.router.engine_api import Delta, Engine
 from memserve.router.metrics import RequestTimer
+from memserve.router.token_history import TokenHistory
 from memserve.router.tokenizer import Tokenizer
 from memserve.router.validation import Job
 
@@ -37,10 +38,20 @@ async def make_choices(job: Job, tokenizer: Tokenizer) -> list[Choice]:
 
 
 class Generation:
-    """One job while it runs: `start`, `next` until it has nothing more, `close` in any case."""
+    """One job while it runs: `start`, `next` until it has nothing more, `close` in any case.
 
-    def __init__(self, engine: Engine, choices: Sequence[Choice], timer: RequestTimer) -> None:
+    A choice that ended is remembered in `history` before its end is told: the next turn may follow at once.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        choices: Sequence[Choice],
+        timer: RequestTimer,
+        history: TokenHistory | None = None,
+    ) -> None:
         self.choices = choices
+        self._history = history
         self._engine = engine
         self._timer = timer
         self._open = {choice.plan.index: choice for choice in choices}  # those whose end was not told yet
@@ -110,4 +121,15 @@ class Generation:
             if choice.finish_reason is not None:
                 del self._open[index]
                 self._engine.cancel(choice.plan.request.request_id)  # of use where a stop string ended it
+                await self._remember(choice)
         return updates
+
+    async def _remember(self, choice: Choice) -> None:
+        reading = choice.plan.prompt.reading
+        if self._history is None or reading is None:
+            return
+        token_ids, text = choice.answer()
+        if len(token_ids) <= _INLINE_TOKENS:
+            self._history.remember(reading, token_ids, text)
+        else:
+            await asyncio.to_thread(self._history.remember, reading, token_ids, text)

@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 REQUEST_ID = web.RequestKey("request_id", str)
 REQUEST_ID_HEADER = "x-request-id"
+DIVERGED_AT = web.RequestKey("diverged_at", int)
+DIVERGED_AT_HEADER = "x-memserve-diverged-at"
 METRICS = web.AppKey("metrics", Metrics)
 
 # What nginx calls a client that left before it was answered.
@@ -91,9 +93,13 @@ async def errors_middleware(request: web.Request, handler: Handler) -> web.Strea
         request.app[METRICS].on_response(endpoint, status)
 
 
-async def add_request_id(request: web.Request, response: web.StreamResponse) -> None:
-    """Signal handler: `x-request-id` on every answer, streams included."""
+async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
+    """Signal handler: `x-request-id` on every answer, streams included; `x-memserve-diverged-at` where a
+    prompt departed from what is remembered.
+    """
     response.headers[REQUEST_ID_HEADER] = request[REQUEST_ID]
+    if DIVERGED_AT in request:
+        response.headers[DIVERGED_AT_HEADER] = str(request[DIVERGED_AT])
 
 
 def _object(status: int, message: str, param: str | None, code: str | None) -> ErrorObject:

@@ -80,6 +80,19 @@ class Metrics:
         self._completion_tokens = Counter(
             "memserve_completion_tokens", "Tokens generated", registry=self._registry
         )
+        self._reused_histories = Counter(
+            "memserve_reused_histories",
+            "Prompts that begin with remembered tokens of an earlier answer",
+            registry=self._registry,
+        )
+        self._reused_tokens = Counter(
+            "memserve_reused_history_tokens", "Prompt tokens that were remembered", registry=self._registry
+        )
+        self._diverged = Counter(
+            "memserve_diverged_prompts",
+            "Prompts that depart from what is remembered",
+            registry=self._registry,
+        )
         self._ttft = Histogram(
             "memserve_time_to_first_token_seconds",
             "From the validated request to its first token",
@@ -101,6 +114,14 @@ class Metrics:
     def on_response(self, endpoint: str, status: int) -> None:
         """An HTTP request was answered; `endpoint` is a route's path, not the client's."""
         self._requests.labels(endpoint, str(status)).inc()
+
+    def on_prompt(self, num_reused: int, diverged: bool) -> None:
+        """A prompt was read; its first `num_reused` tokens were remembered ones."""
+        if num_reused:
+            self._reused_histories.inc()
+            self._reused_tokens.inc(num_reused)
+        if diverged:
+            self._diverged.inc()
 
     def start_request(self) -> RequestTimer:
         """The clock of a job that starts now."""

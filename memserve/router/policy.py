@@ -24,6 +24,9 @@ class WorkerView:
     promises made.
 
     `outstanding_tokens`: prompt tokens dispatched there and not yet computed, as far as the router knows.
+    Predictions, kept by whoever dispatches (load.py): `queue_ms`, until what waits there is computed;
+    `link_ms`, until the copies to and from it are done; `recent_ms`, what it was given lately, in a unit of
+    which only ratios count; `num_decoding` and `num_context`, its decodes and the tokens they attend to.
     """
 
     instance: str
@@ -32,9 +35,16 @@ class WorkerView:
     num_blocks: int
     block_size: int
     max_running: int
+    kv_token_bytes: int = 1
+    caches: bool = False
     reserved_blocks: int = 0
     num_placed: int = 0
     outstanding_tokens: int = 0
+    queue_ms: float = 0.0
+    link_ms: float = 0.0
+    recent_ms: float = 0.0
+    num_decoding: int = 0
+    num_context: int = 0
     load: Load = field(default_factory=Load)
 
     def has_room(self, num_tokens: int, num_new_tokens: int) -> bool:
@@ -42,11 +52,15 @@ class WorkerView:
 
         An idle worker takes whatever its pool can hold with one token more; growth is then its problem.
         """
-        if blocks_for(num_tokens + min(num_new_tokens, 1), self.block_size) > self.num_blocks:
-            return False
+        least = blocks_for(num_tokens + min(num_new_tokens, 1), self.block_size)
+        return self.has_blocks(least, blocks_for(num_tokens + num_new_tokens, self.block_size))
+
+    def has_blocks(self, least: int, wanted: int) -> bool:
+        """`has_room` in blocks: at `least` so many for an idle worker, and `wanted` beside others."""
         if self.num_placed == 0:
-            return True
-        wanted = blocks_for(num_tokens + num_new_tokens, self.block_size)
+            return least <= self.num_blocks
+        if least > self.num_blocks:
+            return False
         return self.num_placed < self.max_running and self.reserved_blocks + wanted <= self.num_blocks
 
 
@@ -87,7 +101,7 @@ def choose_decode(views: Sequence[WorkerView], owner: str) -> str:
     each other could wait for one another's blocks for ever.
     """
     candidates = [view for view in views if view.role is not Role.PREFILL]
-    return min(candidates, key=_load_key).instance if candidates else owner
+    return min(candidates, key=load_key).instance if candidates else owner
 
 
 def blocks_for(num_tokens: int, block_size: int) -> int:
@@ -97,10 +111,11 @@ def blocks_for(num_tokens: int, block_size: int) -> int:
 
 def _least_loaded(views: Sequence[WorkerView], num_tokens: int, num_new_tokens: int) -> WorkerView | None:
     fitting = [view for view in views if view.has_room(num_tokens, num_new_tokens)]
-    return min(fitting, key=_load_key, default=None)
+    return min(fitting, key=load_key, default=None)
 
 
-def _load_key(view: WorkerView) -> tuple[int, float, int, str]:
+def load_key(view: WorkerView) -> tuple[int, float, int, str]:
+    """How loaded a worker is, lowest first."""
     return (
         view.outstanding_tokens,
         view.reserved_blocks / view.num_blocks,

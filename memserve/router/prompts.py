@@ -2,7 +2,8 @@
 
 Lengths, in characters or ids, are checked before anything is looked at, tokenised or rendered. What is much
 work, a request's prompts taken together, and all templates are dealt with in a thread, so that no request
-holds up the streams of others.
+holds up the streams of others. A text that begins like one that was remembered (`token_history.py`) begins
+with the remembered ids.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memserve.errors import RequestError
-from memserve.router.schemas import ChatBody, Message
+from memserve.router.schemas import ChatBody, CompletionBody, Message, SamplingBody
 from memserve.router.served_model import ServedModel
+from memserve.router.token_history import Reading, Scope
 
 # Encoding so many characters, or copying so many ids, takes about as long as going to a thread and back.
 _INLINE_CHARS = 4096
@@ -24,10 +26,14 @@ _INLINE_CHARS = 4096
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What a sequence starts from; `text` as the client sent it, None where ids were sent."""
+    """What a sequence starts from; `text` as the client sent it, None where ids were sent.
+
+    `reading`: what the answer is to be remembered with; None where ids were sent, or nothing is remembered.
+    """
 
     token_ids: NDArray[np.int32]
     text: str | None = None
+    reading: Reading | None = None
 
 
 Source = str | list[int]
@@ -55,9 +61,7 @@ def prompt_sources(
     return [ids] if ids else sources
 
 
-async def read_prompts(
-    sources: Sequence[Source], add_special_tokens: bool, model: ServedModel
-) -> list[Prompt]:
+async def read_prompts(sources: Sequence[Source], body: CompletionBody, model: ServedModel) -> list[Prompt]:
     """The prompts themselves. Raises RequestError if one is empty, too long or not of this vocabulary."""
     for source in sources:
         if isinstance(source, str):
@@ -66,20 +70,45 @@ async def read_prompts(
             check_length(len(source), 0, model, "prompt")
 
     def read() -> list[Prompt]:
-        return [_read(source, add_special_tokens, model) for source in sources]
+        return [_read(source, body, model) for source in sources]
 
     if sum(map(len, sources)) <= _INLINE_CHARS:
         return read()
     return await asyncio.to_thread(read)
 
 
-def _read(source: Source, add_special_tokens: bool, model: ServedModel) -> Prompt:
+def _read(source: Source, body: CompletionBody, model: ServedModel) -> Prompt:
     if isinstance(source, str):
-        token_ids = model.tokenizer.encode(source, add_special_tokens=add_special_tokens)
-        prompt = Prompt(token_ids, source)
+        # Nothing is cached for a prompt whose log-probabilities are asked for: it is scored as it stands.
+        is_scored = bool(body.echo) and body.logprobs is not None
+        num_asked = 1 if body.max_tokens is None else body.max_tokens
+        prompt = _tokenised(
+            source, body.add_special_tokens is not False, body, num_asked, model, may_reuse=not is_scored
+        )
     else:
         prompt = Prompt(np.asarray(source, dtype=np.int32))
     return _checked(prompt, model, "prompt")
+
+
+def _tokenised(
+    text: str,
+    add_special_tokens: bool,
+    body: SamplingBody,
+    num_asked: int,
+    model: ServedModel,
+    *,
+    may_reuse: bool = True,
+) -> Prompt:
+    """`num_asked`: tokens that the answer is to have room for."""
+    if model.history is None:
+        return Prompt(model.tokenizer.encode(text, add_special_tokens=add_special_tokens), text)
+    scope = Scope(body.cache_salt or "", add_special_tokens)
+    reading = model.history.read(text, scope, may_reuse=may_reuse)
+    num_asked = max(num_asked, body.min_tokens or 0)
+    if reading.num_reused and len(reading.token_ids) + num_asked > model.max_model_len:
+        # Remembered ids may be more than the text needs: no request is to be refused for that.
+        reading = model.history.read(text, scope, may_reuse=False)
+    return Prompt(reading.token_ids, text, reading)
 
 
 async def render_chat(body: ChatBody, model: ServedModel) -> Prompt:
@@ -92,7 +121,9 @@ async def render_chat(body: ChatBody, model: ServedModel) -> Prompt:
         _check_num_chars(message["content"], model, "messages")
     max_chars = model.tokenizer.max_chars(model.max_model_len)
 
-    def render() -> tuple[str, NDArray[np.int32]]:
+    max_tokens = answer_limit(body)
+
+    def render() -> Prompt:
         text = template.render(
             messages,
             max_chars=max_chars,
@@ -101,10 +132,15 @@ async def render_chat(body: ChatBody, model: ServedModel) -> Prompt:
         )
         _check_num_chars(text, model, "messages")
         # The template writes bos itself where the model wants it.
-        return text, model.tokenizer.encode(text, add_special_tokens=bool(body.add_special_tokens))
+        num_asked = 1 if max_tokens is None else max_tokens
+        return _tokenised(text, bool(body.add_special_tokens), body, num_asked, model)
 
-    text, token_ids = await asyncio.to_thread(render)
-    return _checked(Prompt(token_ids, text), model, "messages")
+    return _checked(await asyncio.to_thread(render), model, "messages")
+
+
+def answer_limit(body: ChatBody) -> int | None:
+    """The most tokens that the answer may have, by the newer of the two fields that say so."""
+    return body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
 
 
 def _template_message(message: Message) -> dict[str, str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from memserve.model_config import DefaultSampling
 from memserve.router.chat_template import ChatTemplate
 from memserve.router.request_seeds import RequestSeeds
+from memserve.router.token_history import TokenHistory
 from memserve.router.tokenizer import Tokenizer
 
 
@@ -15,7 +16,7 @@ class ServedModel:
     """One model under one name. `chat_template` is None where the model has none: chat requests are refused.
 
     `created` is a Unix time, for /v1/models. `eos_token_ids` end a sequence unless the client says
-    ignore_eos. `seeds` has one for each request that brings none.
+    ignore_eos. `seeds` has one for each request that brings none. `history` is None where ids are not reused.
     """
 
     name: str
@@ -27,3 +28,4 @@ class ServedModel:
     chat_template: ChatTemplate | None
     default_sampling: DefaultSampling
     seeds: RequestSeeds = field(default_factory=RequestSeeds)
+    history: TokenHistory | None = None

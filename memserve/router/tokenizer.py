@@ -61,6 +61,10 @@ class Tokenizer:
         self.special_ids = frozenset(
             token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
         )
+        # Special or not: where a text spells one of them out, it is this token.
+        self.added_tokens: Mapping[int, str] = MappingProxyType(
+            {token_id: token.content for token_id, token in backend.get_added_tokens_decoder().items()}
+        )
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         self._longest_token = max(map(len, vocabulary), default=1)

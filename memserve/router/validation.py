@@ -20,6 +20,7 @@ from memserve.router.engine_api import GenerateRequest
 from memserve.router.limits import HttpLimits
 from memserve.router.prompts import (
     Prompt,
+    answer_limit,
     check_length,
     check_token_id,
     prompt_sources,
@@ -73,7 +74,7 @@ async def plan_completion(body: CompletionBody, job_id: str, model: ServedModel,
         raise RequestError("best_of other than 1 or n is not supported", param="best_of")
     sources = prompt_sources(body.prompt, model, limits.max_prompts)
     _check_num_sequences(len(sources) * n, limits)
-    prompts = await read_prompts(sources, body.add_special_tokens is not False, model)
+    prompts = await read_prompts(sources, body, model)
     if body.echo and body.logprobs is not None:
         _check_prompt_logprobs(prompts, n, body.logprobs, limits)
     return _make_job(
@@ -99,13 +100,12 @@ async def plan_chat(body: ChatBody, job_id: str, model: ServedModel, limits: Htt
         raise RequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
     _check_num_sequences(body.n or 1, limits)
     prompt = await render_chat(body, model)
-    max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     return _make_job(
         body,
         job_id,
         model,
         [prompt],
-        max_tokens=max_tokens,
+        max_tokens=answer_limit(body),
         default_max_tokens=model.max_model_len,
         num_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         echo=False,
@@ -193,6 +193,7 @@ def _make_job(
                     params, max_tokens=max(1, limit), seed=(seed + i) % NUM_SEEDS
                 ),
                 cache_salt=body.cache_salt or "",
+                session=body.session_id,
             )
             choices.append(
                 ChoicePlan(

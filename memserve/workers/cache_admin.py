@@ -7,7 +7,7 @@ from typing import Protocol
 from memserve.errors import MemoryError_
 from memserve.messages import CacheCommand, CacheReport, CacheVerb
 from memserve.pool.index import Match
-from memserve.pool.mempool import PoolStats
+from memserve.pool.retention import PoolStats
 
 
 class Pool(Protocol):

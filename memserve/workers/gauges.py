@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from memserve.messages import Heartbeat, Load
-from memserve.pool.mempool import PoolStats
+from memserve.pool.retention import PoolStats
 from memserve.workers.budget import StepTally
 from memserve.workers.handoff import OfferBook
 from memserve.workers.scheduler import Scheduler

@@ -10,7 +10,8 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 
 from benchmarks.fake_server import FakeServer, Mode, serving
-from memserve.bench.client import Answer, Client, base_url, error_message, one_line
+from memserve.bench.answer_stream import Answer, error_message, one_line
+from memserve.bench.client import Client, base_url
 from memserve.bench.records import ErrorKind, RequestRecord
 from memserve.bench.request_format import RequestFormat
 from memserve.bench.sse import MAX_EVENT_BYTES, EventParser, EventTooLong
@@ -81,14 +82,14 @@ async def test_token_ids_of_an_answer(server: FakeServer) -> None:
     assert answer.token_ids == [1000, 1001, 1002, 1003, 1004, 1005]
 
 
-@pytest.mark.parametrize("mode", [Mode.NO_USAGE, Mode.NO_DONE, Mode.STAYS_OPEN])
+@pytest.mark.parametrize("mode", [Mode.NO_USAGE, Mode.LIKE_SSE_STARLETTE, Mode.NO_DONE, Mode.STAYS_OPEN])
 async def test_peculiar_servers_are_no_failures(server: FakeServer, mode: Mode) -> None:
     server.mode = lambda number: mode
     record, _ = await ask(server)
     assert record.completed
     assert record.output_tokens == len(record.chunk_times) == NUM_TOKENS
-    assert record.has_usage is (mode is not Mode.NO_USAGE)
-    assert (record.prompt_tokens is None) is (mode is Mode.NO_USAGE)
+    tells = mode not in (Mode.NO_USAGE, Mode.LIKE_SSE_STARLETTE)
+    assert record.has_usage is tells and (record.prompt_tokens is not None) is tells
 
 
 @pytest.mark.parametrize(
@@ -151,6 +152,17 @@ async def test_a_request_that_is_stopped(server: FakeServer) -> None:
         with pytest.raises(asyncio.CancelledError):
             await task
     assert record.error is not None and record.error.kind is ErrorKind.INTERRUPTED
+
+
+async def test_a_connection_is_used_again(server: FakeServer) -> None:
+    request_format = RequestFormat("fake")
+    async with Client(server.url) as client:
+        for _ in range(3):
+            record = RequestRecord(session="s", turn=0, max_tokens=1, scheduled_at=0.0)
+            body = request_format.body(["x"], 1)
+            await client.send(request_format.path, body, record, time.perf_counter)
+            assert record.completed
+    assert len(server.connections) == 1
 
 
 async def test_models_and_flush(server: FakeServer) -> None:

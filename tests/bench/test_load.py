@@ -10,15 +10,15 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 
 from benchmarks.fake_server import FakeServer, Mode, serving
+from memserve.bench.answer_stream import Answer
 from memserve.bench.arrivals import Ramp, ThinkTime
-from memserve.bench.client import Answer, Client
+from memserve.bench.client import Client
 from memserve.bench.load import LoadOptions, State, arrival_times, run_load
-from memserve.bench.metrics import Available
 from memserve.bench.punctuality import LagMeter, punctuality
 from memserve.bench.records import ErrorKind, RequestRecord
 from memserve.bench.request_format import RequestFormat
 from memserve.bench.reuse import RequestReuse, Reuse
-from memserve.bench.run import RunOptions, Target, run, warm_up
+from memserve.bench.run import RunOptions, Target, available_ratio, run, warm_up
 from memserve.bench.workload import Session, Turn, Workload
 from memserve.errors import BenchError
 
@@ -250,9 +250,19 @@ async def test_check_warm_up_flush_load(server: FakeServer) -> None:
     # after the flush the first prompts are cold; the second turn has the first one's prompt cached
     assert [record.cached_tokens for record in report.requests] == [0, len("<a in0>"), 1]
     assert report.summary.num_completed == 3
-    assert report.summary.available == Available(12 / 40, 20 / 40)
+    assert report.summary.available_ratio == 12 / 40
+    assert available_ratio(reuse, report.requests, "live") == 20 / 40
+    assert available_ratio(reuse, [], "live") is None
     assert report.summary.goodput == pytest.approx(report.summary.request_rate)
     assert report.target.model == "fake" and report.notes == [] and not report.interrupted
+
+
+async def test_a_warm_up_that_fails_is_told(server: FakeServer) -> None:
+    server.mode = lambda number: Mode.STATUS_500 if number == 1 else Mode.WELL
+    workload = text_workload(conversation("a", 2))
+    options = RunOptions(LoadOptions(concurrency=1), warmup=2)
+    report = await run(Target(url=server.url), workload, options, State())
+    assert report.notes == ["1 of 2 warm-up requests failed"] and report.summary.num_failed == 0
 
 
 def test_a_warm_up_shares_nothing() -> None:
@@ -281,6 +291,7 @@ async def test_a_server_that_fails_the_check(server: FakeServer, mode: Mode) -> 
     workload = text_workload(conversation("a", 1))
     with pytest.raises(BenchError, match="fails a first small request"):
         await run(Target(url=server.url), workload, RunOptions(LoadOptions(concurrency=1)), State())
+    assert len(server.seen) == 1  # a plainer request would be no better
 
 
 async def test_live_ids_need_a_server_that_tells_them(server: FakeServer) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from memserve.bench.metrics import Available, distribution, is_good, latencies, parse_goodput, summarize
+from memserve.bench.metrics import distribution, is_good, latencies, parse_goodput, summarize
 from memserve.bench.records import ErrorKind, Failure, RequestRecord
 
 
@@ -25,7 +25,7 @@ def record(
         session="s",
         turn=0,
         max_tokens=tokens if max_tokens is None else max_tokens,
-        scheduled_at=sent_at or 0.0,
+        scheduled_at=(sent_at or 0.0) - 0.125,  # how late it was sent is no latency of the server's
         sent_at=sent_at,
         chunk_times=chunks,
         ended_at=ended_at if ended_at is not None else chunks[-1] if chunks else sent_at,
@@ -44,6 +44,7 @@ ONE_TOKEN = record(0.0, [0.3], prompt=20, cached=None)  # 300    none          n
 TWO_IN_A_CHUNK = record(3.0, [3.2, 3.8], tokens=4, max_tokens=5)  # 200    600/3 = 200   600            800
 FAILED = record(3.0, [3.1, 3.2], error=ErrorKind.CUT, ended_at=4.0)
 REFUSED = record(3.5, [], error=ErrorKind.HTTP, prompt=None)
+FIRST.ended_at = 2.5  # nor is what came after the last token
 ALL = [FIRST, SECOND, ONE_TOKEN, TWO_IN_A_CHUNK, FAILED, REFUSED]
 
 
@@ -65,7 +66,7 @@ def test_a_distribution() -> None:
 
 def test_a_summary() -> None:
     limits = {"ttft": 300.0, "tpot": 350.0}  # ONE_TOKEN and TWO_IN_A_CHUNK keep them
-    summary = summarize(ALL, limits_ms=limits, available=Available(0.5, 0.75), num_skipped=2)
+    summary = summarize(ALL, limits_ms=limits, available_ratio=0.75, num_skipped=2)
     assert (summary.num_requests, summary.num_completed, summary.num_failed) == (6, 4, 2)
     assert (summary.num_skipped, summary.num_short, summary.num_with_usage) == (2, 1, 4)
     assert summary.errors == {ErrorKind.CUT: 1, ErrorKind.HTTP: 1}
@@ -74,13 +75,13 @@ def test_a_summary() -> None:
     assert summary.output_tokens == 3 + 2 + 1 + 4
     assert summary.cached_tokens == 20
     assert summary.cached_ratio == 20 / (10 + 30)  # of those that tell
-    assert summary.available == Available(0.5, 0.75)
+    assert summary.available_ratio == 0.75
     assert summary.request_rate == 4 / 4
     assert summary.input_throughput == 70 / 4
     assert summary.output_throughput == 10 / 4
     assert summary.goodput == 2 / 4
-    # 1.0 s, 0.5 s, 0.3 s, 0.8 s, 1.0 s and 0 s of 4.0 s
-    assert summary.mean_running == pytest.approx(3.6 / 4)
+    # 1.5 s, 0.5 s, 0.3 s, 0.8 s, 1.0 s and 0 s of 4.0 s
+    assert summary.mean_running == pytest.approx(4.1 / 4)
     assert summary.max_running == 2
     assert summary.ttft is not None and summary.ttft.mean == pytest.approx(275)
     assert summary.ttft.p50 == pytest.approx(250)

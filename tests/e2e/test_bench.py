@@ -29,6 +29,8 @@ def bench(server: Server, out: Path, *args: object) -> dict[str, object]:
     summary = report["summary"]
     assert summary["num_completed"] == summary["num_requests"] > 0
     assert summary["num_short"] == 0
+    assert report["notes"] == []  # the cache was flushed, usage and cached tokens are told
+    assert report["requests"][0]["cached_tokens"] == 0
     assert summary["num_with_usage"] == summary["num_completed"]
     for record in report["requests"]:
         assert len(record["chunk_times"]) <= record["output_tokens"] == record["max_tokens"]
@@ -64,4 +66,4 @@ def test_logged_sessions(server: Server, tmp_path: Path) -> None:
     report = bench(server, tmp_path / "d.json", "sessions", folder, *args, "--rate", 20)
     summary = report["summary"]
     assert isinstance(summary, dict)
-    assert 0 < summary["cached_ratio"] <= 1 and summary["available"]["prompts"] > 0.5
+    assert 0 < summary["cached_ratio"] <= 1 and summary["available_ratio"] > 0.5

@@ -82,6 +82,9 @@ def test_times_and_tokens_of_a_job() -> None:
     timer.on_tokens(0, 0)  # the end alone is no token
     timer.on_tokens(1, 1)  # another choice: 1.0 s after the start
     metrics.on_finished(timer, Usage(9, 4, 13, PromptTokensDetails(8)), [CachedTokens(5, 2, 1, "p")])
+    metrics.on_prompt(0, False)
+    metrics.on_prompt(7, True)
+    metrics.on_prompt(5, False)
     metrics.on_response("/v1/completions", 200)
     lines = metrics.render().decode().splitlines()
     for line in (
@@ -99,6 +102,9 @@ def test_times_and_tokens_of_a_job() -> None:
         'memserve_cached_prompt_tokens_total{source="host"} 2.0',
         'memserve_cached_prompt_tokens_total{source="pulled"} 1.0',
         "memserve_completion_tokens_total 4.0",
+        "memserve_reused_histories_total 2.0",
+        "memserve_reused_history_tokens_total 12.0",
+        "memserve_diverged_prompts_total 1.0",
         'memserve_http_requests_total{endpoint="/v1/completions",status="200"} 1.0',
     ):
         assert line in lines

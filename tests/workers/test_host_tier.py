@@ -4,6 +4,7 @@ the commands on the cache are obeyed.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 
 import msgspec
@@ -172,3 +173,37 @@ def test_time_to_live(make_tiered, tools):
     rig.run()
     assert run(rig, tools, "v", other)[1].total == 0
     assert run(rig, tools, "w", prompt)[1].total == 32
+
+
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_cached_tokens_are_those_not_computed_on_every_answer_of_a_random_load(
+    make_tiered, tools, block_size
+):
+    """Prompts that begin alike in all ways, answers that become prompts; more than both tiers hold."""
+    rig = make_tiered(block_size, num_tokens=432, host_tokens=512, max_running=4)
+    rng = random.Random(block_size)
+    known = [tools.prompt(60, seed=n) for n in range(4)]
+    answered: dict[str, CachedTokens] = {}
+    prompts: dict[str, list[int]] = {}
+    for wave in range(16):
+        rig.clock.now += 1
+        for n in range(rng.randint(1, 5)):
+            base = rng.choice(known)
+            prompt = base[: rng.randint(1, len(base))] + tools.prompt(rng.randint(0, 20), seed=100 * wave + n)
+            prompts[f"{wave}-{n}"] = prompt
+            rig.send(tools.decode(f"{wave}-{n}", prompt, max_tokens=8))
+        rig.run()
+        said = rig.take()
+        for request_id in [each for each in prompts if each.startswith(f"{wave}-")]:
+            heard = tools.Transcript.of(said, request_id)
+            assert heard.token_ids == tools.expected(prompts[request_id], 8)
+            answered[request_id] = heard.outputs[0].cached
+            known.append((prompts[request_id] + heard.token_ids)[:90])
+    assert rig.worker.gauges.load().num_preemptions == 0
+    for request_id, prompt in prompts.items():
+        cached = answered[request_id]
+        assert cached.total <= len(prompt) - 1
+        assert computed(rig, request_id) == len(prompt) - cached.total + 7
+    assert sum(cached.device for cached in answered.values()) > 0
+    assert sum(cached.host for cached in answered.values()) > 0
+    rig.assert_idle()
