@@ -20,8 +20,10 @@ from memserve.messages import ArenaGrant, BlockRefs, Tier
 from memserve.model_config import KVGeometry
 from memserve.pool.arena import Arena
 from memserve.pool.eviction import Rank
-from memserve.pool.mempool import HostArena, MemPool, PoolStats, Retention
-from memserve.pool.transports.shm import Bytes, copy_bytes
+from memserve.pool.mempool import MemPool, PoolStats
+from memserve.pool.retention import HostArena, Retention
+from memserve.pool.transports.by_peer import PeerTransfer
+from memserve.pool.transports.shm import Bytes, ShmTransfer, copy_bytes
 
 BLOCK_BYTES = 4096  # a page, so that memory is really given back
 MAX_HOST_BLOCKS = 12
@@ -70,7 +72,8 @@ class Gate:
     def let_pass(self, num_pieces: float) -> None:
         """So many copies may go on; infinite = all from now on."""
         with self._changed:
-            self._num_may_pass, self._is_waiting = num_pieces, False
+            self._num_may_pass = num_pieces
+            self._is_waiting = self._is_waiting and not num_pieces
             self._changed.notify_all()
 
     def settle(self, has_ended: Callable[[], bool]) -> None:
@@ -126,6 +129,9 @@ class PoolBesideOracle:
             host = HostArena(arena, num_host, lambda ids: self.poison(Tier.HOST, ids))
         if self.sizes.caches:
             retention = Retention("model", self.sizes.rank, host, self.sizes.tells)
+        blocks = self.arenas[Tier.DEVICE].blocks
+        assert blocks is not None
+        shm = ShmTransfer(blocks, self.gate.notify, copy=self.gate.copy)
         self.pool = MemPool(
             self.arenas[Tier.DEVICE],
             self.name,
@@ -134,7 +140,7 @@ class PoolBesideOracle:
             retention=retention,
             clock=self.clock,
             on_free=lambda ids: self.poison(Tier.DEVICE, ids),
-            copy=self.gate.copy,
+            transfer=PeerTransfer(self.gate.notify, shm),
         )
         self.own: dict[Tier, dict[int, int | None]] = {Tier.DEVICE: {}, Tier.HOST: {}}  # None: being written
         self.locks: dict[int, Prefix] = {}

@@ -173,7 +173,7 @@ class PoolsMachine(PoolsAlone):
             all_here = num_here == len(offer.symbols) > 0
             assert (received.failure is None) == all_here
             return
-        into = incoming._pull._into.tolist()
+        into = incoming._pull.into.tolist()
         assert offer.into or not set(into) & set(held.own[Tier.DEVICE])
         for block in offer.into:
             self.loose.remove((held, Tier.DEVICE, block))
