@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
 
-.PHONY: install serve test check chaos bench-engine bench-handoff bench-index clean
+.PHONY: install serve test check chaos bench-engine bench-handoff bench-index bench-load clean
 
 install: $(VENV)/.installed
 	@:
@@ -32,6 +32,9 @@ bench-handoff: $(VENV)/.installed
 
 bench-index: $(VENV)/.installed
 	@$(BIN)/python benchmarks/index.py
+
+bench-load: $(VENV)/.installed
+	@$(BIN)/python benchmarks/load_generator.py $(ARGS)
 
 check: $(VENV)/.installed-dev
 	@$(BIN)/ruff check .

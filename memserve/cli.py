@@ -20,6 +20,7 @@ import click
 import msgspec
 
 from memserve import __version__
+from memserve.bench.commands import bench
 from memserve.config import (
     Caching,
     DeviceKind,
@@ -27,11 +28,14 @@ from memserve.config import (
     Eviction,
     LoadFormat,
     LogLevel,
+    PolicyName,
     ServeConfig,
     Transfer,
+    TransportChoice,
     WorkerOptions,
 )
 from memserve.errors import StartupError
+from memserve.simulate.command import simulate
 from memserve.sizes import parse_memory
 
 # A worker's heart beats once a second; two late beats on a busy machine are no death.
@@ -49,6 +53,9 @@ def main() -> None:
 def cli() -> None:
     """An OpenAI-compatible LLM server that joins context caching with disaggregated inference."""
 
+
+cli.add_command(bench)
+cli.add_command(simulate)
 
 # --- values ------------------------------------------------------------------------------------------------
 
@@ -179,6 +186,12 @@ COUNT = click.IntRange(1, 64)
     type=click.Choice(get_args(Transfer)),
 )
 @_option(
+    "--transport",
+    "How KV gets from worker to worker: out of mapped memory (shm), or sent over gloo on loopback "
+    "(torch_distributed; local users could disturb it). auto: shm where memory can be mapped.",
+    type=click.Choice(get_args(TransportChoice)),
+)
+@_option(
     "--caching",
     "Where the KV of finished requests is kept for reuse: nowhere, on prefill workers, on both sides, or on "
     "both and what was generated goes back to the prefill side.",
@@ -201,6 +214,12 @@ COUNT = click.IntRange(1, 64)
     "How long KV that nobody uses is kept [default: until there is no room].",
     type=float,
     callback=_seconds,
+)
+@_option(
+    "--policy",
+    "How workers are chosen for a request: by the predicted time to its first token, given who has cached "
+    "what (prompt-tree), by its session, or without a look at caches.",
+    type=click.Choice(get_args(PolicyName)),
 )
 @_option(
     "--seed",

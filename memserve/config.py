@@ -27,9 +27,13 @@ DeviceKind = Literal["auto", "cpu", "cuda"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "dummy"]
 Transfer = Literal["request", "chunk", "layer"]
+# How KV gets from one pool to another: out of its mapped memory, or sent by its owner over gloo.
+Transport = Literal["shm", "torch_distributed"]
+TransportChoice = Literal["auto", "shm", "torch_distributed"]
 # The paper's milestones PD-Basic, PD-Caching-1, -2 and -3.
 Caching = Literal["off", "prefill", "both", "full"]
 Eviction = Literal["lru", "lfu"]
+PolicyName = Literal["random", "round-robin", "least-load", "session", "prompt-tree"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
@@ -75,10 +79,12 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     block_size: int = 16
     max_model_len: int | None = None
     transfer: Transfer = "layer"
+    transport: TransportChoice = "auto"
     caching: Caching = "full"
     reuse_history_tokens: bool = True
     eviction: Eviction = "lru"
     cache_ttl_s: float | None = None
+    policy: PolicyName = "prompt-tree"
     seed: int | None = None
     calibration: str | None = None
     worker: WorkerOptions = WorkerOptions()
@@ -103,7 +109,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     that a cancel never waits long. `cpus`: the cores this worker is pinned to (empty = not pinned). `caches`:
     the KV of finished requests is kept and reused, until it was not used for `cache_ttl_s` or room is needed.
     `host_blocks`: size of the host tier at first, None = there is none; `max_host_blocks`: to which it can
-    grow.
+    grow. `transports`: how its KV can get to others, and theirs here, the better first; two workers use the
+    first that both have.
     """
 
     instance: str
@@ -128,4 +135,5 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     cache_ttl_s: float | None = None
     host_blocks: int | None = None
     max_host_blocks: int = 0
+    transports: tuple[Transport, ...] = ("shm",)
     log_level: LogLevel = "info"

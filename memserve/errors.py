@@ -9,7 +9,8 @@ MemserveError
 ├── RequestError            the client's mistake: becomes a 4xx in OpenAI's error shape
 │   └── Overloaded          no room now: 429 with Retry-After
 │       └── Unavailable     no worker to run it: 503 with Retry-After
-└── EngineError             ours: becomes a 500 with the request id and nothing else
+├── EngineError             ours: becomes a 500 with the request id and nothing else
+└── BenchError              a benchmark cannot be run as asked: one line for the terminal, exit status 1
 """
 
 from __future__ import annotations
@@ -77,3 +78,7 @@ class Unavailable(Overloaded):
 
 class EngineError(MemserveError):
     """A request failed for a reason that is not the client's."""
+
+
+class BenchError(MemserveError):
+    """A benchmark cannot be run: its options contradict each other, or the server is not fit for it."""

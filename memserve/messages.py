@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import struct
 from enum import IntEnum, StrEnum
+from typing import Annotated
 
 import msgspec
 import numpy as np
@@ -190,6 +191,60 @@ class Load(msgspec.Struct, frozen=True, array_like=True, gc=False):
     num_decode_tokens: int = 0
     num_host_blocks: int = 0
     num_host_historical_blocks: int = 0
+
+
+# --- worker → router → worker: forming a link of the transport torch_distributed ---
+
+# Of a link's secret, and at most of what gloo says of where it listens (170 bytes were seen).
+LINK_TOKEN_BYTES = 32
+_MAX_LINK_ADDRESS_BYTES = 4096
+LinkToken = Annotated[bytes, msgspec.Meta(min_length=LINK_TOKEN_BYTES, max_length=LINK_TOKEN_BYTES)]
+LinkAddress = Annotated[bytes, msgspec.Meta(max_length=_MAX_LINK_ADDRESS_BYTES)]
+
+
+class Connect(_Message, frozen=True, array_like=True, tag=True, gc=False):
+    """Receiver → source: meet me at `address`, to send me the blocks that I ask for.
+
+    One pair is formed for each `attempt`; of two, the later counts. `token` is the pair's secret, to which
+    each end holds the other before it believes or sends anything; never to be logged. `layout` (in words),
+    `block_bytes` and `fingerprint` are the receiver's KV.
+    """
+
+    receiver: str
+    receiver_incarnation: int
+    source: str
+    source_incarnation: int
+    attempt: int
+    address: LinkAddress
+    token: LinkToken
+    layout: str
+    block_bytes: int
+    fingerprint: str
+
+
+class Accept(_Message, frozen=True, array_like=True, tag=True, gc=False):
+    """Source → receiver: I come to the pair of this attempt, from `address`."""
+
+    receiver: str
+    receiver_incarnation: int
+    source: str
+    source_incarnation: int
+    attempt: int
+    address: LinkAddress
+
+
+class Refuse(_Message, frozen=True, array_like=True, tag=True, gc=False):
+    """Source → receiver, or the router for a source that is not there: no pair for this attempt."""
+
+    receiver: str
+    receiver_incarnation: int
+    source: str
+    source_incarnation: int
+    attempt: int
+    reason: str
+
+
+LinkMessage = Connect | Accept | Refuse
 
 
 # --- router → worker ---
@@ -517,6 +572,7 @@ ToWorker = (
     | Cancel
     | Release
     | Shutdown
+    | LinkMessage
 )
 ToRouter = (
     Loading
@@ -533,6 +589,7 @@ ToRouter = (
     | Measured
     | StepOutputs
     | Failed
+    | LinkMessage
 )
 
 
@@ -560,13 +617,24 @@ class WeightsGrant(_Message, frozen=True, array_like=True, tag=True, gc=False):
     num_bytes: int
 
 
+class PeerGrant(_Message, frozen=True, array_like=True, tag=True, gc=False):
+    """A peer whose arenas cannot be mapped, but which sends its blocks over the transport torch_distributed;
+    so many in its device tier, and at most in its host tier. Comes without descriptors.
+    """
+
+    instance: str
+    incarnation: int
+    num_blocks: int
+    num_host_blocks: int = 0
+
+
 class RevokeGrant(_Message, frozen=True, array_like=True, tag=True, gc=False):
     """The peer's arena is gone for good (its instance was removed): unmap it. Comes without descriptors."""
 
     instance: str
 
 
-Grant = ArenaGrant | WeightsGrant | RevokeGrant
+Grant = ArenaGrant | WeightsGrant | PeerGrant | RevokeGrant
 
 
 def generation_table_bytes(num_blocks: int) -> int:

@@ -94,6 +94,14 @@ class KVGeometry(msgspec.Struct, frozen=True, kw_only=True):
         """Bytes of one block: one contiguous run of memory."""
         return self.block_size * self.token_bytes
 
+    @property
+    def description(self) -> str:
+        """In words, for a message that compares two."""
+        return (
+            f"{self.dtype}, {self.num_layers} layers of {self.num_kv_heads} heads of {self.head_dim}, "
+            f"{self.block_size} tokens a block"
+        )
+
 
 class DefaultSampling(msgspec.Struct, frozen=True, kw_only=True):
     """Sampling where a request says nothing: the model's generation_config.json over OpenAI's defaults."""

@@ -70,6 +70,7 @@ def test_everything_asked_for(command: Command) -> None:
     line = """
         --model org/name --revision main --tokenizer other --chat-template t.jinja --load-format dummy
         --served-model-name mine --prefill 2 --decode 3 --device cpu --dtype float32 --block-size 4
+        --transport torch_distributed
         --max-model-len 512 --seed 5 --devices 0,1 --device-memory 2GiB --max-batch-tokens 64 --max-running 9
         --threads 2 --prefill-device-memory 0.25 --prefill-threads 4 --decode-devices 3 --decode-max-running 8
         --host 0.0.0.0 --port 9000 --max-waiting 7 --drain-timeout-s 1.5 --request-timeout-s 60
@@ -91,6 +92,7 @@ def test_everything_asked_for(command: Command) -> None:
         dtype="float32",
         block_size=4,
         max_model_len=512,
+        transport="torch_distributed",
         seed=5,
         worker=worker,
         prefill_worker=msgspec.structs.replace(worker, device_memory="0.25", threads=4),

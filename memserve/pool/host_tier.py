@@ -123,7 +123,9 @@ class HostTier:
         self._num_blocks = num_blocks
 
     def relocate(self, blocks: BlockIds, limit: int) -> BlockIds:
-        """Move those of `blocks` that lie at `limit` or above below it, where as many must be free."""
+        """Move those of `blocks` that lie at `limit` or above below it, where as many must be free. What they
+        leave is withdrawn.
+        """
         is_above = blocks >= limit
         if not is_above.any():
             return blocks
@@ -134,6 +136,7 @@ class HostTier:
         if self._removals is not None:
             self._removals.moved(moving, Tier.HOST, into, Tier.HOST)
         self.free(moving)
+        self._allocator.withdraw(moving)  # or the next would be moved there
         moved = blocks.copy()
         moved[is_above] = into
         return moved

@@ -28,8 +28,8 @@ import torch
 from numpy.typing import ArrayLike
 
 from memserve import memfd
-from memserve.errors import MemserveError
-from memserve.messages import ArenaGrant, BlockRefs, Removed, Tier, Transfer
+from memserve.errors import EngineError, MemserveError
+from memserve.messages import ArenaGrant, BlockRefs, LinkMessage, PeerGrant, Removed, Tier, Transfer
 from memserve.pool.addresses import Addresses
 from memserve.pool.allocator import BlockAllocator, BlockIds
 from memserve.pool.arena import Arena, ArenaFds, PeerArena, Progress
@@ -40,7 +40,8 @@ from memserve.pool.index import Index, Lock, Match
 from memserve.pool.removals import RemovalLog
 from memserve.pool.retention import PoolStats, Retention
 from memserve.pool.transports.base import FailedPull, Pull
-from memserve.pool.transports.shm import Copy, ShmTransfer, copy_bytes
+from memserve.pool.transports.by_peer import PeerTransfer
+from memserve.pool.transports.shm import ShmTransfer
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class MemPool:
         retention: keep the blocks of finished sequences for reuse; None = nothing is kept.
         clock: seconds, for the order of eviction.
         on_free: told which blocks have become free (tests poison them; no generation tells of such a write).
-        copy: how the bytes of a pull are copied (tests inject faults).
+        transfer: how peers are reached, owned from now on; None = they are mapped. Must know this arena.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class MemPool:
         retention: Retention | None = None,
         clock: Callable[[], float] = time.monotonic,
         on_free: Callable[[BlockIds], None] | None = None,
-        copy: Copy = copy_bytes,
+        transfer: PeerTransfer | None = None,
     ) -> None:
         self._arena = arena
         self._addresses = Addresses(instance, incarnation, {Tier.DEVICE: arena.generations})
@@ -97,7 +98,9 @@ class MemPool:
         self._progress = Progress(arena.progress, incarnation)
         self._transfer = None
         if arena.blocks is not None:
-            self._transfer = ShmTransfer(arena.blocks, wake, num_layers=arena.geometry.num_layers, copy=copy)
+            self._transfer = transfer or PeerTransfer(
+                wake, ShmTransfer(arena.blocks, wake, num_layers=arena.geometry.num_layers)
+            )
         self._is_populated = False
         self._unpopulated: dict[str, PeerArena] = {}
         self._populating: list[threading.Thread] = []
@@ -305,22 +308,45 @@ class MemPool:
         """Map a peer's arena to pull from; a second grant of the same instance and tier replaces the first.
 
         Its mapping is populated by `populate`, or in the background if that was before. The descriptors are
-        ours from now on: they are closed, whatever happens. Raises MemoryError_.
+        ours from now on: they are closed, whatever happens. Raises MemoryError_, or EngineError if it is not
+        to be mapped, or made of other blocks.
         """
         try:
             if self._transfer is None:
                 return
+            ours = self._arena.geometry.block_bytes
+            if grant.block_bytes != ours:
+                raise EngineError(
+                    f"{grant.instance} has blocks of {grant.block_bytes} bytes, {self._instance} of {ours}"
+                )
             peer = PeerArena.map(grant, ArenaFds(arena_fd, generations_fd))
         finally:
             os.close(arena_fd)
             os.close(generations_fd)
-        self._transfer.add_peer(peer)
+        self._transfer.add_mapped(peer)
         if peer.tier is Tier.HOST:
             return  # mostly holes, which reading would fill
         if self._is_populated:
             self._populate_later(peer)
         else:
             self._unpopulated[peer.instance] = peer
+
+    def add_sending_peer(self, grant: PeerGrant) -> None:
+        """Pull from a peer that cannot be mapped, by asking it; a later life replaces the one before.
+
+        Raises EngineError if that is not to be done here.
+        """
+        if self._transfer is not None:
+            self._transfer.add_sending(grant)
+
+    def on_control(self, message: LinkMessage) -> None:
+        """Take what another worker says of a link between it and us. Never waits."""
+        if self._transfer is not None:
+            self._transfer.on_control(message)
+
+    def take_control(self) -> list[LinkMessage]:
+        """What is to be said to other workers, by way of the router; `wake` tells when there is something."""
+        return [] if self._transfer is None else self._transfer.take_control()
 
     def remove_peer(self, instance: str) -> None:
         """Forget a peer: pulls from it that are under way still end. Unknown names are ignored."""

@@ -38,6 +38,7 @@ from memserve.router.connections import bounded, max_connections
 from memserve.router.dispatcher import Dispatcher, DispatcherLimits
 from memserve.router.display import Display, log_through, print_plain
 from memserve.router.engine import TICK_S, ServingEngine
+from memserve.router.global_scheduler import GlobalScheduler
 from memserve.router.limits import HttpLimits
 from memserve.router.log_relay import LogRelay
 from memserve.router.machine import read_machine
@@ -48,6 +49,7 @@ from memserve.router.server import create_app
 from memserve.router.supervisor import Supervisor
 from memserve.router.token_history import TokenHistory
 from memserve.router.tokenizer import Tokenizer
+from memserve.router.transports import GLOO_NOTICE, transfer_mode, uses_gloo
 
 logger = logging.getLogger(__name__)
 
@@ -131,14 +133,22 @@ def bind(host: str, port: int) -> socket.socket:
 async def serve(run: Run, sock: socket.socket, console: Console) -> int:
     """Everything after `resolve`, inside the loop; the process's exit status. Raises StartupError."""
     config = run.config
+    transfer = transfer_mode(config, run.plan)
+    if uses_gloo(run.plan):
+        logger.warning(GLOO_NOTICE)
+    if transfer != config.transfer:
+        logger.info(
+            "over gloo no layer can be pulled before its chunk is done: as with --transfer %s", transfer
+        )
     limits = DispatcherLimits(
         max_waiting=config.max_waiting,
-        transfer=config.transfer,
+        transfer=transfer,
         pull_back=config.caching == "full",
         request_timeout_s=config.request_timeout_s,
     )
     display = Display(config, run.plan, run.model.name, console)
-    engine = ServingEngine(Dispatcher(limits=limits), run.plan, on_progress=display.on_progress)
+    scheduler = GlobalScheduler(config.policy, seed=config.seed or 0)
+    engine = ServingEngine(Dispatcher(limits, scheduler), run.plan, on_progress=display.on_progress)
     relay = LogRelay(partial(print_plain, console)) if console.is_terminal else None
     supervisor = Supervisor(run.plan, config, engine, stderr=None if relay is None else relay.write_fd)
     engine.connect(supervisor.send)

@@ -258,7 +258,7 @@ async def _pull_link(worker: Worker, peers: Sequence[str], tier: Tier) -> Link |
         num_blocks = min(worker.num_blocks, source.num_blocks if tier is Tier.DEVICE else source.num_host)
         copies: dict[int, list[Repeat]] = {}
         try:
-            for count in plan_copies(num_blocks):
+            for count in plan_copies(num_blocks, worker.block_bytes):
                 lent = await source.ask(Measure(0, MeasureVerb.LEND, num_blocks=count, tier=tier))
                 pull = Measure(0, MeasureVerb.PULL, _COPY_REPEATS, refs=lent.refs)
                 pulled = await worker.ask(pull)
@@ -275,7 +275,7 @@ async def _swap_link(worker: Worker) -> Link | None:
     """From the own host tier."""
     copies: dict[int, list[Repeat]] = {}
     try:
-        for count in plan_copies(min(worker.num_blocks, worker.num_host)):
+        for count in plan_copies(min(worker.num_blocks, worker.num_host), worker.block_bytes):
             loaded = await worker.ask(Measure(0, MeasureVerb.SWAP_IN, _COPY_REPEATS, num_blocks=count))
             copies[loaded.num_bytes] = list(loaded.repeats)
     except NotMeasured as error:
@@ -293,7 +293,7 @@ class Worker:
         self.config = config
         self.instance = config.instance if instance is None else instance
         (status,) = [row for row in engine.status().instances if row.instance == self.instance]
-        self.num_blocks = status.num_blocks
+        self.num_blocks, self.block_bytes = status.num_blocks, status.block_bytes
         self.num_host = status.load.num_host_blocks if status.max_host_blocks else 0
 
     async def ask(self, command: Measure) -> Measured:

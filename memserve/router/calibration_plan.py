@@ -35,6 +35,7 @@ _TELLING_ROWS = 16
 
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _MOST_SHARE_OF_POOL = 0.9
+_MOST_COPIED_BYTES = 64 << 20
 
 
 class Kind(msgspec.Struct, frozen=True):
@@ -212,9 +213,10 @@ def fit_link(copies: Mapping[int, Sequence[Repeat]]) -> Link | None:
     return Link(latency_ms, 1 / max(byte_ms, 1e-12))
 
 
-def plan_copies(num_blocks: int) -> tuple[int, ...]:
-    """Numbers of blocks to copy, of so many that are free."""
-    return tuple(count for count in (1, 8, 64, 256) if count <= num_blocks // 2)
+def plan_copies(num_blocks: int, block_bytes: int) -> tuple[int, ...]:
+    """Numbers of blocks to copy, of so many that are free: up to more than a CPU's caches hold."""
+    most = min(num_blocks // 2, _MOST_COPIED_BYTES // max(1, block_bytes))
+    return tuple(count for count in (1, 16, 256, 2048) if count < most) + ((most,) if most > 1 else ())
 
 
 def make_model(

@@ -15,6 +15,7 @@ All times are in ms. Coefficients are not negative, so no prediction falls when 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import NamedTuple
 
@@ -231,6 +232,19 @@ def to_json(model: CostModel) -> bytes:
     return msgspec.json.format(msgspec.json.encode(model), indent=2)
 
 
+class _Kept(msgspec.Struct):
+    """A file of calibration_files.py, as far as it matters here."""
+
+    model: CostModel
+
+
 def from_json(data: bytes) -> CostModel:
-    """Inverse of `to_json`. Raises msgspec.DecodeError or ValidationError on anything else."""
-    return msgspec.json.decode(data, type=CostModel)
+    """Inverse of `to_json`; also the model in a file that a calibration has kept. Raises msgspec.DecodeError
+    or ValidationError on anything else.
+    """
+    try:
+        return msgspec.json.decode(data, type=CostModel)
+    except msgspec.ValidationError:
+        with contextlib.suppress(msgspec.ValidationError):
+            return msgspec.json.decode(data, type=_Kept).model
+        raise

@@ -21,8 +21,6 @@ there.
 from __future__ import annotations
 
 import logging
-from collections import deque
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -34,6 +32,7 @@ from memserve.messages import (
     Decode,
     Failed,
     Heartbeat,
+    Offer,
     Output,
     Prefill,
     Prefilled,
@@ -62,9 +61,13 @@ from memserve.router.events import (
     WorkerDown,
     WorkerUp,
 )
+from memserve.router.fair_queue import FairQueue
 from memserve.router.fleet import Fleet, Seat
-from memserve.router.kept_kv import pull_back, what_is_left
-from memserve.router.policy import Placement, WorkerView, blocks_for, choose, choose_decode
+from memserve.router.global_scheduler import GlobalScheduler
+from memserve.router.kept_kv import SentPullBack, pull_back, what_is_left
+from memserve.router.policies.decision import Decision
+from memserve.router.policy import Placement, WorkerView, blocks_for, choose_decode
+from memserve.router.request_log import Happening, RequestLog
 from memserve.router.request_state import DepartureRate, Origin, Phase, RequestState, StoredBlocks
 
 logger = logging.getLogger(__name__)
@@ -112,19 +115,18 @@ class DispatcherCounters:
     swapped_in_blocks: int = 0
 
 
-Policy = Callable[[Sequence[WorkerView], int, int], Placement | None]
-
-
 @dataclass(slots=True)
 class Dispatcher:
     """See the module. Not thread-safe; the router's loop owns it."""
 
     limits: DispatcherLimits = field(default_factory=DispatcherLimits)
-    policy: Policy = choose
+    scheduler: GlobalScheduler = field(default_factory=GlobalScheduler)
     fleet: Fleet = field(default_factory=Fleet)
     requests: dict[str, RequestState] = field(default_factory=dict)
     counters: DispatcherCounters = field(default_factory=DispatcherCounters)
-    _queue: deque[str] = field(default_factory=deque)
+    log: RequestLog = field(default_factory=RequestLog)
+    _pull_backs: dict[str, SentPullBack] = field(default_factory=dict)
+    _queue: FairQueue = field(default_factory=FairQueue)
     _actions: list[Action] = field(default_factory=list)
     _departures: DepartureRate = field(default_factory=DepartureRate)
 
@@ -139,11 +141,12 @@ class Dispatcher:
                 self._on_abandon(event, now)
             case WorkerUp():
                 self.fleet.add(event)
+                self.scheduler.join(self.fleet.views[event.instance])
             case WorkerDown():
-                self._on_worker_down(event)
+                self._on_worker_down(event, now)
             case Tick():
                 self._on_tick(now)
-        self._place_queued()
+        self._place_queued(now)
         actions, self._actions = self._actions, []
         return actions
 
@@ -178,25 +181,39 @@ class Dispatcher:
             sampling=event.sampling,
             cache_salt=event.cache_salt,
             submitted_at=now,
+            session=event.session,
+            policy=event.policy,
         )
-        self._queue.append(event.request_id)
+        self._queue.push(event.request_id, event.session)
+        self.log.submitted(event.request_id, len(event.token_ids), now)
 
-    def _place_queued(self) -> None:
+    def _place_queued(self, now: float) -> None:
         """Give workers to waiting requests in order, until one must wait."""
-        while self._queue and len(self.fleet):
-            request = self.requests[self._queue[0]]
+        while len(self._queue) and len(self.fleet):
+            request = self.requests[self._queue.peek()]
             views = list(self.fleet)
             num_tokens = len(request.tokens)
-            placement = self.policy(views, num_tokens, request.num_decode_tokens - num_tokens)
-            if placement is not None:
-                self._queue.popleft()
-                self._start(request, placement)
+            decision = self.scheduler.place(request, now)
+            if decision is not None:
+                self._queue.pop()
+                self._start(request, decision, now)
             elif all(blocks_for(num_tokens + 1, view.block_size) > view.num_blocks for view in views):
-                self._refuse(request, EngineError(f"no worker's pool holds {num_tokens + 1} tokens"))
+                self._refuse(request, EngineError(f"no worker's pool holds {num_tokens + 1} tokens"), now)
             else:
                 return
 
-    def _start(self, request: RequestState, placement: Placement) -> None:
+    def _start(self, request: RequestState, decision: Decision, now: float) -> None:
+        request.decision = decision
+        self.log.placed(request.request_id, decision, now)
+        self._seat(request, decision.placement)
+        pulled = self.scheduler.offer_of(request, decision.prefill, now)
+        self.scheduler.started(request, decision, now)
+        if request.prefill is None:
+            self._send_decode(request, pulled)
+        else:
+            self._send_prefill(request, request.prefill, pulled)
+
+    def _seat(self, request: RequestState, placement: Placement) -> None:
         num_tokens = len(request.tokens)
         if placement.decode is not None:
             request.decode = self.fleet.take_seat(
@@ -204,17 +221,18 @@ class Dispatcher:
                 num_tokens=request.num_decode_tokens,
                 outstanding_tokens=num_tokens if placement.prefill is None else 0,
             )
-        if placement.prefill is None:
-            self._send_decode(request)
-            return
-        request.prefill = self.fleet.take_seat(
-            placement.prefill, num_tokens=num_tokens, outstanding_tokens=num_tokens
-        )
+        if placement.prefill is not None:
+            request.prefill = self.fleet.take_seat(
+                placement.prefill, num_tokens=num_tokens, outstanding_tokens=num_tokens
+            )
+
+    def _send_prefill(self, request: RequestState, seat: Seat, pulled: Offer | None) -> None:
+        """Start the prefill side. `pulled`: KV that it is to pull from another instance first."""
         request.phase = Phase.PREFILLING
         overlaps = self.limits.transfer != "request" and request.decode is not None
         token_ids = pack_tokens(request.tokens)
         self._send(
-            request.prefill,
+            seat,
             Prefill(
                 request_id=request.request_id,
                 attempt=request.attempt,
@@ -224,7 +242,7 @@ class Dispatcher:
                 cache_salt=request.cache_salt,
                 tell_blocks=overlaps,
                 tell_layers=overlaps and self.limits.transfer == "layer",
-                offer=request.salvage_for(request.prefill),
+                offer=request.salvage_for(seat) or pulled,
             ),
         )
         if overlaps:
@@ -233,8 +251,10 @@ class Dispatcher:
             reserve = Reserve(request.request_id, request.attempt, token_ids, request.cache_salt)
             self._send(request.decode, reserve)
 
-    def _send_decode(self, request: RequestState) -> None:
-        """Start the decode side: with the offer if there is one, else from nothing."""
+    def _send_decode(self, request: RequestState, pulled: Offer | None = None) -> None:
+        """Start the decode side: with the offer if there is one, else from nothing, or from what is to be
+        `pulled` from another instance.
+        """
         seat = request.decode
         assert seat is not None
         request.is_reserved = False
@@ -250,9 +270,11 @@ class Dispatcher:
                 sampling=request.sampling,
                 cache_salt=request.cache_salt,
                 tell_blocks=True,
-                offer=request.offer if request.offer is not None else request.salvage_for(seat),
+                offer=request.offer or request.salvage_for(seat) or pulled,
             ),
         )
+        request.num_decoding_tokens = len(request.tokens)
+        self.scheduler.decodes(seat, 1, len(request.tokens))
 
     # --- what workers say ---
 
@@ -264,28 +286,32 @@ class Dispatcher:
             return
         match message:
             case StepOutputs():
+                self.scheduler.stepped(event.instance, len(message.outputs), now)
                 for output in message.outputs:
                     self._on_output(event, output, now)
             case Prefilled():
                 self._on_prefilled(event, message, now)
             case Stored():
-                self._on_stored(event, message)
+                self._on_stored(event, message, now)
             case Pulled():
-                self._on_pulled(event, message)
+                self._on_pulled(event, message, now)
             case PulledBack():
-                self._on_pulled_back(message)
+                self._on_pulled_back(event, message, now)
             case Removed():
                 self._on_removed(message)
+                self.scheduler.removed(message.refs, message.moved_to)
             case Failed():
-                self._on_failed(event, message)
+                self._on_failed(event, message, now)
             case Heartbeat():
                 pass
             case _:
                 logger.warning("%s sent an unexpected %s", event.instance, type(message).__name__)
 
-    def _on_stored(self, event: FromWorker, stored: Stored) -> None:
+    def _on_stored(self, event: FromWorker, stored: Stored, now: float) -> None:
         """Let the decode worker pull a finished chunk while the next is computed; note where its own are."""
         request = self._asked(stored.request_id, stored.attempt)
+        if request is not None and (_sits(request.prefill, event) or _sits(request.decode, event)):
+            self.scheduler.stored(request, stored.first_block, stored.refs, now)
         if request is not None and request.phase is Phase.PREFILLING and _sits(request.prefill, event):
             if request.is_reserved and request.decode is not None:
                 self._send(
@@ -311,6 +337,9 @@ class Dispatcher:
             return
         assert request.prefill is not None
         self.fleet.settle_prompt(request.prefill)
+        refs = None if done.offer is None else done.offer.refs
+        self.scheduler.computed(request, request.prefill, done.cached, now)
+        self.scheduler.prefilled(request, request.prefill, done.cached, refs, now)
         output = Output(
             request_id=done.request_id,
             attempt=done.attempt,
@@ -343,7 +372,7 @@ class Dispatcher:
             )
         self._send_decode(request)
 
-    def _on_pulled(self, event: FromWorker, pulled: Pulled) -> None:
+    def _on_pulled(self, event: FromWorker, pulled: Pulled, now: float) -> None:
         request = self._asked(pulled.request_id, pulled.attempt)
         if request is None or not (_sits(request.prefill, event) or _sits(request.decode, event)):
             self.counters.stale += 1
@@ -364,13 +393,20 @@ class Dispatcher:
             )
         if request.phase is Phase.HANDOFF and _sits(request.decode, event):
             request.phase = Phase.DECODING
+            detail = f"{pulled.num_tokens} tokens of KV at {event.instance}, {num_pulled} of them pulled"
+            self.log.note(request.request_id, now, Happening.HANDED_OFF, detail)
             self._release_offer(request)
         elif request.salvage is not None:
             request.salvage = None
             self.counters.salvaged_tokens += num_pulled
             logger.info("%s: %d tokens of KV outlived their worker", request.request_id, num_pulled)
 
-    def _on_pulled_back(self, answer: PulledBack) -> None:
+    def _on_pulled_back(self, event: FromWorker, answer: PulledBack, now: float) -> None:
+        sent = self._pull_backs.pop(answer.request_id, None)
+        if sent is not None and answer.failure is None:
+            command = sent.message
+            place = (event.instance, event.incarnation)
+            self.scheduler.held(*place, command.cache_salt, command.token_ids, now)
         self.counters.pull_backs_done += 1
         self.counters.pulled_back_tokens += answer.num_tokens
         self.counters.pulled_back_bytes += answer.num_bytes
@@ -392,16 +428,18 @@ class Dispatcher:
             self.counters.stale += 1
             return
         assert request.decode is not None
+        if output.cached is not None and request.decode.outstanding_tokens:
+            self.scheduler.computed(request, request.decode, output.cached, now)
         self.fleet.settle_prompt(request.decode)
         self._deliver(request, output, now)
 
-    def _on_failed(self, event: FromWorker, failed: Failed) -> None:
+    def _on_failed(self, event: FromWorker, failed: Failed, now: float) -> None:
         request = self._asked(failed.request_id, failed.attempt)
         if request is None or not (_sits(request.prefill, event) or _sits(request.decode, event)):
             self.counters.stale += 1
             return
         logger.error("%s: failed on %s: %s", request.request_id, event.instance, failed.message)
-        self._refuse(request, EngineError(failed.message))
+        self._refuse(request, EngineError(failed.message), now)
 
     def _asked(self, request_id: str, attempt: int) -> RequestState | None:
         request = self.requests.get(request_id)
@@ -409,6 +447,8 @@ class Dispatcher:
 
     def _deliver(self, request: RequestState, output: Output, now: float) -> bool:
         """Pass tokens on to the client; True if they were the last."""
+        if len(request.tokens) == request.num_prompt_tokens:
+            self.log.first_token(request.request_id, output.cached, now)
         request.tokens.extend(output.token_ids)
         request.num_deaths_in_vain = 0
         if output.prompt_logprobs is not None:  # a replay must not ask for them again
@@ -417,8 +457,9 @@ class Dispatcher:
         if output.finish_reason is None:
             return False
         self.counters.finished += 1
+        self.log.note(request.request_id, now, Happening.FINISHED, output.finish_reason.value)
         self._departures.note(now)
-        self._forget(request)
+        self._forget(request, now)
         return True
 
     # --- ends ---
@@ -428,21 +469,25 @@ class Dispatcher:
         if request is None:
             return
         self.counters.abandoned += 1
+        self.log.note(request.request_id, now, Happening.ABANDONED)
         self._cancel_on_worker(request)
         if request.phase is not Phase.QUEUED:
             self._departures.note(now)
-        self._forget(request)
+        self._forget(request, now)
 
     def _on_tick(self, now: float) -> None:
+        self.scheduler.tick(now)
         limit_s = self.limits.request_timeout_s
         for request in [r for r in self.requests.values() if now - r.submitted_at > limit_s]:
-            self._refuse(request, RequestError(f"not done after {limit_s:g} s", status=504, code="timeout"))
+            error = RequestError(f"not done after {limit_s:g} s", status=504, code="timeout")
+            self._refuse(request, error, now)
 
-    def _refuse(self, request: RequestState, error: MemserveError) -> None:
+    def _refuse(self, request: RequestState, error: MemserveError, now: float) -> None:
         self.counters.refused += 1
+        self.log.note(request.request_id, now, Happening.REFUSED, str(error))
         self._cancel_on_worker(request)
         self._actions.append(Refuse(request.request_id, error))
-        self._forget(request)
+        self._forget(request, now)
 
     def _cancel_on_worker(self, request: RequestState) -> None:
         """Tell who works on this attempt to forget it. Harmless where it is already forgotten."""
@@ -456,32 +501,39 @@ class Dispatcher:
             self._send(request.decode, Cancel(request.request_id, request.attempt))
         request.is_reserved = False
 
-    def _forget(self, request: RequestState) -> None:
+    def _forget(self, request: RequestState, now: float) -> None:
         self._drop_reservation(request)
         self._pull_back(request)
-        self._leave_workers(request)
+        self._leave_workers(request, now)
         if request.phase is Phase.QUEUED:
             self._queue.remove(request.request_id)
         del self.requests[request.request_id]
 
     def _pull_back(self, request: RequestState) -> None:
         """What was generated goes back to where the prompt is cached, for the conversation's next turn."""
-        if self.limits.pull_back and (send := pull_back(request, self.fleet)) is not None:
+        if self.limits.pull_back and (sent := pull_back(request, self.fleet)) is not None:
             self.counters.pull_backs += 1
-            self._actions.append(send)
+            self._pull_backs[request.request_id] = sent
+            self._actions.append(Send(sent.instance, sent.incarnation, sent.message))
 
     # --- a worker dies ---
 
-    def _on_worker_down(self, event: WorkerDown) -> None:
+    def _on_worker_down(self, event: WorkerDown, now: float) -> None:
         dead = self.fleet.remove(event)
         if dead is None:
             return
+        self.scheduler.leave(dead, now)
+        self._pull_backs = {
+            request_id: sent
+            for request_id, sent in self._pull_backs.items()
+            if sent.instance != dead.instance
+        }
         hit = [r for r in self.requests.values() if _sits(r.prefill, dead) or _sits(r.decode, dead)]
         # youngest first: each goes to the head of the queue, so that the oldest ends up first
         for request in sorted(hit, key=lambda r: r.submitted_at, reverse=True):
-            self._survive(request, dead)
+            self._survive(request, dead, now)
 
-    def _survive(self, request: RequestState, dead: WorkerView) -> None:
+    def _survive(self, request: RequestState, dead: WorkerView, now: float) -> None:
         """Go on without a worker. What it computed and the router has not seen is computed again."""
         if _sits(request.prefill, dead) and request.phase is not Phase.PREFILLING:
             # its offer may still be readable; if not, the decode worker recomputes. Nobody is left to
@@ -502,30 +554,40 @@ class Dispatcher:
                 f"request {request.request_id}: {request.num_deaths} workers died while they ran it"
             )
             logger.error("%s: given up: %s", request.request_id, error)
-            self._refuse(request, error)
+            self._refuse(request, error, now)
             return
         if not _sits(request.decode, dead):
             self._drop_reservation(request)
         request.salvage = what_is_left(request, dead)
         self.counters.replayed += 1
+        self.log.note(request.request_id, now, Happening.REPLAYED, f"{dead.instance} died")
         logger.warning("%s: replayed from token %d", request.request_id, len(request.tokens))
         request.attempt += 1
+        self._stop_decoding(request)
         if request.phase is Phase.HANDOFF and request.offer is not None:
             request.decode = None  # the offer still stands: only the decode side is lost
             self._decode_anywhere(request)
         else:
-            self._leave_workers(request)
+            self._leave_workers(request, now)
             request.phase = Phase.QUEUED
-            self._queue.appendleft(request.request_id)
+            self._queue.push_front(request.request_id)
 
     # --- leaving ---
 
-    def _leave_workers(self, request: RequestState) -> None:
+    def _leave_workers(self, request: RequestState, now: float) -> None:
+        self.scheduler.left(request, now)
+        self._stop_decoding(request)
         self._release_offer(request)
         self.fleet.leave(request.prefill)
         self.fleet.leave(request.decode)
         request.prefill = request.decode = None
         request.stored = None
+
+    def _stop_decoding(self, request: RequestState) -> None:
+        """It is no longer among its worker's decodes."""
+        if request.num_decoding_tokens is not None and request.decode is not None:
+            self.scheduler.decodes(request.decode, -1, -request.num_decoding_tokens)
+        request.num_decoding_tokens = None
 
     def _release_offer(self, request: RequestState) -> None:
         """The offer is no longer needed: unlock it at its source, and leave that worker."""

@@ -16,10 +16,21 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from memserve.config import WorkerConfig
 from memserve.errors import MemserveError, Unavailable
-from memserve.messages import CacheCommand, CacheReport, Heartbeat, Load, Output, Ready, ToRouter, ToWorker
+from memserve.messages import (
+    CacheCommand,
+    CacheReport,
+    Heartbeat,
+    LinkMessage,
+    Load,
+    Output,
+    Ready,
+    ToRouter,
+    ToWorker,
+)
 from memserve.model_config import KVGeometry
 from memserve.router.commands import Commands
 from memserve.router.dispatcher import Dispatcher
@@ -44,7 +55,10 @@ from memserve.router.events import (
     WorkerDown,
     WorkerUp,
 )
+from memserve.router.link_relay import LinkRelay
 from memserve.router.measurements import Measurements
+from memserve.router.request_log import RequestRecord
+from memserve.router.transports import peers_of
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +92,7 @@ class ServingEngine:
         self._dispatcher = dispatcher
         self._plan = tuple(plan)
         self._roles = {config.instance: config.role for config in plan}
+        self._ways = {config.instance: tuple(peers_of(config, plan).items()) for config in plan}
         self._clock = clock
         self._on_progress = on_progress
         self._send: Callable[[str, ToWorker], object] | None = None
@@ -85,6 +100,7 @@ class ServingEngine:
         self._alive: dict[str, int] = {}  # instance → incarnation
         self._last_incarnation: dict[str, int] = {}
         self._lost: set[str] = set()
+        self._links = LinkRelay()
         self._num_restarts: Counter[str] = Counter()
         self._was_ready = False
         self._draining = False
@@ -108,7 +124,16 @@ class ServingEngine:
         request_id = request.request_id
         assert request_id not in self._listeners, request_id
         self._listeners[request_id] = listener
-        self._feed(Submit(request_id, request.token_ids, request.sampling, request.cache_salt))
+        self._feed(
+            Submit(
+                request_id,
+                request.token_ids,
+                request.sampling,
+                request.cache_salt,
+                request.session,
+                request.policy,
+            )
+        )
 
     def cancel(self, request_id: str) -> None:
         """See `engine_api.Engine`."""
@@ -136,6 +161,14 @@ class ServingEngine:
             self._dispatcher.counters.refused += num_sequences
             raise refusal
 
+    def explain(self, request_id: str) -> RequestRecord | None:
+        """See `engine_api.Engine`."""
+        return self._dispatcher.log.get(request_id)
+
+    def explain_all(self, prefix: str) -> Sequence[RequestRecord]:
+        """See `engine_api.Engine`."""
+        return self._dispatcher.log.of_prefix(prefix)
+
     def ready(self) -> bool:
         """See `engine_api.Engine`. True when each role that was asked for has a live worker.
 
@@ -151,8 +184,9 @@ class ServingEngine:
     def status(self) -> EngineStatus:
         """See `engine_api.Engine`."""
         dispatcher, counters = self._dispatcher, self._dispatcher.counters
+        instances = map(self._instance_status, self._plan)
         return EngineStatus(
-            instances=tuple(map(self._instance_status, self._plan)),
+            instances=tuple(replace(status, pulls_from=self._ways[status.instance]) for status in instances),
             num_waiting=dispatcher.num_waiting,
             num_running=len(dispatcher.requests) - dispatcher.num_waiting,
             pulls_total=counters.pulls,
@@ -215,18 +249,25 @@ class ServingEngine:
                 num_blocks=ready.num_blocks,
                 block_size=ready.block_size,
                 max_running=config.max_running,
+                kv_token_bytes=KVGeometry.of(config.model, config.block_size, config.dtype).token_bytes,
+                caches=config.caches,
             )
         )
 
     def on_worker_message(self, instance: str, incarnation: int, message: ToRouter) -> None:
-        """A worker said something."""
+        """A worker said something: to the router, or to another worker by way of it."""
         if isinstance(message, CacheReport):
             if self._alive.get(instance) == incarnation:
                 self._cache_commands.on_report(instance, message)
             return
         if self._alive.get(instance) == incarnation and self.measurements.take(instance, message):
             return
-        self._feed(FromWorker(instance, incarnation, message))
+        event = FromWorker(instance, incarnation, message)
+        if isinstance(message, LinkMessage):
+            if (send := self._links.relay(event, message, self._alive)) is not None:
+                self._carry_out([send])
+            return
+        self._feed(event)
         if isinstance(message, Heartbeat) and message.in_step_s > 5:
             logger.warning("%s has been in one step for %.1f s", instance, message.in_step_s)
 
@@ -234,6 +275,7 @@ class ServingEngine:
         """A worker is dead and waited for."""
         logger.warning("%s (incarnation %d) is down: %s", instance, incarnation, reason)
         self._alive.pop(instance, None)
+        self._carry_out(self._links.on_worker_down(instance))
         self._cache_commands.on_down(instance)
         self.measurements.on_down(instance)
         self._feed(WorkerDown(instance, incarnation, reason))

@@ -12,7 +12,7 @@ Whoever submits cancels what has not ended when he leaves: nothing else does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from memserve.config import Role
+from memserve.config import Role, Transport
 from memserve.errors import MemserveError
 from memserve.messages import (
     CacheCommand,
@@ -32,6 +32,7 @@ from memserve.messages import (
     SamplingParams,
     TokenLogprobs,
 )
+from memserve.router.request_log import RequestRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +40,15 @@ class GenerateRequest:
     """One sequence to be continued, validated: it fits the context and every id is in the vocabulary.
 
     `request_id` is unique within the router's life. Sequences with different `cache_salt` share no KV.
+    `session` names the conversation that it belongs to; `policy` is how it is to be placed, None = as usual.
     """
 
     request_id: str
     token_ids: NDArray[np.int32]
     sampling: SamplingParams
     cache_salt: str = ""
+    session: str | None = None
+    policy: str | None = None
 
 
 class Delta(msgspec.Struct, frozen=True):
@@ -84,6 +88,7 @@ class InstanceStatus:
     `incarnation` counts its lives from 0; of one that is down it is the last. `load` is the last reported.
     `num_blocks`: size of its KV pool, 0 unless it is ready, in blocks of `block_bytes`. `max_host_blocks`:
     how many its host tier may have, 0 = it has none. `num_restarts`: how often it came up again.
+    `pulls_from`: the instances whose KV can get here, and by which transport.
     """
 
     instance: str
@@ -95,6 +100,7 @@ class InstanceStatus:
     num_restarts: int = 0
     block_bytes: int = 0
     max_host_blocks: int = 0
+    pulls_from: tuple[tuple[str, Transport], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +159,14 @@ class Engine(Protocol):
 
     async def command_caches(self, commands: Mapping[str, CacheCommand]) -> Mapping[str, CacheReport | None]:
         """Sends each instance a command on its cache; the answers, None where none came within seconds."""
+        ...
+
+    def explain(self, request_id: str) -> RequestRecord | None:
+        """Where a sequence went and why; None if it is not known any more."""
+        ...
+
+    def explain_all(self, prefix: str) -> Sequence[RequestRecord]:
+        """The same of all whose ids begin so."""
         ...
 
     def ready(self) -> bool:

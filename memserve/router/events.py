@@ -20,12 +20,16 @@ from memserve.messages import Output, SamplingParams, ToRouter, ToWorker
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """A validated request. `request_id` is unique among those alive."""
+    """A validated request. `request_id` is unique among those alive. `session`: the conversation that it
+    belongs to; `policy`: by which it is placed, None = by the server's.
+    """
 
     request_id: str
     token_ids: NDArray[np.int32]
     sampling: SamplingParams
     cache_salt: str = ""
+    session: str | None = None
+    policy: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,8 @@ class WorkerUp:
     num_blocks: int
     block_size: int
     max_running: int
+    kv_token_bytes: int = 1
+    caches: bool = False
 
 
 @dataclass(frozen=True, slots=True)

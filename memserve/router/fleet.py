@@ -54,6 +54,8 @@ class Fleet:
             num_blocks=event.num_blocks,
             block_size=event.block_size,
             max_running=event.max_running,
+            kv_token_bytes=event.kv_token_bytes,
+            caches=event.caches,
             load=Load(num_free_blocks=event.num_blocks),  # until it reports
         )
 

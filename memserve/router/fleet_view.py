@@ -25,7 +25,9 @@ class WorkerLoad(msgspec.Struct, frozen=True):
 
 
 class WorkerObject(msgspec.Struct, frozen=True):
-    """A row. `incarnation` counts its lives from 0, `restarts` how often it came up again."""
+    """A row. `incarnation` counts its lives from 0, `restarts` how often it came up again; `pulls_from` says
+    by which transport KV comes from each other worker.
+    """
 
     id: str
     role: str
@@ -33,6 +35,7 @@ class WorkerObject(msgspec.Struct, frozen=True):
     incarnation: int
     restarts: int
     load: WorkerLoad
+    pulls_from: dict[str, str]
     object: str = "worker"
 
 
@@ -68,4 +71,5 @@ def _row(status: InstanceStatus) -> WorkerObject:
             historical_host_blocks=load.num_host_historical_blocks,
             preemptions=load.num_preemptions,
         ),
+        pulls_from=dict(status.pulls_from),
     )

@@ -115,6 +115,20 @@ def h800_llama_2_13b() -> CostModel:
     return roofline("h800-llama-2-13b", H800, LLAMA_2_13B, num_devices=2)
 
 
+def rough_guess(kv_token_bytes: int) -> CostModel:
+    """Something to go by before anything was measured: only what is relative counts, more tokens being more
+    work, and a copy being cheaper than computing.
+    """
+    link = Link(0.5, 5e6)
+    return CostModel(
+        name="rough guess",
+        operators=Operators(rows=Ramp((0,), (0.3,)), fixed_ms=3.0, pair_ms=1e-5, square_ms=5e-6),
+        budget=Budget(2048),
+        kv_token_bytes=kv_token_bytes,
+        links=Links(from_device=link, from_host=link, swap_in=link),
+    )
+
+
 BUILT_IN = {"h200-llama-3-8b": h200_llama_3_8b, "h800-llama-2-13b": h800_llama_2_13b}
 
 

@@ -53,12 +53,14 @@ class HolderTree:
 
     Args:
         block_size: tokens a block.
+        ids_per_block: ids that stand for a block in a sequence, where they are not its tokens (a trace may
+            have one for each block).
     """
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, ids_per_block: int | None = None) -> None:
         self.block_size = block_size
         self.num_blocks = 0  # summed over holders
-        self._tree: RadixTree[Held] = RadixTree(block_size, _new_root, _split_held)
+        self._tree: RadixTree[Held] = RadixTree(ids_per_block or block_size, _new_root, _split_held)
         self.block_bytes = self._tree.block_bytes
         self._nodes: list[Node | None] = [None]  # by slot; NO_SLOT is nobody's
         self._free_slots: list[int] = []
@@ -165,6 +167,26 @@ class HolderTree:
             first = int(is_gone.argmax())
             if is_gone[first]:
                 self._cut(life, node, first)
+
+    def move(self, life: Life, codes: Codes, new_codes: Codes, generations: Generations) -> None:
+        """Blocks of a life, all placed, go by other codes, of which none is placed."""
+        slots = life.slots[codes]
+        for slot in np.unique(slots).tolist():
+            node = self._nodes[slot]
+            assert node is not None
+            span = node.payload.spans[life]
+            here = slots == slot
+            order = np.argsort(codes[here])
+            old, new = codes[here][order], new_codes[here][order]
+            at = np.flatnonzero(np.isin(span.codes, old))
+            picked = np.searchsorted(old, span.codes[at])
+            num_host = num_in_host(new) - num_in_host(old)
+            span.codes[at] = new[picked]
+            span.num_host += num_host
+            life.num_host += num_host
+            life.slots[old] = NO_SLOT
+            life.slots[new] = slot
+        life.generations[new_codes] = generations
 
     def cut_at(self, life: Life, namespace: str, tokens: bytes, num_blocks: int) -> None:
         """Leave a life the first blocks of these tokens."""

@@ -74,8 +74,8 @@ class Life:
     incarnation: int
     is_lost: bool = False
     num_host: int = 0
-    slots: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
-    generations: Generations = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    slots: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, dtype=np.int32), repr=False)
+    generations: Generations = field(default_factory=lambda: np.zeros(0, dtype=np.int64), repr=False)
 
     def reserve(self, codes: Codes) -> None:
         """Make the tables long enough for these blocks."""

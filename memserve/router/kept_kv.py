@@ -6,14 +6,23 @@ verifies the generations, and what is gone is a miss.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from memserve.messages import Offer, PullBack, pack_tokens
-from memserve.router.events import Send
 from memserve.router.fleet import Fleet
 from memserve.router.policy import WorkerView
 from memserve.router.request_state import RequestState
 
 
-def pull_back(request: RequestState, fleet: Fleet) -> Send | None:
+class SentPullBack(NamedTuple):
+    """A command on its way to a worker."""
+
+    instance: str
+    incarnation: int
+    message: PullBack
+
+
+def pull_back(request: RequestState, fleet: Fleet) -> SentPullBack | None:
     """The command to the worker that prefilled a request to pull what was generated from it (MemServe
     §Context caching, PD-Caching-3); None if there is nothing new, or nobody to take it.
     """
@@ -31,7 +40,7 @@ def pull_back(request: RequestState, fleet: Fleet) -> Send | None:
         first_block=origin.num_blocks,
         refs=stored.refs(origin.num_blocks),
     )
-    return Send(origin.instance, origin.incarnation, message)
+    return SentPullBack(origin.instance, origin.incarnation, message)
 
 
 def what_is_left(request: RequestState, dead: WorkerView) -> Offer | None:

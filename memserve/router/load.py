@@ -34,6 +34,12 @@ class Backlog:
         self._total_ms = self._total_ms - ms if self._work else 0.0
         self._head_since = now
 
+    def worked_ms(self, request_id: str, now: float) -> float | None:
+        """How long it has been worked on, if it is the one that is; None if others come before it."""
+        if next(iter(self._work), None) != request_id:
+            return None
+        return (now - self._head_since) * 1e3
+
     def queue_ms(self, now: float) -> float:
         """Time until all of it is done. The first counts less as time passes, but never less than nothing."""
         if not self._work:

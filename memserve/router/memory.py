@@ -23,6 +23,7 @@ from memserve.errors import ConfigError, MemoryError_
 from memserve.model_config import KVGeometry, ModelConfig, weights_bytes_upper_bound
 from memserve.router.machine import Gpu, Machine
 from memserve.router.placement import Seat, choose_dtype, place
+from memserve.router.transports import announced
 from memserve.sizes import format_bytes, parse_memory
 from memserve.step_memory import cuda_pool_blocks, cuda_step_bytes
 
@@ -116,6 +117,7 @@ def plan_workers(
             cache_ttl_s=serve.cache_ttl_s,
             host_blocks=host.num_blocks,
             max_host_blocks=host.most,
+            transports=announced(serve.transport, "cpu" if seat.gpu is None else "cuda"),
             log_level=serve.log_level,
         )
         for seat, pool, host in zip(seats, pools, hosts, strict=True)

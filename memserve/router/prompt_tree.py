@@ -50,13 +50,16 @@ class PromptTree:
         block_size: tokens a block, the same on all instances.
         max_blocks: bound on blocks, counted once for each holder.
         ttl_s: what was neither told nor used for so long is not believed any more.
+        ids_per_block: see `HolderTree`.
     """
 
-    def __init__(self, block_size: int, max_blocks: int, ttl_s: float = 1800.0) -> None:
+    def __init__(
+        self, block_size: int, max_blocks: int, ttl_s: float = 1800.0, *, ids_per_block: int | None = None
+    ) -> None:
         self.block_size = block_size
         self.max_blocks = max_blocks
         self.ttl_s = ttl_s
-        self.nodes = HolderTree(block_size)
+        self.nodes = HolderTree(block_size, ids_per_block)
         self._live: dict[str, Life] = {}
         self._lost: dict[str, list[Life]] = {}
 
@@ -73,6 +76,10 @@ class PromptTree:
         if before is not None:
             self.lose(instance, before.incarnation)
         self._live[instance] = Life(instance, incarnation)
+
+    def life(self, instance: str) -> Life:
+        """The life of a live instance."""
+        return self._live[instance]
 
     def lose(self, instance: str, incarnation: int) -> None:
         """A worker died: nothing is routed to what it held, but its memory can still be read."""
@@ -164,6 +171,19 @@ class PromptTree:
         is_known = codes < len(life.slots)
         codes, generations = codes[is_known], addresses.generations[is_known]
         self.nodes.take_out(life, codes[life.generations[codes] == generations])
+
+    def move_blocks(self, instance: str, incarnation: int, addresses: Addresses, moved_to: Addresses) -> None:
+        """Blocks are elsewhere now, in the same order: swapped out or in, or moved together."""
+        life = self._live_life(instance, incarnation)
+        if life is None:
+            return
+        codes, new_codes = addresses.codes(), moved_to.codes()
+        life.reserve(codes)
+        life.reserve(new_codes)
+        # What was believed to be at the new places is there no more, wherever it was.
+        self.nodes.take_out(life, new_codes)
+        is_known = (life.slots[codes] != NO_SLOT) & (life.generations[codes] == addresses.generations)
+        self.nodes.move(life, codes[is_known], new_codes[is_known], moved_to.generations[is_known])
 
     def relearn(
         self,

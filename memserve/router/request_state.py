@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from memserve.messages import BlockRefs, Offer, SamplingParams, Tier
 from memserve.router.fleet import Seat
+from memserve.router.policies.decision import Decision
 
 # Tokens of growth reserved on a decode worker beside the prompt. More would leave the pool empty when clients
 # send large max_tokens and stop early; less would preempt often. Growth beyond it is the worker's own
@@ -66,6 +67,8 @@ class RequestState:
     was told of this attempt before its `Decode`. `origin`: the instance and incarnation that prefilled it,
     and how many whole blocks it has. `stored`: where the decode worker holds it, from the first block on.
     `salvage`: what a dead worker held of it, to be pulled as long as its memory is not used again.
+    `decision`: why it is where it is. `num_decoding_tokens`: what it counts as among its worker's decodes;
+    None while it is none of them.
     """
 
     request_id: str
@@ -86,6 +89,10 @@ class RequestState:
     origin: Origin | None = None
     stored: StoredBlocks | None = None
     salvage: Offer | None = None
+    session: str | None = None
+    policy: str | None = None
+    decision: Decision | None = None
+    num_decoding_tokens: int | None = None
 
     def salvage_for(self, seat: Seat) -> Offer | None:
         """What another worker can pull of it. A dead worker's own replacement does not map itself."""

@@ -95,6 +95,7 @@ class SamplingBody(Unsupported, frozen=True, kw_only=True):
     return_token_ids: bool | None = None
     response_format: ResponseFormat | None = None
     cache_salt: Annotated[str, Meta(max_length=256)] | None = None
+    session_id: Annotated[str, Meta(max_length=256)] | None = None
 
 
 class CompletionBody(SamplingBody, frozen=True, kw_only=True):

@@ -22,8 +22,9 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import closing, suppress
+from dataclasses import replace
 from typing import TypeVar
 
 import msgspec
@@ -63,6 +64,8 @@ from memserve.router.http_errors import (
 from memserve.router.limits import HttpLimits
 from memserve.router.metrics import CONTENT_TYPE, Metrics
 from memserve.router.openai import CancelledObject, ModelList, ModelObject, to_json
+from memserve.router.policies.policies import POLICIES
+from memserve.router.request_view import decision_headers, request_object
 from memserve.router.schemas import SamplingBody, decode_chat, decode_completion
 from memserve.router.served_model import ServedModel
 from memserve.router.validation import Job, plan_chat, plan_completion, unknown_model
@@ -72,6 +75,10 @@ logger = logging.getLogger(__name__)
 Body = TypeVar("Body", bound=SamplingBody)
 Value = TypeVar("Value")
 Planner = Callable[[Body, str, ServedModel, HttpLimits], Awaitable[Job]]
+
+SESSION_HEADER = "x-session-id"
+POLICY_HEADER = "x-memserve-policy"
+MAX_SESSION_LENGTH = 256
 
 # So many log-probabilities become JSON on the event loop in about the time that a thread takes to start.
 _INLINE_LOGPROBS = 1024
@@ -90,6 +97,7 @@ def create_app(engine: Engine, model: ServedModel, limits: HttpLimits | None = N
     app.router.add_post("/v1/chat/completions", server.chat_completions)
     app.router.add_post("/v1/requests/{id:.+}/cancel", server.cancel)
     CacheRoutes(engine, model, limits, server.read_body).add_to(app)
+    app.router.add_get("/v1/requests/{id:.+}", server.show_request)
     app.router.add_get("/v1/workers", server.list_workers)
     app.router.add_get("/v1/models", server.list_models)
     app.router.add_get("/v1/models/{id:.+}", server.show_model)
@@ -129,6 +137,17 @@ class _Server:
                 f"no request {name!r} is being served", status=404, code="request_not_found", param="id"
             )
         return _json(CancelledObject(name))
+
+    async def show_request(self, request: web.Request) -> web.Response:
+        """GET /v1/requests/{id}: why it went where it went; 404 if it is not known, or not any more."""
+        name = request.match_info["id"]
+        request_id = name.removeprefix("chatcmpl-").removeprefix("cmpl-")
+        records = self._engine.explain_all(f"{request_id}.")
+        if not records:
+            raise RequestError(
+                f"nothing is known of a request {name!r}", status=404, code="request_not_found", param="id"
+            )
+        return _json(request_object(name, records))
 
     async def list_workers(self, request: web.Request) -> web.Response:
         """GET /v1/workers: a row an instance."""
@@ -171,6 +190,7 @@ class _Server:
             active.num_bytes = len(data)
             job_id = f"{request[REQUEST_ID]}.{next(self._numbers)}"
             job = await plan(decode(data), job_id, self._model, self._limits)
+            job = placed_as_asked(job, request.headers)
             self._note_readings(request, job)
             choices = await make_choices(job, self._model.tokenizer)
             timer = self._metrics.start_request()
@@ -232,8 +252,13 @@ class _Server:
         num_logprobs = sum(count_logprobs(choice.entries) for choice in collected)
         usage = usage_of(generation.choices)
         body = await _maybe_off_loop(num_logprobs, lambda done: form.whole(done, usage), collected)
-        headers = {CACHED_HEADER: cached_header(generation.choices)}
+        headers = self._explaining(generation.choices)
         return web.Response(body=body, content_type="application/json", headers=headers)
+
+    def _explaining(self, choices: Sequence[Choice]) -> dict[str, str]:
+        """Headers that say where the first choice went, and what was cached of all prompts."""
+        record = self._engine.explain(choices[0].plan.request.request_id)
+        return decision_headers(record) | {CACHED_HEADER: cached_header(choices)}
 
     async def _stream(
         self, request: web.Request, form: Format, job: Job, generation: Generation
@@ -250,7 +275,7 @@ class _Server:
             try:
                 while updates := await generation.next():
                     if not stream.response.prepared:
-                        stream.response.headers[CACHED_HEADER] = cached_header(choices)
+                        stream.response.headers.update(self._explaining(choices))
                     usage = _usage_so_far(job, choices)
                     if choices[0].plan.num_logprobs is None:
                         data = events_of(updates)
@@ -270,6 +295,24 @@ class _Server:
                 with suppress(ClientGone):
                     await stream.write(event(body))
         return stream.response
+
+
+def placed_as_asked(job: Job, headers: Mapping[str, str]) -> Job:
+    """With the session and the policy that the headers name. Raises RequestError on an unknown policy."""
+    session, policy = headers.get(SESSION_HEADER), headers.get(POLICY_HEADER)
+    if session is None and policy is None:
+        return job
+    if policy is not None and policy not in POLICIES:
+        raise RequestError(
+            f"{POLICY_HEADER}: {policy!r} is none of {', '.join(POLICIES)}", param=POLICY_HEADER
+        )
+    if session is not None and len(session) > MAX_SESSION_LENGTH:
+        raise RequestError(f"{SESSION_HEADER}: longer than {MAX_SESSION_LENGTH}", param=SESSION_HEADER)
+    choices = []
+    for choice in job.choices:
+        request = replace(choice.request, session=session or choice.request.session, policy=policy)
+        choices.append(replace(choice, request=request))
+    return replace(job, choices=tuple(choices))
 
 
 async def _maybe_off_loop(num_logprobs: int, write: Callable[[Value], bytes], value: Value) -> bytes:

@@ -25,6 +25,7 @@ from memserve.memfd import create_memfd, reopen_readonly
 from memserve.messages import (
     ArenaGrant,
     Grant,
+    PeerGrant,
     Tier,
     WeightsGrant,
     encode_grant,
@@ -114,6 +115,12 @@ class SharedMemory:
             grant = arena.grant(peer, incarnation)
             _send(sock, grant, arena.blocks.readonly, arena.generations.readonly)
 
+    def name_peer(self, sock: socket.socket, peer: str, incarnation: int) -> None:
+        """Tell a worker of `peer`, which it is to ask for blocks: its arena is not for it to map."""
+        sizes = {arena.tier: arena.num_blocks for arena in self._arenas.get(peer, ())}
+        if Tier.DEVICE in sizes:
+            _send(sock, PeerGrant(peer, incarnation, sizes[Tier.DEVICE], sizes.get(Tier.HOST, 0)))
+
     def grant_weights(self, sock: socket.socket, *, writable: bool) -> None:
         """Grant a worker the weights: to write for the one that loads them, else to read."""
         if self._weights is not None:
@@ -126,4 +133,7 @@ class SharedMemory:
 
 
 def _send(sock: socket.socket, grant: Grant, *fds: int) -> None:
-    socket.send_fds(sock, [encode_grant(grant)], list(fds))
+    if fds:
+        socket.send_fds(sock, [encode_grant(grant)], list(fds))
+    else:
+        sock.send(encode_grant(grant))

@@ -32,6 +32,7 @@ from memserve.errors import ModelError, StartupError
 from memserve.messages import Fatal, Init, Loaded, Loading, Ready, Shutdown, ToRouter, ToWorker
 from memserve.router.liveness import Backoff, Timing
 from memserve.router.shared_memory import SharedMemory
+from memserve.router.transports import between
 from memserve.router.worker_life import WorkerLife
 from memserve.router.worker_process import WORKER_COMMAND
 
@@ -107,7 +108,7 @@ class Supervisor:
         self._stderr = stderr
         self._memory: SharedMemory | None = None
         self._weights_manifest: bytes | None = None
-        self._first_ready: tuple[str, str] | None = None  # instance and fingerprint
+        self._first_ready: tuple[str, Ready] | None = None
         self._all_up: asyncio.Future[None] | None = None
         self._stopping: asyncio.Task[None] | None = None
         self._forced = asyncio.Event()
@@ -200,8 +201,17 @@ class Supervisor:
             self._memory.grant_weights(sock, writable=loads)
             for peer in self._instances.values():
                 if peer.config.instance != name:
-                    self._memory.grant_peer(sock, peer.config.instance, peer.incarnation)
+                    self._introduce_peer(life, peer.config, peer.incarnation)
         life.introduce(Init(life.config, life.incarnation, self._weights_manifest))
+
+    def _introduce_peer(self, life: WorkerLife, peer: WorkerConfig, incarnation: int) -> None:
+        """Let a worker pull from another, in the way that both announce. Raises OSError."""
+        assert self._memory is not None
+        match between(life.config, peer):
+            case "shm":
+                self._memory.grant_peer(life.process.grants, peer.instance, incarnation)
+            case "torch_distributed":
+                self._memory.name_peer(life.process.grants, peer.instance, incarnation)
 
     def _on_message(self, life: WorkerLife, message: ToRouter) -> None:
         if self._stopping is not None:
@@ -235,7 +245,7 @@ class Supervisor:
             for peer in self._lives():
                 if peer is not life and peer.introduced_at is not None:
                     with _refusal_closes(peer):
-                        self._memory.grant_peer(peer.process.grants, life.config.instance, life.incarnation)
+                        self._introduce_peer(peer, life.config, life.incarnation)
         self._events.on_worker_up(life.config, life.incarnation, ready)
         if not self._all_up.done() and all(
             instance.life is not None and instance.life.ready is not None
@@ -247,14 +257,14 @@ class Supervisor:
         """Whether its KV means the same as everybody's; if not, its life is ended."""
         name = life.config.instance
         if self._first_ready is None:
-            self._first_ready = name, ready.fingerprint
-        first, fingerprint = self._first_ready
-        if ready.fingerprint == fingerprint:
+            self._first_ready = name, ready
+        first, expected = self._first_ready
+        if ready.fingerprint == expected.fingerprint:
             return True
         life.fatal = Fatal(
             ModelError.__name__,
-            f"{name} does not have the model or the KV layout that {first} started with (fingerprint "
-            f"{ready.fingerprint[:12]}, not {fingerprint[:12]}): did the model's files change?",
+            f"{name} does not have the model or the KV layout that {first} started with "
+            f"({_kv_of(ready)}, not {_kv_of(expected)}): did the model's files change?",
         )
         life.client.close("has another fingerprint")
         return False
@@ -317,6 +327,11 @@ def _refusal_closes(life: WorkerLife) -> Iterator[None]:
         yield
     except OSError as error:
         life.client.close(f"did not take a descriptor: {error}")
+
+
+def _kv_of(ready: Ready) -> str:
+    """What tells one worker's KV from another's, in words."""
+    return f"{ready.dtype}, {ready.block_size} tokens a block, fingerprint {ready.fingerprint[:12]}"
 
 
 def _startup_error(instance: str, death: _Death) -> StartupError:

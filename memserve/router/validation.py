@@ -193,6 +193,7 @@ def _make_job(
                     params, max_tokens=max(1, limit), seed=(seed + i) % NUM_SEEDS
                 ),
                 cache_salt=body.cache_salt or "",
+                session=body.session_id,
             )
             choices.append(
                 ChoicePlan(

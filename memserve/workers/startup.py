@@ -14,6 +14,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,9 @@ from memserve.pool.arena import Arena, ArenaFds
 from memserve.pool.eviction import least_frequently_used, least_recently_used
 from memserve.pool.mempool import MemPool
 from memserve.pool.retention import HostArena, Retention
+from memserve.pool.transports.by_peer import PeerTransfer
+from memserve.pool.transports.shm import ShmTransfer
+from memserve.pool.transports.torch_distributed import TorchPool
 from memserve.step_memory import cuda_pool_blocks, cuda_step_bytes
 from memserve.torch_dtypes import TORCH_DTYPES
 from memserve.workers.budget import StepBudget
@@ -86,7 +90,10 @@ def start(init: Init, channel: SocketChannel, grants: GrantSocket) -> tuple[Work
     if config.caches:
         rank = least_frequently_used if config.eviction == "lfu" else least_recently_used
         retention = Retention(identity, rank, host, tells_removals=True)
-    pool = MemPool(arena, config.instance, init.incarnation, doorbell.ring, retention=retention)
+    transfer = _transfer(init, arena, host, identity, doorbell.ring)
+    pool = MemPool(
+        arena, config.instance, init.incarnation, doorbell.ring, retention=retention, transfer=transfer
+    )
     transformer = Transformer(config.model, weights, config.max_model_len, device, dtype)
     runner = ModelRunner(transformer, pool.kv, config.block_size, pool.progress.advance)
     worker = Worker(config, channel, grants, pool, runner)
@@ -262,6 +269,21 @@ def _map_arena(granted: Grants, tier: Tier, geometry: KVGeometry, num_blocks: in
             f"but the config says {num_blocks} of {geometry.block_bytes}"
         )
     return Arena.map(geometry, num_blocks, fds)
+
+
+def _transfer(
+    init: Init, arena: Arena, host: HostArena | None, identity: str, wake: Callable[[], None]
+) -> PeerTransfer | None:
+    """What reaches the peers; None where the host cannot address the arena. Before cores are shared out."""
+    if arena.blocks is None:
+        return None
+    config, shm, torch_pool = init.config, None, None
+    if "shm" in config.transports:
+        shm = ShmTransfer(arena.blocks, wake, num_layers=arena.geometry.num_layers)
+    if "torch_distributed" in config.transports:
+        second = None if host is None else host.arena
+        torch_pool = TorchPool.of(config.instance, init.incarnation, identity, arena, second)
+    return PeerTransfer(wake, shm, torch_pool)
 
 
 def _blocks_that_fit(config: WorkerConfig, geometry: KVGeometry, device: torch.device) -> int:

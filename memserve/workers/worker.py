@@ -20,20 +20,24 @@ from memserve.config import WorkerConfig
 from memserve.errors import EngineError, MemserveError
 from memserve.messages import (
     NO_CACHED_TOKENS,
+    Accept,
     ArenaGrant,
     CacheCommand,
     Cancel,
+    Connect,
     Decode,
     Failed,
     FinishReason,
     Measure,
     Offer,
     Output,
+    PeerGrant,
     Prefill,
     Prefilled,
     PullAhead,
     PullBack,
     Pulled,
+    Refuse,
     Release,
     Reserve,
     RevokeGrant,
@@ -110,6 +114,8 @@ class Worker:
         """One turn of the loop. False = there is nothing to do until the doorbell rings."""
         for message in self._channel.receive():
             self._handle(message)
+        for control in self._pool.take_control():
+            self._channel.send(control)
         if self._pulls:
             self._take_arrivals()
         if self._pull_backs:
@@ -121,6 +127,7 @@ class Worker:
             self._measure()
             return True
         self._expire()
+        self._publisher.tell_removed()
         tally = self.budget.open()
         plan = self._scheduler.schedule(tally)
         for request, reason in plan.refused:
@@ -135,6 +142,7 @@ class Worker:
             if plan.pulls:
                 return True  # one that could not begin has ended already, and rings no bell
             return self._scheduler.is_stuck and self._pulls.make_room()
+        self._publisher.tell_removed()  # before it is told what is in those blocks now
         self._publisher.announce(plan.chunks)
         self.gauges.begin_step()
         drawn = self._executor.execute(plan.chunks)
@@ -147,7 +155,6 @@ class Worker:
             step_ms,
         )
         self._tell(plan.chunks, drawn)
-        self._publisher.tell_removed()
         self.gauges.end_step()
         return True
 
@@ -173,7 +180,6 @@ class Worker:
         if now >= self._expires_at:
             self._expires_at = now + ttl_s / EXPIRY_LOOKS
             self._pool.expire(now - ttl_s)
-            self._publisher.tell_removed()
 
     def _take_arrivals(self) -> list[Request]:
         """Pulls that ended: their requests run from now on."""
@@ -206,6 +212,11 @@ class Worker:
                     self._pool.add_peer(grant, *fds)
                 except MemserveError as error:
                     logger.error("cannot map the arena of %s: %s", grant.instance, error)
+            case PeerGrant() if not fds:
+                try:
+                    self._pool.add_sending_peer(grant)
+                except MemserveError as error:
+                    logger.error("cannot pull from %s: %s", grant.instance, error)
             case RevokeGrant():
                 self._pool.remove_peer(grant.instance)
             case _:
@@ -244,13 +255,14 @@ class Worker:
                     self._channel.send(answer)
             case CacheCommand():
                 self._channel.send(self._cache_admin.obey(message))
-                self._publisher.tell_removed()
             case Measure():
                 self._measurer.add(message)
             case Cancel():
                 self._cancel(message.request_id, message.attempt)
             case Release():
                 self._release(message.request_id, message.attempt)
+            case Connect() | Accept() | Refuse():
+                self._pool.on_control(message)
             case Shutdown():
                 self._stopping = True
             case _:

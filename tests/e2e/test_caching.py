@@ -26,6 +26,7 @@ SETTINGS = {
     "full": ("--caching", "full"),
     "colocated": ("--colocated", "1"),
     "full, by layer": ("--caching", "full", "--transfer", "layer", "--max-batch-tokens", "80"),
+    "full, over gloo": ("--transport", "torch_distributed", "--max-batch-tokens", "80"),
     "full, in chunks": ("--caching", "full", "--transfer", "chunk", "--max-batch-tokens", "80"),
 }
 
@@ -156,7 +157,7 @@ def test_a_pool_twenty_times_too_small(
     server.wait_idle()
 
 
-@pytest.mark.parametrize("setting", ["full", "full, by layer", "colocated"])
+@pytest.mark.parametrize("setting", ["full", "full, by layer", "full, over gloo", "colocated"])
 def test_a_burst_on_a_cold_prefix_computes_it_once(
     setting: str, start: Callable[..., Server], random_model: Path, without_caching: Server
 ) -> None:

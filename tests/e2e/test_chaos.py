@@ -3,6 +3,7 @@
 24 clients stream greedy and seeded completions without a pause; meanwhile workers get SIGKILL or SIGSTOP.
 Every answer must equal the one of an undisturbed run (float32). Four events here; `make chaos` runs thirty.
 How long clients waited around them is printed (`gap_report.py`), and written to CHAOS_JSON if that is set.
+CHAOS_TRANSPORT is the server's `--transport`.
 """
 
 from __future__ import annotations
@@ -158,6 +159,9 @@ def test_no_request_fails(start: Callable[..., Server], random_model: Path) -> N
         "--decode=2",
         "--dtype=float32",
         "--transfer=layer",
+        "--policy",
+        os.environ.get("CHAOS_POLICY", "prompt-tree"),
+        f"--transport={os.environ.get('CHAOS_TRANSPORT', 'auto')}",
         "--max-batch-tokens=64",  # short chunks: pulls ahead are under way at most moments
         "--max-running=24",
         f"--ping-deadline-s={PING_DEADLINE_S}",

@@ -32,6 +32,13 @@ def in_chunks(start: Callable[..., Server], random_model: Path) -> Server:
 
 
 @pytest.fixture(scope="module")
+def over_gloo(start: Callable[..., Server], random_model: Path) -> Server:
+    """The same, by workers that do not map each other's memory."""
+    options = ("--transport", "torch_distributed", "--max-batch-tokens", "64", "--max-running", "16")
+    return start("--model", str(random_model), *options, *OPTIONS)
+
+
+@pytest.fixture(scope="module")
 def colocated(start: Callable[..., Server], random_model: Path) -> Server:
     return start("--model", str(random_model), "--colocated", "1", *OPTIONS)
 
@@ -47,7 +54,7 @@ def tokens_of(server: Server, prompt: list[int], max_tokens: int, **options: obj
 
 
 def test_greedy_equals_transformers(
-    disaggregated: Server, in_chunks: Server, colocated: Server, random_model: Path
+    disaggregated: Server, in_chunks: Server, over_gloo: Server, colocated: Server, random_model: Path
 ) -> None:
     model = LlamaForCausalLM.from_pretrained(random_model, dtype=torch.float32)
     model.generation_config.eos_token_id = None
@@ -65,27 +72,40 @@ def test_greedy_equals_transformers(
         expected = out[0, length:].tolist()
         assert tokens_of(disaggregated, prompt, 64) == expected, length
         assert tokens_of(in_chunks, prompt, 64) == expected, length
+        if length in (1, 16, 17, 100, 600):
+            assert tokens_of(over_gloo, prompt, 64) == expected, length
         assert tokens_of(colocated, prompt, 64) == expected, length
 
 
-def test_seeded_sampling_is_the_same_in_both(disaggregated: Server, colocated: Server) -> None:
+def test_seeded_sampling_is_the_same_in_all(
+    disaggregated: Server, over_gloo: Server, colocated: Server
+) -> None:
     for seed in range(4):
         options = {"temperature": 0.9, "top_p": 0.9, "top_k": 50, "seed": seed, "presence_penalty": 0.5}
         prompt = prompt_of(40 + seed)
         ours = tokens_of(disaggregated, prompt, 48, **options)
         assert ours == tokens_of(colocated, prompt, 48, **options)
+        assert ours == tokens_of(over_gloo, prompt, 48, **options)
         assert ours == tokens_of(disaggregated, prompt, 48, **options)
 
 
-def test_pulls_do_happen_and_do_not_fail(disaggregated: Server, colocated: Server) -> None:
-    before = disaggregated.gauges()
-    tokens_of(disaggregated, prompt_of(40), 4)
-    after = disaggregated.gauges()
-    assert after["memserve_pulls_total"] == before["memserve_pulls_total"] + 1
-    assert after["memserve_pulled_tokens_total"] > before["memserve_pulled_tokens_total"]
-    assert after["memserve_pull_failures_total"] == 0
+def test_pulls_do_happen_and_do_not_fail(disaggregated: Server, over_gloo: Server, colocated: Server) -> None:
+    for server in (disaggregated, over_gloo):
+        before = server.gauges()
+        tokens_of(server, prompt_of(41), 4)
+        after = server.gauges()
+        assert after["memserve_pulls_total"] == before["memserve_pulls_total"] + 1
+        assert after["memserve_pulled_tokens_total"] > before["memserve_pulled_tokens_total"]
+        assert after["memserve_pull_failures_total"] == 0
     tokens_of(colocated, prompt_of(40), 4)
     assert colocated.gauges()["memserve_pulls_total"] == 0
+
+
+def test_the_log_says_once_how_kv_moves(disaggregated: Server, over_gloo: Server) -> None:
+    lines = ("KV moves over torch_distributed", "as with --transfer chunk")
+    for server, count in ((disaggregated, 0), (over_gloo, 1)):
+        log = server.log.read_text(errors="replace")
+        assert [log.count(line) for line in lines] == [count, count]
 
 
 async def _stream_ids(
@@ -103,7 +123,7 @@ async def _stream_ids(
     return ids
 
 
-@pytest.mark.parametrize("kind", ["disaggregated", "in_chunks", "colocated"])
+@pytest.mark.parametrize("kind", ["disaggregated", "in_chunks", "over_gloo", "colocated"])
 def test_64_at_once_with_disconnects(kind: str, request: pytest.FixtureRequest) -> None:
     server: Server = request.getfixturevalue(kind)
     rng = random.Random(3)

@@ -55,6 +55,8 @@ def test_the_list_of_workers(server: Server) -> None:
         ("decode-0", "decode", "ready"),
     ]
     for row in rows:
+        (way,) = row["pulls_from"].values()
+        assert way == "shm"
         load = row["load"]
         held = load["free_blocks"] + load["active_blocks"] + load["historical_blocks"]
         assert load["num_blocks"] == held > 0

@@ -6,6 +6,7 @@ import json
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -18,9 +19,9 @@ OPTIONS = ("--dtype", "float32", "--max-model-len", "1024", "--prefill-max-batch
 LONG_PROMPTS = [[3 + (i * j + i) % 4000 for j in range(900)] for i in range(1, 13)]
 
 
-@pytest.fixture(scope="module")
-def server(start: Callable[..., Server], random_model: Path) -> Server:
-    return start("--model", str(random_model), *OPTIONS)
+@pytest.fixture(scope="module", params=["shm", "torch_distributed"])
+def server(start: Callable[..., Server], random_model: Path, request: pytest.FixtureRequest) -> Server:
+    return start("--model", str(random_model), "--transport", request.param, *OPTIONS)
 
 
 def worker(server: Server, name: str) -> psutil.Process:
@@ -92,4 +93,31 @@ def test_no_token_is_lost_or_doubled(server: Server, victim: str, body: dict[str
     assert worker(server, victim).pid != process.pid
     assert joined(server, body, lambda: None) == calm
     # 3. nothing of it stays
+    server.wait_idle()
+
+
+@pytest.mark.parametrize("victim", ["prefill-0", "decode-0"])
+def test_no_request_is_lost_under_load(server: Server, victim: str) -> None:
+    bodies: list[dict[str, object]] = [
+        {"prompt": LONG_PROMPTS[i][: 100 + 40 * i], "max_tokens": 40, "temperature": 0.7 * (i % 2), "seed": i}
+        for i in range(10)
+    ]
+    calm = [joined(server, body, lambda: None) for body in bodies]
+    before = server.gauges()
+    process = worker(server, victim)
+    # the first prompt to be done kills the prefill worker at the next, the last one the decode worker
+    salted = [{**body, "cache_salt": victim} for body in bodies]
+    hooks = [lambda: None] * len(bodies)
+    hooks[0 if victim == "prefill-0" else -1] = process.kill
+    with ThreadPoolExecutor(len(bodies)) as threads:
+        together = list(threads.map(joined, [server] * len(bodies), salted, hooks))
+    assert together == calm
+    assert server.gauges()["memserve_replays_total"] > before["memserve_replays_total"]
+    wait_restarted(server, before["memserve_restarts_total"] + 1)
+    # and what comes after is pulled again
+    before = server.gauges()
+    assert joined(server, {**bodies[3], "cache_salt": "afterwards"}, lambda: None) == calm[3]
+    after = server.gauges()
+    assert after["memserve_pulled_tokens_total"] > before["memserve_pulled_tokens_total"]
+    assert after["memserve_pull_failures_total"] == before["memserve_pull_failures_total"]
     server.wait_idle()

@@ -21,7 +21,8 @@ from memserve.pool.arena import Arena, ArenaFds
 from memserve.pool.mempool import MemPool
 from memserve.pool.retention import HostArena, Retention
 from memserve.pool.transports.base import Pull, PullResult
-from memserve.pool.transports.shm import Copy, copy_bytes
+from memserve.pool.transports.by_peer import PeerTransfer
+from memserve.pool.transports.shm import Copy, ShmTransfer, copy_bytes
 
 POISON = 0x5A
 
@@ -130,6 +131,7 @@ def make_pool() -> Iterator[MakePool]:
         if caches or host is not None:
             keeps = Retention(**retention)
         woken = threading.Semaphore(0)
+        shm = ShmTransfer(arena.blocks, woken.release, num_layers=geometry.num_layers, copy=copy)
         pool = MemPool(
             arena,
             instance,
@@ -138,7 +140,7 @@ def make_pool() -> Iterator[MakePool]:
             retention=keeps,
             clock=Ticks(),
             on_free=poison(arena),
-            copy=copy,
+            transfer=PeerTransfer(woken.release, shm),
         )
         made.append(PoolUnderTest(pool, arena, fds, instance, woken, host, host_fds))
         return made[-1]

@@ -15,7 +15,8 @@ from memserve.messages import ArenaGrant, BlockRefs, Tier
 from memserve.model_config import KVGeometry
 from memserve.pool.arena import Arena, ArenaFds
 from memserve.pool.mempool import MemPool
-from memserve.pool.transports.shm import Bytes, copy_bytes
+from memserve.pool.transports.by_peer import PeerTransfer
+from memserve.pool.transports.shm import Bytes, ShmTransfer, copy_bytes
 
 NUM_BLOCKS = 12
 GEOMETRY = KVGeometry(num_layers=1, num_kv_heads=1, block_size=1, head_dim=4, dtype="float32")
@@ -47,7 +48,9 @@ class PoolsMachine(RuleBasedStateMachine):
             assert arena.blocks is not None
             arena.blocks[ids] = 0xFF
 
-        return arena, MemPool(arena, instance, 1, self.woken.release, on_free=poison, copy=self.copy)
+        shm = ShmTransfer(arena.blocks, self.woken.release, copy=self.copy)
+        transfer = PeerTransfer(self.woken.release, shm)
+        return arena, MemPool(arena, instance, 1, self.woken.release, on_free=poison, transfer=transfer)
 
     def copy(self, destination: Bytes, source: Bytes) -> int:
         self.before_copy()

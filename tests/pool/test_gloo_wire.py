@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from memserve.messages import Tier
 from memserve.pool.transports.gloo_wire import MAX_CHUNK_BLOCKS, MAX_PIECES, Ask, Proof, Staging, cut
 
 NUM_BLOCKS = 100
@@ -103,3 +104,12 @@ def test_any_chunk_goes_through_its_places(block_bytes: int, data: st.DataObject
     # 3. long runs are never staged
     if len(ends) > 1:
         assert not sending.is_staged(from_places) and not receiving.is_staged(to_places)
+
+
+def test_an_ask_names_a_tier() -> None:
+    ask = Ask()
+    for tier in Tier:
+        ask.set(np.array([1]), [1], more=False, tier=tier)
+        assert ask.tier is tier
+    ask.tensor[3] = 9
+    assert ask.tier is None

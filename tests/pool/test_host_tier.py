@@ -162,6 +162,29 @@ def test_it_grows_and_shrinks_and_gives_its_memory_back(make_pool: MakePool) -> 
         make_pool("none", caches=True).pool.resize(1)
 
 
+def test_to_shrink_moves_nothing_to_where_something_was_moved_from(make_pool: MakePool) -> None:
+    held = make_pool(num_blocks=12, host_blocks=10, tells_removals=True)
+    singles = [cache(held, first, 1) for first in range(1, 7)]
+    pairs = [cache(held, first, 2) for first in (10, 20)]
+    for num_blocks in (6, 2, 2):  # in this order, each sequence in one piece
+        held.pool.swap_out(num_blocks)
+    for tokens in (singles[0], singles[2], singles[4], singles[5]):
+        held.pool.delete(tokens)
+    # free are 0, 2, 4, 5; and, once the first pair has moved, two neighbours above
+    before = [held.pool.addresses(held.pool.match(tokens).host_blocks, Tier.HOST) for tokens in pairs]
+    held.pool.take_removed()
+    assert held.pool.resize(6) == 6
+    after = [held.pool.addresses(held.pool.match(tokens).host_blocks, Tier.HOST) for tokens in pairs]
+    moved = {removed.refs: removed.moved_to for removed in held.pool.take_removed()}
+    assert moved == dict(zip(before, after, strict=True))
+    assert [content(held, tokens) for tokens in (singles[1], singles[3], *pairs)] == [
+        [2],
+        [4],
+        [10, 11],
+        [20, 21],
+    ]
+
+
 def test_it_does_not_grow_beyond_the_machine(make_pool: MakePool, monkeypatch: pytest.MonkeyPatch) -> None:
     held = make_pool(host_blocks=4)
     monkeypatch.setattr(memfd, "_available_bytes", lambda: 10)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from memserve import memfd
-from memserve.errors import MemoryError_
+from memserve.errors import EngineError, MemoryError_
 from memserve.messages import ArenaGrant, BlockRefs, Tier
 from memserve.model_config import KVGeometry
 from memserve.pool.arena import Arena
@@ -138,9 +138,9 @@ def test_a_grant_that_cannot_be_mapped_costs_no_descriptor(make_pool) -> None:
             os.fstat(fd)
 
 
-def test_a_grant_of_other_blocks_is_a_bug(make_pool) -> None:
+def test_a_grant_of_other_blocks_is_refused(make_pool) -> None:
     receiver = make_pool("receiver", block_size=4)
-    with pytest.raises(AssertionError, match="block sizes differ"):
+    with pytest.raises(EngineError, match="peer has blocks of 4096 bytes, receiver of 1024"):
         make_pool("peer", block_size=16).grant_to(receiver)
 
 

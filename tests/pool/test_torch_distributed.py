@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
-from memserve.messages import BlockRefs, Tier
+from memserve.messages import Accept, BlockRefs, Connect, LinkMessage, Refuse, Tier
 from memserve.pool.allocator import BlockIds
 from memserve.pool.transports.base import Pull, PullResult
 from memserve.pool.transports.torch_distributed import (
-    Connect,
-    Control,
     Options,
-    Refuse,
     TorchPeer,
     TorchPool,
     TorchTransfer,
@@ -55,13 +56,15 @@ class Hold:
 class Instance:
     """A transfer with its arena: block b of an instance holds b + 1 everywhere, with generation 2 b + 1."""
 
-    def __init__(self, router: Router, name: str, block_bytes: int, fingerprint: str, **options) -> None:
+    def __init__(
+        self, router: Router, name: str, block_bytes: int, layout: str, fingerprint: str, **options
+    ) -> None:
         self.name = name
         self.fault = Fault()
         self.blocks = np.zeros((NUM_BLOCKS, block_bytes), dtype=np.uint8)
         self.generations = np.arange(1, 2 * NUM_BLOCKS, 2, dtype=np.uint64)
         self.woken = threading.Semaphore(0)
-        pool = TorchPool(name, 1, fingerprint, self.blocks, self.generations)
+        pool = TorchPool(name, 1, layout, fingerprint, self.blocks, self.generations)
         chosen = Options(**{"connect_s": 10.0, "stall_s": 10.0, "on_chunk": self.fault, **options})
         self.transfer = TorchTransfer(pool, self.woken.release, router.send, chosen)
 
@@ -93,10 +96,10 @@ class Router:
 
     def __init__(self) -> None:
         self.instances: dict[str, Instance] = {}
-        self.sent: list[Control] = []
-        self.lose: Callable[[Control], bool] = lambda message: False
+        self.sent: list[LinkMessage] = []
+        self.lose: Callable[[LinkMessage], bool] = lambda message: False
 
-    def send(self, peer: str, message: Control) -> None:
+    def send(self, peer: str, message: LinkMessage) -> None:
         self.sent.append(message)
         if not self.lose(message):
             self.instances[peer].transfer.on_control(message)
@@ -130,8 +133,15 @@ def make_instance(router: Router) -> Iterator[MakeInstance]:
     """Makes instances that all know each other; at the end no thread or socket may be left of them."""
     before = threads_and_sockets()
 
-    def make(name: str, *, block_bytes: int = BLOCK_BYTES, fingerprint: str = "model", **options) -> Instance:
-        instance = Instance(router, name, block_bytes, fingerprint, **options)
+    def make(
+        name: str,
+        *,
+        block_bytes: int = BLOCK_BYTES,
+        layout: str = "float32",
+        fingerprint: str = "model",
+        **options,
+    ) -> Instance:
+        instance = Instance(router, name, block_bytes, layout, fingerprint, **options)
         for other in router.instances.values():
             other.transfer.add_peer(TorchPeer(name, 1, NUM_BLOCKS))
             instance.transfer.add_peer(TorchPeer(other.name, 1, NUM_BLOCKS))
@@ -355,6 +365,8 @@ def test_a_pair_that_died_while_idle_costs_no_pull(pair, router: Router) -> None
     source, receiver = pair
     assert receiver.finish(receiver.pull(source.addresses([1]), [1])).num_blocks == 1
     source.transfer.remove_peer("receiver")
+    for link in source.transfer._leaving:
+        link.join()
     result = receiver.finish(receiver.pull(source.addresses([2, 3]), [2, 3]))
     assert (result.num_blocks, result.failure) == (2, None)
     assert router.attempts == [1, 2]
@@ -378,6 +390,7 @@ def test_a_source_that_never_connects_costs_one_deadline(make_instance, router: 
 @pytest.mark.parametrize(
     ("other", "words"),
     [
+        ({"layout": "bfloat16"}, "source source has KV of float32, receiver receiver of bfloat16"),
         ({"block_bytes": 2048}, "source source has blocks of 1024 bytes, receiver receiver of 2048"),
         (
             {"fingerprint": "another"},
@@ -398,7 +411,8 @@ def test_another_incarnation_of_the_source_is_refused_until_it_is_known(make_ins
     source, receiver = make_instance("source"), make_instance("receiver")
     source.fill()
     receiver.transfer.add_peer(TorchPeer("source", 2, NUM_BLOCKS))
-    refused = receiver.finish(receiver.pull(source.addresses([0]), [0]))
+    later = msgspec.structs.replace(source.addresses([0]), incarnation=2)
+    refused = receiver.finish(receiver.pull(later, [0]))
     assert refused.failure == (
         "no link to source: source source is of incarnation 1, receiver receiver means 2"
     )
@@ -426,13 +440,132 @@ def test_receivers_beyond_the_bound_are_refused(make_instance) -> None:
 def test_stale_messages_change_nothing(pair, router: Router) -> None:
     source, receiver = pair
     assert receiver.finish(receiver.pull(source.addresses([1]), [1])).num_blocks == 1
-    (connect,) = router.sent
-    assert isinstance(connect, Connect)
+    connect, accept = router.sent
+    assert isinstance(connect, Connect) and isinstance(accept, Accept)
     source.transfer.on_control(connect)
-    receiver.transfer.on_control(Refuse("receiver", 1, "source", 0, "late"))
-    receiver.transfer.on_control(Refuse("receiver", 1, "nobody", 1, "strange"))
+    receiver.transfer.on_control(Refuse("receiver", 1, "source", 1, 0, "late"))
+    receiver.transfer.on_control(Refuse("receiver", 1, "nobody", 1, 1, "strange"))
     assert receiver.finish(receiver.pull(source.addresses([2]), [2])).num_blocks == 1
     assert router.attempts == [1]
+
+
+def test_nothing_is_said_to_who_does_not_know_the_token(pair, router: Router, caplog) -> None:
+    source, receiver = pair
+    # 1. whoever came to the address in the source's place would know another one
+    stolen: list[Connect] = []
+
+    def strip(message: LinkMessage) -> bool:
+        if isinstance(message, Connect):
+            stolen.append(message)
+            source.transfer.on_control(msgspec.structs.replace(message, token=bytes(32)))
+        return isinstance(message, Connect)
+
+    router.lose = strip
+    result = receiver.finish(receiver.pull(source.addresses([1]), [1]))
+    assert (result.num_blocks, result.num_bytes) == (0, 0)
+    assert result.failure == "no link to source: the other end does not know the token of this pair"
+    # 2. nothing was asked and nothing sent, and each attempt has a token of its own
+    assert source.fault.chunks == []
+    receiver.finish(receiver.pull(source.addresses([1]), [1]))
+    assert len({connect.token for connect in stolen}) == 2
+    # 3. by the token itself it works
+    router.lose = lambda message: False
+    assert receiver.finish(receiver.pull(source.addresses([1]), [1])).num_blocks == 1
+
+
+def test_strangers_who_connect_first_hear_nothing_and_are_not_believed(make_instance, router) -> None:
+    """gloo takes whoever names the number of a pair, which is easily guessed."""
+    source, receiver = (make_instance(name, connect_s=0.3, stall_s=0.3) for name in ("source", "receiver"))
+    source.fill()
+    strangers: list[socket.socket] = []
+    tokens: list[bytes] = []
+    others = listeners()
+
+    def intrude(message: LinkMessage) -> bool:
+        if isinstance(message, Connect):
+            tokens.append(message.token)
+        for address in (listeners() - others) if len(tokens) == 1 else ():
+            port = int(address.partition(":")[2], 16)
+            for number in range(4):
+                strangers.append(socket.create_connection(("127.0.0.1", port)))
+                strangers[-1].sendall(struct.pack("<Q", number))
+        return False
+
+    # 1. what they get at costs a deadline
+    router.lose = intrude
+    refs, deadline_s = source.addresses([1, 2]), time.monotonic() + 20
+    result = receiver.finish(receiver.pull(refs, [1, 2]))
+    assert (result.num_blocks, result.num_bytes) == (0, 0) and source.fault.chunks == []
+    # 2. they have heard no more than the proof of one end, which proves nothing from another's mouth
+    heard = b""
+    for stranger in strangers:
+        stranger.settimeout(0.1)
+        with contextlib.suppress(TimeoutError, ConnectionResetError):
+            heard += stranger.recv(1 << 20)
+        stranger.close()
+    assert 32 <= len(heard) < 1024 and all(token not in heard for token in tokens)
+    # 3. when they have gone, pulls come again
+    while receiver.finish(receiver.pull(refs, [1, 2])).num_blocks < 2:
+        assert time.monotonic() < deadline_s
+    assert receiver.content([1, 2]) == [2, 3]
+
+
+def test_links_run_where_their_maker_might_not_where_the_loop_does(make_instance, router: Router) -> None:
+    cpus = os.sched_getaffinity(0)
+    seen: list[set[int]] = []
+    note = lambda chunk=None: seen.append(os.sched_getaffinity(0))  # noqa: E731
+    source, receiver = make_instance("source", on_chunk=note), make_instance("receiver", on_pull=note)
+    held: list[LinkMessage] = []
+    router.lose = lambda message: isinstance(message, Connect) and held.append(message) is None
+    os.sched_setaffinity(0, {min(cpus)})
+    try:  # both threads are started from here
+        pull = receiver.pull(source.addresses([1]), [1])
+        deadline_s = time.monotonic() + 30
+        while not held:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.001)
+        source.transfer.on_control(held[0])
+        assert receiver.finish(pull).num_blocks == 1
+    finally:
+        os.sched_setaffinity(0, cpus)
+    assert seen == [cpus, cpus]
+
+
+def test_late_answers_do_not_count_for_a_new_attempt(make_instance, router: Router) -> None:
+    source, receiver = make_instance("source"), make_instance("receiver")
+    source.fill()
+    asked = threading.Event()
+    router.lose = lambda message: asked.set() is None
+    pull = receiver.pull(source.addresses([1]), [1])
+    assert asked.wait(30)
+    # 1. of an attempt before, of another life of the source, for another life of ours
+    for receiver_life, source_life, attempt in ((1, 1, 0), (1, 9, 1), (9, 1, 1)):
+        ends = ("receiver", receiver_life, "source", source_life, attempt)
+        receiver.transfer.on_control(Refuse(*ends, "late"))
+        receiver.transfer.on_control(Accept(*ends, b"nowhere"))
+    assert pull.poll() is None
+    # 2. the source comes after all
+    router.lose = lambda message: False
+    (connect,) = router.sent
+    source.transfer.on_control(connect)
+    assert receiver.finish(pull).failure is None
+
+
+def test_a_link_that_is_being_formed_ends_at_once(make_instance, router: Router) -> None:
+    source, receiver = make_instance("source"), make_instance("receiver", connect_s=60.0)
+    told = threading.Event()
+    router.lose = lambda message: told.set() is None
+    pull = receiver.pull(source.addresses([1]), [1])
+    assert told.wait(30)
+    receiver.transfer.remove_peer("source")
+    assert receiver.finish(pull).failure == "source was removed"
+
+
+def test_addresses_of_another_life_are_a_miss(pair) -> None:
+    source, receiver = pair
+    refs = msgspec.structs.replace(source.addresses([1]), incarnation=0)
+    result = receiver.pull(refs, [1]).poll()
+    assert result is not None and result.failure == "source is of incarnation 1, not 0"
 
 
 def test_removing_a_peer_ends_its_pulls(pair) -> None:

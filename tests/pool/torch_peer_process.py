@@ -16,13 +16,10 @@ from collections import deque
 import msgspec
 import numpy as np
 
-from memserve.messages import BlockRefs
+from memserve.messages import Accept, BlockRefs, Connect, LinkMessage, Refuse
 from memserve.pool.transports.base import Pull, PullResult
 from memserve.pool.transports.torch_distributed import (
-    Connect,
-    Control,
     Options,
-    Refuse,
     TorchPeer,
     TorchPool,
     TorchTransfer,
@@ -60,7 +57,7 @@ class Forward(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """For another instance."""
 
     peer: str
-    message: Control
+    message: LinkMessage
 
 
 class Done(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -79,7 +76,7 @@ class Closed(msgspec.Struct, frozen=True, array_like=True, tag=True):
     num_sockets: int
 
 
-ToPeer = Connect | Refuse | Know | Fetch | Rewrite | Close
+ToPeer = Connect | Accept | Refuse | Know | Fetch | Rewrite | Close
 FromPeer = Up | Forward | Done | Closed
 
 
@@ -98,7 +95,7 @@ class Peer:
         self.pulls: deque[tuple[Fetch, Pull]] = deque()
         self.woken = threading.Semaphore(0)
         self.transfer = TorchTransfer(
-            TorchPool(name, 1, "model", self.blocks, self.generations),
+            TorchPool(name, 1, "float32", "model", self.blocks, self.generations),
             self.woken.release,
             lambda peer, message: self.write(Forward(peer, message)),
             Options(connect_s=stall_s, stall_s=stall_s, chunk_bytes=chunk_bytes),

@@ -28,6 +28,7 @@ from memserve.router.engine_api import (
     Listener,
 )
 from memserve.router.limits import HttpLimits
+from memserve.router.request_log import RequestLog, RequestRecord
 from memserve.router.served_model import ServedModel
 from memserve.router.server import create_app
 from memserve.router.tokenizer import Tokenizer
@@ -55,6 +56,7 @@ class FakeEngine:
     active: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     num_closed_early: int = 0
     room: int = 512
+    log: RequestLog = field(default_factory=RequestLog)
     commands: list[tuple[str, CacheCommand]] = field(default_factory=list)
     reports: dict[str, CacheReport | None] = field(default_factory=dict)
 
@@ -97,6 +99,12 @@ class FakeEngine:
         self.commands += commands.items()
         return {instance: self.reports.get(instance) for instance in commands}
 
+    def explain(self, request_id: str) -> RequestRecord | None:
+        return self.log.get(request_id)
+
+    def explain_all(self, prefix: str) -> Sequence[RequestRecord]:
+        return self.log.of_prefix(prefix)
+
     def ready(self) -> bool:
         return self.is_ready
 
@@ -104,7 +112,14 @@ class FakeEngine:
         load = Load(num_running=3, num_free_blocks=7, num_active_blocks=2, num_offers=1)
         rows = (
             InstanceStatus(
-                "prefill-0", Role.PREFILL, 1, InstanceState.READY, load, block_bytes=1024, max_host_blocks=64
+                "prefill-0",
+                Role.PREFILL,
+                1,
+                InstanceState.READY,
+                load,
+                block_bytes=1024,
+                max_host_blocks=64,
+                pulls_from=(("decode-0", "shm"),),
             ),
             InstanceStatus("decode-0", Role.DECODE, 2, InstanceState.STARTING, Load()),
         )

@@ -30,6 +30,7 @@ from memserve.messages import (  # noqa: E402
     Load,
     Loaded,
     Loading,
+    PeerGrant,
     Ready,
     Shutdown,
     ToRouter,
@@ -128,6 +129,9 @@ class FakeWorker:
             if isinstance(grant, ArenaGrant):
                 assert sizes == [grant.num_blocks * grant.block_bytes, (grant.num_blocks + 1) * 8]
                 arenas.append([grant.instance, grant.incarnation, *writable])
+            elif isinstance(grant, PeerGrant):
+                assert not fds
+                arenas.append([grant.instance, grant.incarnation])
             elif isinstance(grant, WeightsGrant):
                 assert sizes == [grant.num_bytes]
                 weights.extend(writable)

@@ -44,6 +44,8 @@ from memserve.messages import (
 )
 from memserve.router.dispatcher import Dispatcher, DispatcherLimits
 from memserve.router.events import Abandon, Emit, FromWorker, Refuse, Send, Submit, Tick, WorkerDown, WorkerUp
+from memserve.router.global_scheduler import GlobalScheduler
+from memserve.router.policies.policies import POLICIES
 from memserve.router.request_state import Phase
 
 
@@ -208,8 +210,10 @@ class FakeWorker:
 class World:
     """A dispatcher, its fake workers, and what the clients saw."""
 
-    def __init__(self, limits: DispatcherLimits | None = None, num_blocks: int = 64) -> None:
-        self.dispatcher = Dispatcher(limits=limits or DispatcherLimits())
+    def __init__(
+        self, limits: DispatcherLimits | None = None, num_blocks: int = 64, policy: str = "least-load"
+    ) -> None:
+        self.dispatcher = Dispatcher(limits or DispatcherLimits(), GlobalScheduler(policy))
         self.workers: dict[str, FakeWorker] = {}
         self.incarnations: dict[str, int] = {}
         self.roles: dict[str, Role] = {}
@@ -245,7 +249,7 @@ class World:
         incarnation = self.incarnations.get(instance, 0) + 1
         self.incarnations[instance], self.roles[instance] = incarnation, role
         self.workers[instance] = FakeWorker(instance, incarnation, self.memory)
-        self.feed(WorkerUp(instance, role, incarnation, self.num_blocks, BLOCK_SIZE, 8))
+        self.feed(WorkerUp(instance, role, incarnation, self.num_blocks, BLOCK_SIZE, 8, caches=True))
         return self.workers[instance]
 
     def down(self, instance: str) -> FakeWorker:
@@ -612,18 +616,19 @@ class DispatcherMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.ids = itertools.count()
-        self.world = World(
-            DispatcherLimits(
-                transfer="chunk",
-                pull_back=True,
-                max_waiting=10_000,
-                max_deaths=10_000,
-                max_deaths_in_vain=10_000,
-            )
-        )
 
-    @initialize(num_prefill=st.integers(0, 2), num_decode=st.integers(1, 2))
-    def start(self, num_prefill: int, num_decode: int) -> None:
+    @initialize(
+        num_prefill=st.integers(0, 2), num_decode=st.integers(1, 2), policy=st.sampled_from(sorted(POLICIES))
+    )
+    def start(self, num_prefill: int, num_decode: int, policy: str) -> None:
+        limits = DispatcherLimits(
+            transfer="chunk",
+            pull_back=True,
+            max_waiting=10_000,
+            max_deaths=10_000,
+            max_deaths_in_vain=10_000,
+        )
+        self.world = World(limits, policy=policy)
         for i in range(num_prefill):
             self.world.up(f"prefill-{i}", Role.PREFILL)
         for i in range(num_decode):
@@ -703,6 +708,13 @@ class DispatcherMachine(RuleBasedStateMachine):
             ]
             assert view.num_placed == len(seats)
             assert view.reserved_blocks == sum(seat.num_blocks for seat in seats)
+            decoding = [
+                request
+                for request in dispatcher.requests.values()
+                if request.num_decoding_tokens is not None and request.decode.is_at(view)
+            ]
+            assert view.num_decoding == len(decoding)
+            assert view.num_context == sum(request.num_decoding_tokens for request in decoding)
         for request in dispatcher.requests.values():
             if request.phase is Phase.QUEUED:
                 assert request.prefill is request.decode is None

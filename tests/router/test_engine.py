@@ -14,12 +14,14 @@ from memserve.messages import (
     CacheReport,
     CacheVerb,
     Cancel,
+    Connect,
     Decode,
     Failed,
     FinishReason,
     Load,
     Output,
     Ready,
+    Refuse,
     SamplingParams,
     StepOutputs,
     ToWorker,
@@ -177,6 +179,24 @@ async def test_messages_for_a_life_that_is_over_are_dropped() -> None:
     rig.up(incarnation=1)
     rig.engine._carry_out([Send("colocated-0", 0, Cancel("r", 0)), Send("colocated-0", 1, Cancel("r", 1))])
     assert rig.sent == [Cancel("r", 1)]
+
+
+async def test_workers_speak_to_each_other_by_way_of_the_router() -> None:
+    rig = Rig("prefill-0", "decode-0")
+    rig.up("prefill-0", 4)
+    rig.up("decode-0")
+    # 1. what one says to the other goes on, and is none of the dispatcher's business
+    asked = Connect("decode-0", 0, "prefill-0", 4, 1, b"there", bytes(32), "float32", 64, "model")
+    rig.engine.on_worker_message("decode-0", 0, asked)
+    assert rig.sent == [asked] and rig.engine.status().stale_total == 0
+    # 2. for who dies without an answer the router answers
+    rig.down("prefill-0", 4)
+    assert rig.sent[1] == Refuse("decode-0", 0, "prefill-0", 4, 1, "prefill-0 has died")
+    # 3. the status tells how they reach each other
+    assert [row.pulls_from for row in rig.engine.status().instances] == [
+        (("decode-0", "shm"),),
+        (("prefill-0", "shm"),),
+    ]
 
 
 async def test_ready_states_and_drain(caplog: pytest.LogCaptureFixture) -> None:

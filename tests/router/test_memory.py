@@ -96,6 +96,7 @@ def test_a_worker_is_told_everything() -> None:
         max_step_ms=200.0,
         threads=4,
         cpus=(0, 1, 2, 3),
+        transports=("shm", "torch_distributed"),
         log_level="debug",
     )
     assert (decode.instance, decode.role, decode.max_running) == ("decode-0", Role.DECODE, 7)

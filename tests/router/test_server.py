@@ -17,10 +17,14 @@ from aiohttp import web
 from aiohttp.http import StreamWriter
 
 from memserve.errors import EngineError, Overloaded, RequestError
+from memserve.messages import CachedTokens
 from memserve.router import generation
 from memserve.router import server as server_module
 from memserve.router.engine_api import Delta, GenerateRequest
 from memserve.router.limits import HttpLimits
+from memserve.router.policies.decision import Decision, PrefillRow
+from memserve.router.policy import Placement
+from memserve.router.request_view import decision_headers
 from memserve.router.tokenizer import Tokenizer
 from tests.router.conftest import make_deltas
 
@@ -751,6 +755,7 @@ async def test_workers(serve: Serve, say: Say) -> None:
         "state": "ready",
         "incarnation": 1,
         "restarts": 0,
+        "pulls_from": {"decode-0": "shm"},
     }
     assert (load["running"], load["free_blocks"], load["active_blocks"], load["offers"]) == (3, 7, 2, 1)
     assert (second["id"], second["state"]) == ("decode-0", "starting")
@@ -763,3 +768,42 @@ async def test_cached_tokens_by_source_are_in_a_header(serve: Serve, say: Say) -
             async with server.session.post(path, json={**body, "stream": stream_it}) as response:
                 assert response.headers["x-memserve-cached"] == "device=1, host=0, pulled=0"
                 await response.read()
+
+
+async def test_where_a_request_goes_can_be_asked_for_and_is_told(serve: Serve, say: Say) -> None:
+    server = await serve(say("hi"))
+    headers = {"x-session-id": "me", "x-memserve-policy": "session", "x-request-id": "mine"}
+    async with server.session.post(COMPLETIONS, json=PROMPT, headers=headers) as response:
+        assert response.status == 200 and "x-memserve-policy" not in response.headers  # nothing was decided
+    (request,) = server.engine.requests
+    assert (request.session, request.policy) == ("me", "session")
+    status, _ = await post(server, COMPLETIONS, {**PROMPT, "session_id": "body"})
+    assert server.engine.requests[-1].session == "body" and server.engine.requests[-1].policy is None
+    for bad in ({"x-memserve-policy": "best"}, {"x-session-id": "x" * 257}):
+        async with server.session.post(COMPLETIONS, json=PROMPT, headers=bad) as response:
+            assert response.status == 400 and list(bad)[0] in (await response.json())["error"]["message"]
+    # the whole story of a request, under the id of its answer or of the request
+    row = PrefillRow("prefill-0", 9.0, 1.0, 8.0, 0.0, 0.0, 16, 0, 0, None)
+    other = row._replace(instance="prefill-1", total_ms=20.0)
+    decision = Decision("session", Placement("prefill-0", "decode-0"), row, None, [row, other], [])
+    log = server.engine.log
+    log.submitted("mine.1-0", 5, now=100.0)
+    log.placed("mine.1-0", decision, now=100.001)
+    log.first_token("mine.1-0", CachedTokens(16), now=100.012)
+    for name in ("mine", "cmpl-mine", "chatcmpl-mine"):
+        async with server.session.get(f"/v1/requests/{name}") as response:
+            (choice,) = (await response.json())["choices"]
+    assert choice["cached_tokens"] == {"device": 16, "host": 0, "pulled": 0, "pulled_from": None}
+    assert choice["ttft_ms"] == 11.0
+    assert [event["event"] for event in choice["timeline"]] == ["submitted", "placed", "first_token"]
+    (told,) = choice["decisions"]
+    assert (told["prefill"], told["decode"], told["predicted_ttft_ms"]) == ("prefill-0", "decode-0", 9.0)
+    assert [each["chosen"] for each in told["prefill_candidates"]] == [True, False]
+    assert decision_headers(log.get("mine.1-0")) == {
+        "x-memserve-policy": "session",
+        "x-memserve-prefill": "prefill-0",
+        "x-memserve-decode": "decode-0",
+        "x-memserve-predicted-ttft-ms": "9.0",
+    }
+    async with server.session.get("/v1/requests/nobody") as response:
+        assert response.status == 404

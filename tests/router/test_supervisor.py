@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,11 +15,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 import uvloop
 
-from memserve.config import ServeConfig, WorkerConfig
+from memserve.config import ServeConfig, Transport, WorkerConfig
 from memserve.errors import ModelError, StartupError
 from memserve.messages import Cancel, Failed, Heartbeat, Ready, ToRouter
 from memserve.router.liveness import Timing
@@ -95,9 +97,11 @@ def make_supervisor(
     instances: tuple[str, ...] = ("prefill-0", "decode-0"),
     ping_deadline_s: float = 60.0,
     timing: Timing = TIMING,
+    transports: tuple[Transport, ...] = ("shm",),
 ) -> Supervisor:
+    plan = (make_worker(instance) for instance in instances)
     return Supervisor(
-        tuple(make_worker(instance) for instance in instances),
+        tuple(msgspec.structs.replace(config, transports=transports) for config in plan),
         ServeConfig(ping_deadline_s=ping_deadline_s),
         events,
         command=(sys.executable, str(FAKE_WORKER), "--mode", mode),
@@ -141,6 +145,21 @@ async def test_life_of_a_server() -> None:
     # 4. Shut down: nobody was announced as down, and nothing takes messages any more.
     assert not any(event[0] == "down" for event in events.heard)
     assert not supervisor.send("decode-0", Cancel("report", 0))
+
+
+async def test_peers_that_are_not_to_be_mapped_are_named_without_descriptors() -> None:
+    events = Recorder()
+    supervisor = make_supervisor(events, transports=("torch_distributed",))
+    async with running(supervisor):
+        supervisor.send("prefill-0", Cancel("report", 0))
+        report = json.loads(str((await events.wait_for("message", "prefill-0", 0, "report"))[4]))
+        assert report["arenas"] == [["prefill-0", 0, True, True], ["decode-0", 0]]
+        # and so is the next life
+        supervisor.send("prefill-0", Cancel("exit", 0))
+        await events.wait_for("up", "prefill-0", 1)
+        supervisor.send("decode-0", Cancel("report", 0))
+        report = json.loads(str((await events.wait_for("message", "decode-0", 0, "report"))[4]))
+        assert report["arenas"] == [["decode-0", 0, True, True], ["prefill-0", 0], ["prefill-0", 1]]
 
 
 async def test_killed_worker_is_reaped_then_replaced() -> None:
@@ -228,6 +247,7 @@ async def test_replacement_with_another_model_is_not_let_in(caplog: pytest.LogCa
         supervisor.send("decode-0", Cancel("exit", 0))
         await events.wait_for("lost", "decode-0")
         assert "decode-0 does not have the model or the KV layout that" in caplog.text
+        assert re.search(r"\(\w+, \d+ tokens a block, fingerprint \S+, not \w+, \d+ tokens", caplog.text)
         assert [event[0] for event in events.of("decode-0")] == ["up", "message", "down", "lost"]
 
 

@@ -4,7 +4,8 @@ Nothing moves unless it is told to: `step` lets a worker read its mail and take 
 router what a worker has said. `kill` ends a life as SIGKILL does: nothing is given back, the memory stays,
 and what was said may still be heard, late; `up` starts the next life over the same memory. A `Gate` stops
 the copies of a worker's pulls where a test wants to look. The client is checked throughout: every stream is
-at any time a prefix of what the hash model says, and ends once.
+at any time a prefix of what the hash model says, and ends once. Pools map each other, or with `transport`
+"torch_distributed" send each other their blocks, over links whose messages the router relays.
 """
 
 from __future__ import annotations
@@ -13,15 +14,18 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from enum import Enum, auto
 
 import numpy as np
 
-from memserve.config import Role
+from memserve.config import Role, Transport
 from memserve.errors import MemserveError
 from memserve.messages import (
     FinishReason,
+    LinkMessage,
+    PeerGrant,
     SamplingParams,
     decode_to_router,
     decode_to_worker,
@@ -30,9 +34,14 @@ from memserve.messages import (
 from memserve.model_config import KVGeometry
 from memserve.pool.arena import Arena, ArenaFds
 from memserve.pool.mempool import MemPool
+from memserve.pool.retention import Retention
+from memserve.pool.transports.by_peer import PeerTransfer
+from memserve.pool.transports.shm import ShmTransfer
+from memserve.pool.transports.torch_distributed import Options, TorchPool
 from memserve.router.dispatcher import Dispatcher, DispatcherLimits
 from memserve.router.events import (
     Abandon,
+    Action,
     Emit,
     Event,
     FromWorker,
@@ -42,6 +51,9 @@ from memserve.router.events import (
     WorkerDown,
     WorkerUp,
 )
+from memserve.router.global_scheduler import GlobalScheduler
+from memserve.router.link_relay import LinkRelay
+from memserve.workers.channel import ReceivedGrant
 from memserve.workers.worker import Worker
 from tests.workers.conftest import (
     Clock,
@@ -59,16 +71,29 @@ from tests.workers.conftest import (
 FRAME_HEADER_BYTES = 8
 # Turns without any progress, a millisecond each, after which a cluster counts as stuck.
 STUCK_TURNS = 3000
+# Three blocks of four tokens of the hash model.
+MAX_CHUNK_BYTES = 768
 
 
 class Killed(BaseException):
     """Ends a life in the middle of a step. No `Exception`: nothing in a worker may survive it."""
 
 
+class Step(Enum):
+    """Of a pull. With shm all are the receiver's; over gloo the last two are the source's."""
+
+    BEGUN = auto()  # over gloo: before there is a connection
+    CHECKED = auto()  # the generations were looked at, nothing is copied
+    COPIED = auto()  # all is copied, the generations are not looked at again
+
+
 class Gate:
-    """The copies into one worker's arena: held while it is shut; cut short while it is torn."""
+    """The copies into one worker's arena, and over gloo out of it: held while it is shut, where pulls begin
+    or at another step; cut short while it is torn.
+    """
 
     def __init__(self) -> None:
+        self.step = Step.BEGUN
         self._opened = threading.Event()
         self._opened.set()
         self.entered = threading.Event()
@@ -79,22 +104,47 @@ class Gate:
     def is_open(self) -> bool:
         return self._opened.is_set()
 
-    def shut(self) -> None:
+    def shut(self, step: Step = Step.BEGUN) -> None:
+        self.step = step
         self.entered.clear()
         self._opened.clear()
 
     def open(self) -> None:
         self._opened.set()
 
+    def reach(self, step: Step) -> None:
+        """A thread that copies is there: it waits, if that is where the gate is."""
+        if step is self.step:
+            self.entered.set()
+            assert self._opened.wait(60), "nobody opened the gate"
+
     def copy(self, destination: np.ndarray, source: np.ndarray) -> int:
-        self.entered.set()
-        assert self._opened.wait(60), "nobody opened the gate"
+        """Of the transport shm."""
+        self.reach(Step.BEGUN)
+        self.reach(Step.CHECKED)
         if self.is_dead:
             return 0
         num_blocks = len(source) // 2 if self.is_torn else len(source)
         destination[:num_blocks] = source[:num_blocks]
         destination[num_blocks:] = 0xFF  # NaN, for whoever takes it for KV
+        self.reach(Step.COPIED)
         return num_blocks * source[:1].nbytes
+
+    def options(self, **changes) -> Options:
+        """Of the transport torch_distributed."""
+
+        def send(step: Step) -> None:
+            self.reach(step)
+            if self.is_dead or self.is_torn:
+                raise OSError("cut short")
+
+        return Options(
+            chunk_bytes=MAX_CHUNK_BYTES,
+            on_pull=lambda: self.reach(Step.BEGUN),
+            on_chunk=lambda blocks: send(Step.CHECKED),
+            on_sent=lambda blocks: send(Step.COPIED),
+            **changes,
+        )
 
 
 @dataclass
@@ -129,11 +179,26 @@ class Life:
 
 
 class Cluster:
-    """See the module. `roles` names the instances; `worker` are fields of every WorkerConfig."""
+    """See the module. `roles` names the instances; `worker` are fields of every WorkerConfig, `options` those
+    of links. Messages of links that `lose` picks never arrive.
+    """
 
-    def __init__(self, roles: dict[str, Role], *, limits: DispatcherLimits, **worker) -> None:
+    def __init__(
+        self,
+        roles: dict[str, Role],
+        *,
+        limits: DispatcherLimits,
+        policy: str = "least-load",
+        transport: Transport = "shm",
+        options: dict[str, float] | None = None,
+        **worker,
+    ) -> None:
         self.roles = roles
-        self.dispatcher = Dispatcher(limits)
+        self.transport = transport
+        self.lose: Callable[[LinkMessage], bool] = lambda message: False
+        self._options = options or {}
+        self._links = LinkRelay()
+        self.dispatcher = Dispatcher(limits, GlobalScheduler(policy))
         self.lives: dict[str, Life] = {}
         self.prompts: dict[str, list[int]] = {}
         self.expected: dict[str, list[int]] = {}
@@ -181,7 +246,13 @@ class Cluster:
         num_heard = len(life.said) if num_messages is None else min(num_messages, len(life.said))
         for _ in range(num_heard):
             body = encode_frame(life.said.popleft(), life.incarnation)[FRAME_HEADER_BYTES:]
-            self._feed(FromWorker(life.instance, life.incarnation, decode_to_router(body)))
+            event = FromWorker(life.instance, life.incarnation, decode_to_router(body))
+            if not isinstance(event.message, LinkMessage):
+                self._feed(event)
+            elif not self.lose(event.message):
+                alive = {name: life.incarnation for name, life in self.lives.items()}
+                if (send := self._links.relay(event, event.message, alive)) is not None:
+                    self._carry_out([send])
         return num_heard
 
     def up(self, instance: str) -> Life:
@@ -189,8 +260,8 @@ class Cluster:
         self._incarnation += 1
         life = self._make_life(instance, self._incarnation)
         for other in self.lives.values():
-            life.rig.grant_to(other.rig, life.incarnation)
-            other.rig.grant_to(life.rig, other.incarnation)
+            self._introduce(life, other)
+            self._introduce(other, life)
         self.lives[instance] = life
         config = life.rig.config
         self._feed(
@@ -201,6 +272,7 @@ class Cluster:
                 config.num_blocks,
                 config.block_size,
                 config.max_running,
+                caches=config.caches,
             )
         )
         return life
@@ -219,6 +291,7 @@ class Cluster:
                 self.lives[instance].said.extend(self.lives[instance].rig.take())
         life = self.lives.pop(instance)
         self._close(life)
+        self._carry_out(self._links.on_worker_down(instance))
         self._feed(WorkerDown(instance, life.incarnation, "killed"))
         return life
 
@@ -278,8 +351,21 @@ class Cluster:
 
     # --- inside ---
 
+    def _introduce(self, life: Life, other: Life) -> None:
+        """Let `other` pull from `life`."""
+        if self.transport == "shm":
+            life.rig.grant_to(other.rig, life.incarnation)
+        else:
+            grant = PeerGrant(
+                life.instance, life.incarnation, life.rig.pool.num_blocks, life.rig.pool.host_capacity
+            )
+            other.rig.grants.inbox.append(ReceivedGrant(grant, ()))
+
     def _feed(self, event: Event) -> None:
-        for action in self.dispatcher.on_event(event, self._clock.now):
+        self._carry_out(self.dispatcher.on_event(event, self._clock.now))
+
+    def _carry_out(self, actions: Sequence[Action]) -> None:
+        for action in actions:
             match action:
                 case Send(instance, incarnation, message):
                     life = self.lives.get(instance)
@@ -313,22 +399,36 @@ class Cluster:
         fds, host_fds = self._fds[instance], self._host_fds.get(instance)
         gate, channel, grants = Gate(), FakeChannel(), FakeGrants()
         arena = Arena.map(geometry, config.num_blocks, fds)
-
+        retention = make_retention(config, geometry, host_fds)
         pool = MemPool(
             arena,
             instance,
             incarnation,
             lambda: None,
-            retention=make_retention(config, geometry, host_fds),
+            retention=retention,
             clock=self._clock,
             on_free=poison(arena),
-            copy=gate.copy,
+            transfer=self._make_transfer(arena, instance, incarnation, gate, retention),
         )
         runner = HashRunner(pool.kv, config.block_size)
         runner.on_layer = pool.progress.advance
         worker = Worker(config, channel, grants, pool, runner, self._clock)
         rig = Rig(config, worker, channel, grants, pool, runner, self._clock, fds, host_fds)
         return Life(instance, config.role, incarnation, rig, gate)
+
+    def _make_transfer(
+        self, arena: Arena, instance: str, incarnation: int, gate: Gate, retention: Retention | None
+    ) -> PeerTransfer:
+        def wake() -> None:
+            return
+
+        assert arena.blocks is not None
+        if self.transport == "shm":
+            shm = ShmTransfer(arena.blocks, wake, num_layers=arena.geometry.num_layers, copy=gate.copy)
+            return PeerTransfer(wake, shm)
+        host = None if retention is None or retention.host is None else retention.host.arena
+        pool = TorchPool.of(instance, incarnation, "", arena, host)
+        return PeerTransfer(wake, None, pool, gate.options(**self._options))
 
     @staticmethod
     def _close(life: Life) -> None:

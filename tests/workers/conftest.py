@@ -46,6 +46,8 @@ from memserve.models.checkpoint import tensor_shapes
 from memserve.pool.arena import Arena, ArenaFds
 from memserve.pool.mempool import MemPool
 from memserve.pool.retention import HostArena, Retention
+from memserve.pool.transports.by_peer import PeerTransfer
+from memserve.pool.transports.shm import ShmTransfer
 from memserve.workers.channel import MessageTooLong, ReceivedGrant
 from memserve.workers.steps import Chunk, Drawn
 from memserve.workers.worker import Worker
@@ -290,7 +292,10 @@ class Rigs:
         fds = make_fds(config.num_blocks, geometry)
         host_fds = None if config.host_blocks is None else make_fds(config.max_host_blocks, geometry)
         arena = Arena.map(geometry, config.num_blocks, fds)
-        options = {} if copy is None else {"copy": copy}
+        transfer = None
+        if copy is not None:
+            shm = ShmTransfer(arena.blocks, lambda: None, num_layers=geometry.num_layers, copy=copy)
+            transfer = PeerTransfer(lambda: None, shm)
         channel, grants, clock = FakeChannel(), FakeGrants(), Clock()
         pool = MemPool(
             arena,
@@ -300,7 +305,7 @@ class Rigs:
             retention=make_retention(config, geometry, host_fds),
             clock=clock,
             on_free=poison(arena),
-            **options,
+            transfer=transfer,
         )
         runner = runner_of(pool.kv, config.block_size)
         if isinstance(runner, HashRunner):

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
-from memserve.config import Role
+from memserve.config import Role, Transport
 from memserve.messages import Decode, Prefilled
 from memserve.router.dispatcher import DispatcherLimits
 from memserve.router.request_state import Phase, RequestState
@@ -48,11 +48,14 @@ def make_limits(transfer: str, caching: bool) -> DispatcherLimits:
 def make_cluster() -> Iterator[Callable[..., Cluster]]:
     made: list[Cluster] = []
 
-    def make(setting: str, caching: bool, block_size: int = 4, **worker) -> Cluster:
+    def make(
+        setting: str, caching: bool, block_size: int = 4, transport: Transport = "shm", **worker
+    ) -> Cluster:
         is_apart = setting != "colocated"
         cluster = Cluster(
             APART if is_apart else TOGETHER,
             limits=make_limits(setting if is_apart else "request", caching),
+            transport=transport,
             **{
                 "block_size": block_size,
                 "num_blocks": 512 // block_size,
@@ -310,10 +313,22 @@ def check_life(cluster: Cluster, point: Callable, event: Callable, prompt: list[
     cluster.assert_done()
 
 
+SPECIAL = {queued: {"max_running": 1}, following: {"max_batch_tokens": 2 * LEADER_LENGTH}}
+
+
 @pytest.mark.parametrize(("setting", "caching", "point", "event"), list(cases()), ids=name)
 def test_life(make_cluster, setting, caching, point, event):
-    special = {queued: {"max_running": 1}, following: {"max_batch_tokens": 2 * LEADER_LENGTH}}
-    cluster = make_cluster(setting, caching, **special.get(point, {}))
+    cluster = make_cluster(setting, caching, **SPECIAL.get(point, {}))
+    check_life(cluster, point, event, make_prompt(PROMPT_LENGTH))
+
+
+@pytest.mark.parametrize(
+    ("setting", "caching", "point", "event"),
+    [case for case in cases() if case[0] in ("request", "chunk") and case[2] not in (queued, following)],
+    ids=name,
+)
+def test_life_over_gloo(make_cluster, setting, caching, point, event):
+    cluster = make_cluster(setting, caching, transport="torch_distributed", **SPECIAL.get(point, {}))
     check_life(cluster, point, event, make_prompt(PROMPT_LENGTH))
 
 
@@ -354,6 +369,8 @@ class ClusterMachine(RuleBasedStateMachine):
     deaths, replacements and what the dead had said.
     """
 
+    transport: Transport = "shm"
+
     def __init__(self) -> None:
         super().__init__()
         self.ids = itertools.count()
@@ -368,9 +385,18 @@ class ClusterMachine(RuleBasedStateMachine):
         pool_tokens=st.sampled_from([144, 320]),
         host_tokens=st.sampled_from([None, 0, 48, 640]),
         max_batch_tokens=st.sampled_from([24, 128]),
+        policy=st.sampled_from(["least-load", "prompt-tree", "prompt-tree"]),
     )
     def start(
-        self, transfer, num_prefill, num_decode, block_size, pool_tokens, host_tokens, max_batch_tokens
+        self,
+        transfer,
+        num_prefill,
+        num_decode,
+        block_size,
+        pool_tokens,
+        host_tokens,
+        max_batch_tokens,
+        policy,
     ) -> None:
         roles = {f"prefill-{i}": Role.PREFILL for i in range(num_prefill)}
         role = Role.DECODE if num_prefill else Role.COLOCATED
@@ -378,6 +404,8 @@ class ClusterMachine(RuleBasedStateMachine):
         self.cluster = Cluster(
             roles,
             limits=make_limits(transfer, True),
+            policy=policy,
+            transport=self.transport,
             block_size=block_size,
             num_blocks=pool_tokens // block_size,
             max_batch_tokens=max_batch_tokens,
@@ -500,4 +528,16 @@ class ClusterMachine(RuleBasedStateMachine):
 TestClusterMachine = ClusterMachine.TestCase
 TestClusterMachine.settings = settings(
     max_examples=100, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+
+
+class GlooClusterMachine(ClusterMachine):
+    """The same where blocks are sent; what would be pulled by layer is a miss, and comes with the offer."""
+
+    transport = "torch_distributed"
+
+
+TestGlooClusterMachine = GlooClusterMachine.TestCase
+TestGlooClusterMachine.settings = settings(
+    max_examples=12, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )

@@ -1,34 +1,47 @@
 """A private gloo group of two processes: tensors over a loopback connection, and a deadline on every wait.
 
-    receiver (rank 0)   listen ─► port ─ ─ (told by a control message) ─ ─► join (rank 1)   source
-                        wait for "source" in the store ◄───── set ──────────┘
-                        ProcessGroupGloo ◄────── one connection ──────► ProcessGroupGloo
+    receiver (rank 0)                                                source (rank 1)
+    Letterbox ── address, token ─ ─ (control messages) ─ ─ ► Letterbox
+              ◄─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ─  address ──
+    ProcessGroupGloo ◄────────────── one connection ──────────────► ProcessGroupGloo
+    proof ────────────────────────────────────────────────────────► checked
+    checked ◄──────────────────────────────────────────────────────── proof
 
-Made of torch.distributed's parts (TCPStore, ProcessGroupGloo), never of its global group, so that instances
-join and leave. What gloo does with a wait that times out is both the limit and the tool here: it closes the
-connection for good. So a pair that failed once is thrown away and formed anew, and `interrupt` is a wait that
-times out at once. A closed connection wakes, at both ends, whoever waits for a message that has not begun to
-move; who waits for one of which a part has moved is left to his deadline (seen with torch 2.13).
+Made of torch.distributed's parts, never of its global group, so that instances join and leave. In place of a
+TCPStore, which listens for whoever comes and believes him, each end has a `Letterbox`: the two addresses
+travel by the router's private sockets. gloo itself listens on loopback and asks nobody who he is, so that the
+first thing said on a connection is a proof, from both sides, of the token that came with the address; before
+it nothing received is believed and nothing of ours is sent. As a connection goes only to the address that was
+told, nobody can stand in the middle and hand proofs on. The bytes are not encrypted. What proofs do not help
+against: gloo takes whoever comes first and names a pair's number, and ends the process on bytes that make no
+sense, so that a local user can cost a pull, or a worker.
 
-Nothing is authenticated: whoever may connect to loopback ports of this machine could take part. Left to
-others: what the tensors mean, who forms a pair when, threads.
+What gloo does with a wait that times out is both the limit and the tool here: it closes the connection for
+good. So a pair that failed once is thrown away and formed anew, and `interrupt` is a wait that times out at
+once. A closed connection wakes, at both ends, whoever waits for a message that has not begun to move; who
+waits for one of which a part has moved is left to his deadline (seen with torch 2.13).
+
+Left to others: what the tensors mean, who forms a pair when, threads.
 """
 
 from __future__ import annotations
 
-import socket
+import hmac
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
+import numpy as np
 import torch
-from torch.distributed import ProcessGroupGloo, TCPStore, Work  # type: ignore[attr-defined]
+from torch.distributed import ProcessGroupGloo, Store, Work  # type: ignore[attr-defined]
 
 LOOPBACK = "127.0.0.1"
-_RECEIVER, _SOURCE = 0, 1
-_SOURCE_IS_HERE = "source"
-_LOOK_S = 0.002  # between two looks for the source: a timed-out wait of a store would be logged each time
-_INTERRUPT_TAG = 0  # nobody ever sends with this tag; others start at 1
+RECEIVER, SOURCE = 0, 1  # ranks
+_INTERRUPT_TAG = 0  # nobody ever sends with this tag
+_TOKEN_TAG = 1
+FIRST_TAG = 2  # of whoever uses the pair
+_PROOF_BYTES = 32
 
 
 class PairError(Exception):
@@ -47,19 +60,79 @@ def make_device() -> Device:
     return ProcessGroupGloo.create_device(hostname=LOOPBACK, lazy_init=False)
 
 
+class Letterbox(Store):
+    """One end's view of where the two ends of a pair are; all that gloo wants of a store.
+
+    `post` is called with our address once it is known, from the thread that forms the pair, and must not
+    block; `deliver` and `give_up` come from any thread.
+    """
+
+    def __init__(self, post: Callable[[bytes], None], timeout_s: float) -> None:
+        super().__init__()
+        self._post = post
+        self._timeout_s = timeout_s
+        self._own: dict[str, bytes] = {}
+        self._theirs: bytes | None = None
+        self._failure: str | None = None
+        self._news = threading.Event()
+
+    def deliver(self, address: bytes) -> None:
+        """The other end's address has come."""
+        self._theirs = address
+        self._news.set()
+
+    def give_up(self, reason: str) -> None:
+        """Nothing will come any more: whoever waits fails."""
+        self._failure = reason
+        self._news.set()
+
+    def await_theirs(self) -> bytes:
+        """The other end's address. Raises PairError if it does not come in time, or not at all."""
+        arrived = self._news.wait(self._timeout_s)
+        if self._failure is not None:
+            raise PairError(self._failure)
+        if not arrived or self._theirs is None:
+            raise PairError(f"no connection within {self._timeout_s:g} s", timed_out=True)
+        return self._theirs
+
+    # --- what gloo calls: it sets a key of its own, and gets it and the other's -----------------------------
+
+    def set(self, key: str, value: bytes) -> None:  # type: ignore[override]
+        """Our address, once."""
+        assert not self._own, f"gloo told {key} beside its address"
+        self._own[key] = value
+        self._post(value)
+
+    def get(self, key: str) -> bytes:
+        """An address."""
+        return self._own[key] if key in self._own else self.await_theirs()
+
+    def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
+        """Until the addresses are here."""
+        for key in keys:
+            self.get(key)
+
+
 class GlooPair:
     """One end of a formed pair. `send` and `recv` only post; tags order nothing among each other."""
 
-    def __init__(self, store: TCPStore, rank: int, device: Device, timeout_s: float) -> None:
+    def __init__(self, box: Letterbox, rank: int, device: Device, token: bytes, timeout_s: float) -> None:
+        """Form it, as `rank`. Raises PairError if nobody comes, or not who knows the token."""
         options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices = [device]
         options._timeout = timedelta(seconds=timeout_s)
         options._threads = 1
+        self._box = box  # which the group refers to
         try:
-            self._group: ProcessGroupGloo | None = ProcessGroupGloo(store, rank, 2, options)
+            self._group: ProcessGroupGloo | None = ProcessGroupGloo(box, rank, 2, options)
         except RuntimeError as error:
             raise PairError(f"no connection: {_first_line(error)}") from None
         self._other = 1 - rank
+        try:
+            self._check_token(rank, token, timeout_s)
+        except PairError:
+            self.close()
+            raise
 
     def send(self, data: torch.Tensor, tag: int) -> Work:
         """Post a contiguous tensor; it must not change, or go, before `wait` is through."""
@@ -101,6 +174,17 @@ class GlooPair:
         self.interrupt()
         self._group = None
 
+    def _check_token(self, rank: int, token: bytes, timeout_s: float) -> None:
+        """Prove that we know the pair's token, and have the other end prove it."""
+        theirs = torch.zeros(_PROOF_BYTES, dtype=torch.uint8)
+        ours = torch.from_numpy(np.frombuffer(proof(token, rank), dtype=np.uint8).copy())
+        received = self.recv(theirs, _TOKEN_TAG)
+        sent = self.send(ours, _TOKEN_TAG)
+        self.wait(received, timeout_s)
+        if not hmac.compare_digest(theirs.numpy().tobytes(), proof(token, self._other)):
+            raise PairError("the other end does not know the token of this pair")
+        self.wait(sent, timeout_s)
+
     def _post(self, what: str, data: torch.Tensor, tag: int) -> Work:
         assert self._group is not None and tag != _INTERRUPT_TAG
         try:
@@ -109,64 +193,9 @@ class GlooPair:
             raise PairError(_first_line(error)) from None
 
 
-class Listener:
-    """The receiver's end before there is a pair: a store that listens on a loopback port of its own."""
-
-    def __init__(self, timeout_s: float) -> None:
-        # Given only a port, a TCPStore would listen on all interfaces.
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listening:
-            listening.bind((LOOPBACK, 0))
-            listening.listen()
-            self.port: int = listening.getsockname()[1]
-            self._deadline_s = time.monotonic() + timeout_s
-            self._timeout_s = timeout_s
-            self._store = _open_store(LOOPBACK, self.port, timeout_s, listening.detach())
-
-    def accept(self, device: Device, is_over: Callable[[], bool]) -> GlooPair:
-        """Wait until the source joins. Raises PairError if it does not in time, or once `is_over()`."""
-        while not self._has_joined():
-            if is_over():
-                raise PairError("given up")
-            if time.monotonic() >= self._deadline_s:
-                raise PairError(f"no connection within {self._timeout_s:g} s", timed_out=True)
-            time.sleep(_LOOK_S)
-        return GlooPair(self._store, _RECEIVER, device, self._timeout_s)
-
-    def _has_joined(self) -> bool:
-        try:
-            return self._store.check([_SOURCE_IS_HERE])
-        except RuntimeError as error:
-            raise PairError(_first_line(error)) from None
-
-
-def join(host: str, port: int, device: Device, timeout_s: float) -> GlooPair:
-    """The source's end: join who listens there. Raises PairError, at once if nobody listens any more."""
-    try:  # which a store would try again and again, to the deadline
-        socket.create_connection((host, port), timeout_s).close()
-    except OSError as error:
-        raise PairError(f"no connection to {host}:{port}: {error.strerror or error}") from None
-    store = _open_store(host, port, timeout_s, None)
-    try:
-        store.set(_SOURCE_IS_HERE, "")
-    except RuntimeError as error:
-        raise PairError(_first_line(error)) from None
-    return GlooPair(store, _SOURCE, device, timeout_s)
-
-
-def _open_store(host: str, port: int, timeout_s: float, listen_fd: int | None) -> TCPStore:
-    try:
-        return TCPStore(
-            host,
-            port,
-            world_size=None,
-            is_master=listen_fd is not None,
-            timeout=timedelta(seconds=timeout_s),
-            wait_for_workers=False,
-            master_listen_fd=listen_fd,
-            use_libuv=True,
-        )
-    except RuntimeError as error:
-        raise PairError(f"no connection to {host}:{port}: {_first_line(error)}") from None
+def proof(token: bytes, rank: int) -> bytes:
+    """What only who knows the token can say as `rank`. A token is for one pair alone, so it is no replay."""
+    return hmac.digest(token, bytes([rank]), "sha256")
 
 
 def _first_line(error: RuntimeError) -> str:

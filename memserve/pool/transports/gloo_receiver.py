@@ -13,17 +13,20 @@ not one each.
 from __future__ import annotations
 
 import logging
+import os
+import secrets
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
+from typing import NamedTuple
 
 import torch
 from torch.distributed import Work
 
+from memserve.messages import LINK_TOKEN_BYTES, Accept, Connect, Refuse
 from memserve.pool.allocator import BlockIds
-from memserve.pool.transports.gloo_pair import LOOPBACK, Device, GlooPair, Listener, PairError
-from memserve.pool.transports.gloo_pull import GlooPull
+from memserve.pool.transports.gloo_pair import RECEIVER, GlooPair, Letterbox, PairError
 from memserve.pool.transports.gloo_wire import (
     ASK_TAG,
     CHUNKS_UNDER_WAY,
@@ -31,26 +34,25 @@ from memserve.pool.transports.gloo_wire import (
     PROOF_TAG,
     Ask,
     Bytes,
-    Connect,
-    Control,
-    Options,
     Proof,
-    Refuse,
     Staging,
     cut,
 )
+from memserve.pool.transports.links import LinkMeans
+from memserve.pool.transports.pull import QueuedPull, gone
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class LinkEnds:
-    """Who pulls from whom, and what the source must agree with."""
+    """Who pulls from whom, and what the source must agree with (see `messages.Connect`)."""
 
     receiver: str
     receiver_incarnation: int
     source: str
     source_incarnation: int
+    layout: str
     block_bytes: int
     fingerprint: str
 
@@ -76,26 +78,25 @@ class _Progress:
     failure: str | None = None
 
 
-class Receiver:
-    """Pulls from one source into `blocks`, until `end`. See `TorchTransfer` for `wake` and `send_control`."""
+class _Meeting(NamedTuple):
+    """A pair that is being formed."""
 
-    def __init__(
-        self,
-        ends: LinkEnds,
-        blocks: Bytes,
-        device: Device,
-        options: Options,
-        wake: Callable[[], None],
-        send_control: Callable[[str, Control], None],
-    ) -> None:
+    attempt: int
+    box: Letterbox
+
+
+class Receiver:
+    """Pulls from one source into `blocks`, until `end`. See `TorchTransfer` for `wake`."""
+
+    def __init__(self, ends: LinkEnds, blocks: Bytes, means: LinkMeans, wake: Callable[[], None]) -> None:
+        options = means.options
         self.ends = ends
-        self._device = device
+        self._means = means
         self._options = options
         self._wake = wake
-        self._send_control = send_control
-        self._queue: SimpleQueue[GlooPull | None] = SimpleQueue()
+        self._queue: SimpleQueue[QueuedPull | None] = SimpleQueue()
         self._ending: str | None = None  # why it ends
-        self._refused: Refuse | None = None
+        self._meeting: _Meeting | None = None
         self._attempt = 0
         self._turn = 0  # which chunk of the pair's life comes next
         self._pair: GlooPair | None = None
@@ -116,21 +117,33 @@ class Receiver:
         """Whether its thread has ended."""
         return not self._thread.is_alive()
 
-    def put(self, pull: GlooPull) -> None:
+    def put(self, pull: QueuedPull) -> None:
         """Run `pull` after those before it."""
         self._queue.put(pull)
 
-    def refuse(self, refusal: Refuse) -> None:
-        """The source will not connect: whoever waits for it fails."""
-        self._refused = refusal
+    def answer(self, message: Accept | Refuse) -> None:
+        """The source comes, or will not. Stale answers are ignored."""
+        meeting = self._meeting
+        if (
+            meeting is None
+            or message.attempt != meeting.attempt
+            or message.source_incarnation != self.ends.source_incarnation
+        ):
+            return
+        if isinstance(message, Accept):
+            meeting.box.deliver(message.address)
+        else:
+            meeting.box.give_up(message.reason)
 
     def end(self, reason: str) -> None:
-        """Fail every pull, that under way too; takes a millisecond."""
+        """Fail every pull, that under way too; never waits."""
         self._ending = reason
         self._queue.put(None)
-        pair = self._pair
+        pair, meeting = self._pair, self._meeting
+        if meeting is not None:
+            meeting.box.give_up(reason)
         if pair is not None:
-            pair.interrupt()
+            self._means.interrupt(pair)
 
     def join(self) -> None:
         """Wait until the thread has ended."""
@@ -139,6 +152,7 @@ class Receiver:
     # --- the thread -----------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        os.sched_setaffinity(0, self._means.cpus)
         while (pull := self._queue.get()) is not None:
             if pull.start():
                 try:
@@ -151,10 +165,11 @@ class Receiver:
             del pull
         self._drop_pair()
 
-    def _serve(self, pull: GlooPull) -> None:
+    def _serve(self, pull: QueuedPull) -> None:
         """Run one pull to its end."""
-        if self._ending is not None:
-            pull.end(0, 0, self._ending)
+        self._options.on_pull()
+        if self._ending is not None or pull.is_cancelled:
+            pull.end(0, 0, self._ending or "cancelled")
             return
         progress = _Progress()
         for is_retry in (False, True):
@@ -180,33 +195,35 @@ class Receiver:
     def _connect(self) -> GlooPair:
         self._attempt += 1
         self._turn = 0
-        ends, options = self.ends, self._options
-        listener = Listener(options.connect_s)
+        token = secrets.token_bytes(LINK_TOKEN_BYTES)
+        box = Letterbox(lambda address: self._ask_for_pair(address, token), self._options.connect_s)
+        self._meeting = _Meeting(self._attempt, box)
+        if self._ending is not None:
+            box.give_up(self._ending)
+        try:
+            pair = GlooPair(box, RECEIVER, self._means.device(), token, self._options.connect_s)
+        finally:
+            self._meeting = None
+        self._pair = pair
+        if self._ending is not None:
+            pair.interrupt()
+        return pair
+
+    def _ask_for_pair(self, address: bytes, token: bytes) -> None:
+        ends = self.ends
         request = Connect(
             receiver=ends.receiver,
             receiver_incarnation=ends.receiver_incarnation,
             source=ends.source,
             source_incarnation=ends.source_incarnation,
             attempt=self._attempt,
-            host=LOOPBACK,
-            port=listener.port,
+            address=address,
+            token=token,
+            layout=ends.layout,
             block_bytes=ends.block_bytes,
             fingerprint=ends.fingerprint,
         )
-        self._send_control(ends.source, request)
-        try:
-            pair = listener.accept(self._device, lambda: self._ending is not None or self._is_refused())
-        except PairError:
-            if self._refused is not None and self._is_refused():
-                raise PairError(self._refused.reason) from None
-            raise
-        self._pair = pair
-        if self._ending is not None:
-            pair.interrupt()
-        return pair
-
-    def _is_refused(self) -> bool:
-        return self._refused is not None and self._refused.attempt == self._attempt
+        self._means.send_control(ends.source, request)
 
     def _drop_pair(self) -> None:
         pair, self._pair = self._pair, None
@@ -227,7 +244,7 @@ class Receiver:
                 pull.end(0, 0, failure)
             self._wake()
 
-    def _copy(self, pull: GlooPull, pair: GlooPair, progress: _Progress) -> None:
+    def _copy(self, pull: QueuedPull, pair: GlooPair, progress: _Progress) -> None:
         """Ask, receive, verify, chunk by chunk, until all is here or something was gone. Raises PairError."""
         num_blocks, step = len(pull.blocks), self._num_chunk_blocks
         under_way: list[_UnderWay] = []
@@ -242,30 +259,32 @@ class Receiver:
                     if end > next_start:
                         under_way.append(self._ask(pull, pair, next_start, end, more))
                     elif next_start > 0:  # more had been promised
-                        self._send_ask(pair, pull.blocks[:0], [], more)
+                        self._send_ask(pair, pull, pull.blocks[:0], [], more)
                     next_start = end
                 if under_way:
                     self._take(pull, pair, under_way.pop(0), progress)
         finally:
             under_way.clear()
 
-    def _ask(self, pull: GlooPull, pair: GlooPair, start: int, end: int, more: bool) -> _UnderWay:
+    def _ask(self, pull: QueuedPull, pair: GlooPair, start: int, end: int, more: bool) -> _UnderWay:
         """Ask for positions [start, end), ready to receive them."""
         turn, blocks, into = self._turn, pull.blocks[start:end], pull.into[start:end]
         ends = cut(blocks, into, self.ends.block_bytes)
         places = self._staging.places(into, ends, turn)
         data = [pair.recv(torch.from_numpy(place), DATA_TAG) for place in places]
         proof = pair.recv(self._proofs[turn % CHUNKS_UNDER_WAY].tensor, PROOF_TAG)
-        self._send_ask(pair, blocks, ends, more)
+        self._send_ask(pair, pull, blocks, ends, more)
         return _UnderWay(start, end, places, data, proof, turn)
 
-    def _send_ask(self, pair: GlooPair, blocks: BlockIds, ends: list[int], more: bool) -> None:
+    def _send_ask(
+        self, pair: GlooPair, pull: QueuedPull, blocks: BlockIds, ends: list[int], more: bool
+    ) -> None:
         ask = self._asks[self._turn % CHUNKS_UNDER_WAY]
-        ask.set(blocks, ends, more=more)
+        ask.set(blocks, ends, more=more, tier=pull.tier)
         pair.wait(pair.send(ask.tensor, ASK_TAG), self._options.stall_s)
         self._turn += 1
 
-    def _take(self, pull: GlooPull, pair: GlooPair, chunk: _UnderWay, progress: _Progress) -> None:
+    def _take(self, pull: QueuedPull, pair: GlooPair, chunk: _UnderWay, progress: _Progress) -> None:
         """Receive a chunk; it counts if it is verified and so is all before it."""
         # The proof, which comes after the data, is waited for first: when the source goes, gloo wakes who
         # waits for a message to begin, but not who waits for one that has begun.
@@ -282,5 +301,5 @@ class Receiver:
             self._staging.scatter(into[:num_verified], chunk.turn)
         progress.num_verified += num_verified
         if num_verified < len(into):
-            num_lacking, when = len(pull.blocks) - progress.num_verified, "before" if gone_before else "after"
-            progress.failure = f"{num_lacking} of {len(pull.blocks)} blocks were gone {when} the copy"
+            when = "before" if gone_before else "after"
+            progress.failure = gone(progress.num_verified, len(pull.blocks), when)

@@ -10,7 +10,9 @@ waited for; the next asks are expected before they are sent, so that neither end
 from __future__ import annotations
 
 import logging
+import os
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,8 +20,9 @@ import torch
 from numpy.typing import NDArray
 from torch.distributed import Work
 
+from memserve.messages import Accept, Connect, Tier
 from memserve.pool.allocator import BlockIds
-from memserve.pool.transports.gloo_pair import Device, GlooPair, PairError, join
+from memserve.pool.transports.gloo_pair import SOURCE, GlooPair, Letterbox, PairError
 from memserve.pool.transports.gloo_wire import (
     ASK_TAG,
     CHUNKS_UNDER_WAY,
@@ -27,11 +30,11 @@ from memserve.pool.transports.gloo_wire import (
     PROOF_TAG,
     Ask,
     Bytes,
-    Connect,
-    Options,
     Proof,
     Staging,
+    TierMemory,
 )
+from memserve.pool.transports.links import LinkMeans
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +43,9 @@ _IDLE_S = 86400.0  # an idle link costs nothing; the receiver forms a new one wh
 
 @dataclass(slots=True)
 class _Sent:
-    """A chunk that was posted."""
+    """A chunk that was posted. `generations`: its tier's."""
 
+    generations: NDArray[np.uint64]
     ids: BlockIds
     places: list[Bytes]
     works: list[Work]
@@ -54,19 +58,18 @@ class Sender:
     def __init__(
         self,
         request: Connect,
-        blocks: Bytes,
-        generations: NDArray[np.uint64],
-        device: Device,
-        options: Options,
+        tiers: Mapping[Tier, TierMemory],
+        means: LinkMeans,
     ) -> None:
         self.request = request
-        self._blocks = blocks
-        self._generations = generations
-        self._device = device
-        self._options = options
+        self._tiers = tiers
+        self._means = means
+        self._options = means.options
         self._ending = threading.Event()
+        self._box = Letterbox(self._accept, means.options.connect_s)
+        self._box.deliver(request.address)
         self._pair: GlooPair | None = None
-        self._staging = Staging(blocks)
+        self._staging = {tier: Staging(memory.blocks) for tier, memory in tiers.items()}
         self._asks = [Ask() for _ in range(CHUNKS_UNDER_WAY)]
         self._expected: list[Work] = []  # of the asks from the next one on
         self._turn = 0  # which chunk of the link's life comes next
@@ -80,12 +83,12 @@ class Sender:
         return not self._thread.is_alive()
 
     def end(self, reason: str) -> None:
-        """Stop sending, at once; takes a millisecond. While joining it ends when that does."""
+        """Stop sending, at once; never waits. While joining it ends when that does."""
         logger.debug("%s: the link to %s ends: %s", self.request.source, self.request.receiver, reason)
         self._ending.set()
         pair = self._pair
         if pair is not None:
-            pair.interrupt()
+            self._means.interrupt(pair)
 
     def join(self) -> None:
         """Wait until the thread has ended."""
@@ -93,8 +96,10 @@ class Sender:
 
     def _run(self) -> None:
         request = self.request
+        os.sched_setaffinity(0, self._means.cpus)
         try:
-            pair = join(request.host, request.port, self._device, self._options.connect_s)
+            timeout_s = self._options.connect_s
+            pair = GlooPair(self._box, SOURCE, self._means.device(), request.token, timeout_s)
         except PairError as error:
             logger.warning("%s: cannot join %s: %s", request.source, request.receiver, str(error))
             return
@@ -113,46 +118,66 @@ class Sender:
             self._expected.clear()
             pair.close()
 
+    def _accept(self, address: bytes) -> None:
+        request = self.request
+        answer = Accept(
+            receiver=request.receiver,
+            receiver_incarnation=request.receiver_incarnation,
+            source=request.source,
+            source_incarnation=request.source_incarnation,
+            attempt=request.attempt,
+            address=address,
+        )
+        self._means.send_control(request.receiver, answer)
+
     def _send_stream(self, pair: GlooPair) -> None:
         """Wait for the asks of one pull, send what they ask for."""
         under_way: list[_Sent] = []
         more, patience_s = True, _IDLE_S
         try:
             while more:
-                ids, ends, more = self._next_ask(pair, patience_s)
+                tier, ids, ends, more = self._next_ask(pair, patience_s)
                 patience_s = self._options.stall_s
                 if ends:
-                    under_way.append(self._post(pair, ids, ends))
+                    under_way.append(self._post(pair, tier, ids, ends))
                 while under_way and (not more or len(under_way) == CHUNKS_UNDER_WAY):
                     self._finish(pair, under_way.pop(0))
                 self._turn += 1
         finally:
             under_way.clear()
 
-    def _next_ask(self, pair: GlooPair, patience_s: float) -> tuple[BlockIds, list[int], bool]:
-        """The blocks asked for next, where their pieces end, and whether another ask follows in any case."""
+    def _next_ask(self, pair: GlooPair, patience_s: float) -> tuple[Tier, BlockIds, list[int], bool]:
+        """The blocks asked for next, of which tier, where their pieces end, and whether another ask follows
+        in any case.
+        """
         ask = self._asks[self._turn % CHUNKS_UNDER_WAY]
         pair.wait(self._expected[0], patience_s)
-        ids, ends, more = ask.blocks(len(self._blocks)), ask.ends(), ask.more
+        tier = ask.tier
+        memory = None if tier is None else self._tiers.get(tier)
+        if tier is None or memory is None:
+            raise PairError("it asked for blocks of a tier that is not here")
+        ids, ends, more = ask.blocks(len(memory.blocks)), ask.ends(), ask.more
         if ids is None or ends is None:
             raise PairError("it asked for blocks that cannot be")
         del self._expected[0]
         self._expected.append(pair.recv(ask.tensor, ASK_TAG))
-        return ids, ends, more and len(ids) > 0
+        return tier, ids, ends, more and len(ids) > 0
 
-    def _post(self, pair: GlooPair, ids: BlockIds, ends: list[int]) -> _Sent:
+    def _post(self, pair: GlooPair, tier: Tier, ids: BlockIds, ends: list[int]) -> _Sent:
+        generations, staging = self._tiers[tier].generations, self._staging[tier]
         proof = self._proofs[self._turn % CHUNKS_UNDER_WAY]
-        proof.set_before(self._generations[ids])
+        proof.set_before(generations[ids])
         self._options.on_chunk(ids)
-        places = self._staging.places(ids, ends, self._turn)
-        if self._staging.is_staged(places):
-            self._staging.gather(ids, self._turn)
+        places = staging.places(ids, ends, self._turn)
+        if staging.is_staged(places):
+            staging.gather(ids, self._turn)
         works = [pair.send(torch.from_numpy(place), DATA_TAG) for place in places]
-        return _Sent(ids, places, works, proof)
+        return _Sent(generations, ids, places, works, proof)
 
     def _finish(self, pair: GlooPair, sent: _Sent) -> None:
         """Wait until a chunk has left, then say what its generations are now."""
         for work in sent.works:
             pair.wait(work, self._options.stall_s)
-        sent.proof.set_after(self._generations[sent.ids])
+        self._options.on_sent(sent.ids)
+        sent.proof.set_after(sent.generations[sent.ids])
         pair.wait(pair.send(sent.proof.tensor, PROOF_TAG), self._options.stall_s)

@@ -1,8 +1,6 @@
-"""What the two ends of a gloo link say to each other: who meets where, and the tensors of a chunk.
+"""What the two ends of a gloo link say to each other: the tensors of a chunk.
 
-    receiver ── Connect ──► router ──► source       and, where the source will not,   Refuse  back
-
-    receiver ── ask ──────► source      which blocks, in which order, in which pieces
+    receiver ── ask ──────► source      which blocks of which tier, in which order, in which pieces
              ◄── data ──────            each piece [num_blocks, block_bytes]
              ◄── proof ─────            their generations before and after they were sent
 
@@ -17,56 +15,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
-import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from memserve.messages import Tier
 from memserve.pool.allocator import BlockIds
+from memserve.pool.transports.gloo_pair import FIRST_TAG
+from memserve.pool.transports.pull import num_same
 
-ASK_TAG, DATA_TAG, PROOF_TAG = 1, 2, 3
+ASK_TAG, DATA_TAG, PROOF_TAG = range(FIRST_TAG, FIRST_TAG + 3)
 CHUNKS_UNDER_WAY = 2
 MAX_CHUNK_BLOCKS = 1024
 MAX_PIECES = 64
 _MIN_PIECE_BYTES = 128 << 10  # a message more costs what copying so much does
 
-_NUM_BLOCKS, _MORE, _NUM_PIECES, _BLOCKS = 0, 1, 2, 3  # layout of an ask
+_NUM_BLOCKS, _MORE, _NUM_PIECES, _TIER, _BLOCKS = 0, 1, 2, 3, 4  # layout of an ask
 _ENDS = _BLOCKS + MAX_CHUNK_BLOCKS  # of its pieces, as positions
 _BEFORE, _AFTER = 0, 1  # rows of a proof
 
 Bytes = NDArray[np.uint8]
 
 
-class Connect(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Receiver → source: join me at `host:port`, to send me what I ask for.
+class TierMemory(NamedTuple):
+    """One tier of a pool: `blocks` [num_blocks, block_bytes], `generations` [num_blocks]."""
 
-    One pair is formed for each `attempt`; of two, the later counts. `block_bytes` and `fingerprint` are the
-    receiver's.
-    """
-
-    receiver: str
-    receiver_incarnation: int
-    source: str
-    source_incarnation: int
-    attempt: int
-    host: str
-    port: int
-    block_bytes: int
-    fingerprint: str
-
-
-class Refuse(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Source → receiver: no pair will be formed for this attempt."""
-
-    receiver: str
-    receiver_incarnation: int
-    source: str
-    attempt: int
-    reason: str
-
-
-Control = Connect | Refuse
+    blocks: Bytes
+    generations: NDArray[np.uint64]
 
 
 def _nothing(blocks: BlockIds) -> None:
@@ -79,9 +56,10 @@ class Options:
 
     `connect_s` to form a pair; `stall_s` for one chunk, then the link is given up; `chunk_bytes` at most in
     one message (and in each of the two staging buffers of a link), but at least a block; `max_queued` pulls
-    that wait for one source; `max_senders` receivers that may be connected. `on_chunk` is told the blocks
-    of a chunk at the source between the first look at their generations and the copy; tests inject faults
-    here.
+    that wait for one source; `max_senders` receivers that may be connected. Tests inject faults into the
+    links' threads: `on_pull` is called when a pull begins, before there is a connection; `on_chunk` and
+    `on_sent` at the source, with the blocks of a chunk, between the first look at their generations and the
+    copy, and between the copy and the second look.
     """
 
     connect_s: float = 5.0
@@ -89,7 +67,9 @@ class Options:
     chunk_bytes: int = 8 << 20
     max_queued: int = 1024
     max_senders: int = 64
+    on_pull: Callable[[], None] = lambda: None
     on_chunk: Callable[[BlockIds], None] = _nothing
+    on_sent: Callable[[BlockIds], None] = _nothing
 
     def chunk_blocks(self, block_bytes: int) -> int:
         """Blocks of a full chunk. Both ends may differ: the source takes what is asked for."""
@@ -103,8 +83,9 @@ class Ask:
         self.tensor = torch.zeros(_ENDS + MAX_PIECES, dtype=torch.int64)
         self._words: NDArray[np.int64] = self.tensor.numpy()
 
-    def set(self, blocks: BlockIds, ends: list[int], *, more: bool) -> None:
+    def set(self, blocks: BlockIds, ends: list[int], *, more: bool, tier: Tier = Tier.DEVICE) -> None:
         """Ask for `blocks` in pieces that end there; without any, the stream just ends."""
+        self._words[_TIER] = tier
         self._words[_NUM_BLOCKS] = len(blocks)
         self._words[_MORE] = more
         self._words[_NUM_PIECES] = len(ends)
@@ -133,6 +114,12 @@ class Ask:
         return ends if (ends or [0])[-1] == int(self._words[_NUM_BLOCKS]) else None
 
     @property
+    def tier(self) -> Tier | None:
+        """Whose blocks; None if it cannot be."""
+        tier = int(self._words[_TIER])
+        return Tier(tier) if tier in list(Tier) else None
+
+    @property
     def more(self) -> bool:
         """Whether another ask follows in any case."""
         return bool(self._words[_MORE])
@@ -153,12 +140,9 @@ class Proof:
 
     def num_verified(self, expected: NDArray[np.uint64]) -> tuple[int, bool]:
         """How many blocks, from the first on, are what was asked for; was the next one gone before?"""
-        found = self._words[:, : len(expected)]
-        changed = (found != expected).any(axis=0)
-        if not changed.any():
-            return len(expected), False
-        first = int(changed.argmax())
-        return first, bool(found[_BEFORE, first] != expected[first])
+        num_before = num_same(self._words[_BEFORE, : len(expected)], expected)
+        num_after = num_same(self._words[_AFTER, : len(expected)], expected)
+        return min(num_before, num_after), num_before <= num_after and num_before < len(expected)
 
 
 def runs(ids: BlockIds) -> Iterator[tuple[int, int]]:

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from memserve.messages import BlockRefs, Tier
 from memserve.pool.allocator import BlockIds
 from memserve.pool.arena import PeerArena
-from memserve.pool.transports.base import FailedPull, Pull, PullResult
+from memserve.pool.transports.base import FailedPull, Pull
+from memserve.pool.transports.pull import QueuedPull, gone, num_same
 
 logger = logging.getLogger(__name__)
 
@@ -154,44 +155,19 @@ class ShmTransfer:
         return True
 
 
-class _ShmPull:
-    """One pull: `start`, `run` and `end` are the transfer thread's, `poll` and `cancel` the loop's."""
+class _ShmPull(QueuedPull):
+    """One pull: `run` is the transfer thread's."""
 
     def __init__(
         self, source: PeerArena, refs: BlockRefs, into: BlockIds, layers_from: int | None = None
     ) -> None:
+        super().__init__(refs, into, len(source.generations))
         self.source = source
         self._incarnation = refs.incarnation
         self._layers_from = layers_from
         self._num_layers_done = 0
         self._num_bytes = 0
-        self._from = np.array(refs.blocks, dtype=np.int64)
-        self._generations = np.array(refs.generations, dtype=np.uint64)
-        self._into = into
-        if self._from.shape != self._generations.shape:
-            raise ValueError(f"{len(self._from)} blocks with {len(self._generations)} generations")
-        if len(self._from) and not 0 <= self._from.min() <= self._from.max() < len(source.generations):
-            raise ValueError(f"no such block among {len(source.generations)}")
-        self._began_s = self._moved_s = time.monotonic()
-        self._lock = threading.Lock()
-        self._started = False
-        self._cancelled = False
-        self._result: PullResult | None = None
-
-    def poll(self) -> PullResult | None:
-        return self._result
-
-    def cancel(self) -> None:
-        with self._lock:
-            self._cancelled = True
-            if not self._started and self._result is None:
-                self.end(0, 0, "cancelled")
-
-    def start(self) -> bool:
-        """Whether it was not cancelled before; if so, from now on only `run` and `end` end it."""
-        with self._lock:
-            self._started = self._result is None
-        return self._started
+        self._moved_s = time.monotonic()
 
     def run(self, blocks: Bytes, num_layers: int, copy: Copy, closing: threading.Event) -> None:
         """Check, copy, check again: the reader of a seqlock, whose writer bumps, then writes.
@@ -200,7 +176,7 @@ class _ShmPull:
         reordering of loads (some microseconds at the worst) can make the second check miss the bump. Returns
         without a result where the source has not got further yet.
         """
-        if self._cancelled or closing.is_set():
+        if self.is_cancelled or closing.is_set():
             self.end(0, self._num_bytes, "cancelled")
         elif self._layers_from is None:
             self._run_whole(blocks, copy, closing)
@@ -208,18 +184,18 @@ class _ShmPull:
             self._run_layers(blocks, num_layers, copy, self._layers_from)
 
     def _run_whole(self, blocks: Bytes, copy: Copy, closing: threading.Event) -> None:
-        num_wanted = len(self._from)
+        num_wanted = len(self.blocks)
         failure: str | None = None
         num_fresh = self._num_unchanged(num_wanted)
         if num_fresh < num_wanted:
-            failure = f"{num_wanted - num_fresh} of {num_wanted} blocks were gone before the copy"
+            failure = gone(num_fresh, num_wanted, "before")
         num_copied = num_bytes = 0
         for start, end in self._runs(num_fresh, max(1, _PIECE_BYTES // blocks.shape[1])):
-            if self._cancelled or closing.is_set():
+            if self.is_cancelled or closing.is_set():
                 failure = "cancelled"
                 break
-            source = self.source.blocks[self._from[start] : self._from[start] + end - start]
-            destination = blocks[self._into[start] : self._into[start] + end - start]
+            source = self.source.blocks[self.blocks[start] : self.blocks[start] + end - start]
+            destination = blocks[self.into[start] : self.into[start] + end - start]
             num_piece_bytes = copy(destination, source)
             num_bytes += num_piece_bytes
             num_copied = start + num_piece_bytes // blocks.shape[1]
@@ -230,7 +206,7 @@ class _ShmPull:
 
     def _run_layers(self, blocks: Bytes, num_layers: int, copy: Copy, layers_from: int) -> None:
         """Copy the layers that are there by now; all are of one size, and a step writes them in order."""
-        num_wanted = len(self._from)
+        num_wanted = len(self.blocks)
         num_written = self.source.layers_written(self._incarnation)
         if num_written is None:
             self.end(0, self._num_bytes, "the source has restarted")
@@ -243,8 +219,8 @@ class _ShmPull:
         size = blocks.shape[1] // num_layers
         part = slice(self._num_layers_done * size, num_ready * size)
         for start, end in self._runs(num_wanted, num_wanted):
-            source = self.source.blocks[self._from[start] : self._from[start] + end - start, part]
-            destination = blocks[self._into[start] : self._into[start] + end - start, part]
+            source = self.source.blocks[self.blocks[start] : self.blocks[start] + end - start, part]
+            destination = blocks[self.into[start] : self.into[start] + end - start, part]
             num_piece_bytes = copy(destination, source)
             self._num_bytes += num_piece_bytes
             if num_piece_bytes < source.nbytes:
@@ -255,24 +231,19 @@ class _ShmPull:
             self._end_verified(num_wanted, self._num_bytes, None)
 
     def _end_verified(self, num_copied: int, num_bytes: int, failure: str | None) -> None:
-        num_wanted = len(self._from)
+        num_wanted = len(self.blocks)
         num_verified = self._num_unchanged(num_copied)
         if num_verified < num_copied and failure != "cancelled":
-            failure = f"{num_wanted - num_verified} of {num_wanted} blocks were gone after the copy"
+            failure = gone(num_verified, num_wanted, "after")
         self.end(num_verified, num_bytes, failure)
-
-    def end(self, num_blocks: int, num_bytes: int, failure: str | None) -> None:
-        elapsed_ms = (time.monotonic() - self._began_s) * 1e3
-        self._result = PullResult(num_blocks, num_bytes, elapsed_ms, failure)
 
     def _num_unchanged(self, num_blocks: int) -> int:
         """Of the first `num_blocks`, those before the first whose generation is not the one asked for."""
-        changed = self.source.generations[self._from[:num_blocks]] != self._generations[:num_blocks]
-        return int(changed.argmax()) if changed.any() else num_blocks
+        return num_same(self.source.generations[self.blocks[:num_blocks]], self.generations[:num_blocks])
 
     def _runs(self, num_blocks: int, max_blocks: int) -> Iterator[tuple[int, int]]:
         """Ranges [start, end) of at most `max_blocks` positions, consecutive both at the source and here."""
-        jumps = (np.diff(self._from[:num_blocks]) != 1) | (np.diff(self._into[:num_blocks]) != 1)
+        jumps = (np.diff(self.blocks[:num_blocks]) != 1) | (np.diff(self.into[:num_blocks]) != 1)
         start = 0
         for stop in (*(np.flatnonzero(jumps) + 1).tolist(), num_blocks):
             for piece in range(start, stop, max_blocks):

@@ -21,7 +21,7 @@ from memserve.router.policy import Placement, blocks_for, load_key
 
 # Rows this near to the best (a share, and ms) are as good: the one that was given least lately is taken. That
 # spreads cold requests.
-_NEAR_SHARE, _NEAR_MS = 0.05, 0.5
+_NEAR_SHARE, _NEAR_MS = 0.01, 0.5
 # A worker that was given more than this, in units of the average, is left for one that is slower by as much
 # as it was given more, and at most twice as slow. With pulls that spreads a hot prefix.
 _GUARD_RATIO, _GUARD_SHARE = 1.2, 1.0

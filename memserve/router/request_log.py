@@ -1,0 +1,107 @@
+"""What was decided for the last requests and what then happened, for `GET /v1/requests/{id}`.
+
+Pure and bounded: the oldest request is forgotten for the newest. Times are seconds of the dispatcher's clock.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NamedTuple
+
+from memserve.messages import CachedTokens
+from memserve.router.policies.decision import Decision
+
+MAX_REQUESTS = 2000
+# Of one request; a request that is replayed again and again keeps its first ones.
+_MAX_HAPPENINGS = 64
+
+
+class Happening(StrEnum):
+    """What happens to a request, in the order of a life without accidents."""
+
+    SUBMITTED = "submitted"
+    PLACED = "placed"
+    FIRST_TOKEN = "first_token"
+    HANDED_OFF = "handed_off"
+    REPLAYED = "replayed"
+    FINISHED = "finished"
+    ABANDONED = "abandoned"
+    REFUSED = "refused"
+
+
+class Event(NamedTuple):
+    """One of them. `detail`: of a worker, a failure, a finish reason; "" = none."""
+
+    at: float
+    what: Happening
+    detail: str = ""
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """One request: every decision in the order of its attempts, what was really cached of the prompt at the
+    first, and what happened.
+    """
+
+    request_id: str
+    num_prompt_tokens: int
+    decisions: list[Decision] = field(default_factory=list)
+    cached: CachedTokens | None = None
+    events: list[Event] = field(default_factory=list)
+
+    def at(self, what: Happening) -> float | None:
+        """When something first happened."""
+        return next((event.at for event in self.events if event.what is what), None)
+
+    @property
+    def ttft_ms(self) -> float | None:
+        """From the first placement to the first token: what a decision predicts."""
+        placed, first = self.at(Happening.PLACED), self.at(Happening.FIRST_TOKEN)
+        return None if placed is None or first is None else (first - placed) * 1e3
+
+
+class RequestLog:
+    """The last requests, by id."""
+
+    def __init__(self, max_requests: int = MAX_REQUESTS) -> None:
+        self._max = max_requests
+        self._records: OrderedDict[str, RequestRecord] = OrderedDict()
+
+    def submitted(self, request_id: str, num_prompt_tokens: int, now: float) -> None:
+        """A request came in."""
+        self._records[request_id] = RequestRecord(request_id, num_prompt_tokens)
+        self.note(request_id, now, Happening.SUBMITTED)
+        if len(self._records) > self._max:
+            self._records.popitem(last=False)
+
+    def placed(self, request_id: str, decision: Decision, now: float) -> None:
+        """It was given workers."""
+        record = self._records.get(request_id)
+        if record is not None and len(record.decisions) < _MAX_HAPPENINGS:
+            record.decisions.append(decision)
+            placement = decision.placement
+            where = [name for name in (placement.prefill, placement.decode) if name is not None]
+            self.note(request_id, now, Happening.PLACED, " → ".join(where))
+
+    def first_token(self, request_id: str, cached: CachedTokens | None, now: float) -> None:
+        """Its prompt was computed; only the first time counts."""
+        record = self._records.get(request_id)
+        if record is not None and record.at(Happening.FIRST_TOKEN) is None:
+            record.cached = cached
+            self.note(request_id, now, Happening.FIRST_TOKEN)
+
+    def note(self, request_id: str, now: float, what: Happening, detail: str = "") -> None:
+        """Something else happened."""
+        record = self._records.get(request_id)
+        if record is not None and len(record.events) < _MAX_HAPPENINGS:
+            record.events.append(Event(now, what, detail))
+
+    def get(self, request_id: str) -> RequestRecord | None:
+        """What is known of a request; it changes while the request goes on."""
+        return self._records.get(request_id)
+
+    def of_prefix(self, prefix: str) -> list[RequestRecord]:
+        """Those whose ids begin so. Looks at all."""
+        return [record for request_id, record in self._records.items() if request_id.startswith(prefix)]

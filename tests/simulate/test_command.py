@@ -1,0 +1,92 @@
+"""`memserve simulate` from its options to its files."""
+
+from __future__ import annotations
+
+import gzip
+import random
+from pathlib import Path
+
+import click
+import msgspec
+import pytest
+from click.testing import CliRunner, Result
+
+from memserve.router.cost_model import to_json
+from memserve.router.hardware import h800_llama_2_13b
+from memserve.router.policies.policies import POLICIES
+from memserve.router.predictor import Predictor
+from memserve.simulate.command import POLICY_NAMES, at_load, simulate
+from memserve.simulate.report import Report
+from memserve.simulate.traces import read_mooncake
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    rng = random.Random(0)
+    rows = []
+    for index in range(60):
+        stem = rng.randrange(6) * 100
+        ids = [stem, stem + 1, *(10_000 + 10 * index + i for i in range(3))]
+        rows.append({"timestamp": 100 * index, "input_length": 5 * 512, "output_length": 20, "hash_ids": ids})
+    path = tmp_path / "trace.jsonl.gz"
+    path.write_bytes(gzip.compress(b"\n".join(map(msgspec.json.encode, rows))))
+    return path
+
+
+def invoke(*args: object) -> Result:
+    return CliRunner().invoke(simulate, list(map(str, args)))
+
+
+def test_all_policies_and_the_bound(trace: Path, tmp_path: Path) -> None:
+    out = tmp_path / "reports.json"
+    result = invoke("--trace", trace, "--prefill", 2, "--decode", 2, "--load", 0.5, "--json", out)
+    assert result.exit_code == 0, result.output
+    reports = msgspec.json.decode(out.read_bytes(), type=list[Report])
+    assert [report.policy for report in reports] == [*POLICIES, "bound"] == [*POLICY_NAMES, "bound"]
+    assert all(report.num_requests == 60 for report in reports)
+    assert len(result.output.splitlines()) == 7
+    by_name = {report.policy: report for report in reports}
+    assert by_name["bound"].ttft_ms.mean <= by_name["prompt-tree"].ttft_ms.mean
+    assert by_name["prompt-tree"].ttft_ms.mean < by_name["random"].ttft_ms.mean
+
+
+def test_a_calibration_colocated_and_a_plot(trace: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    calibration, plot = tmp_path / "model.json", tmp_path / "plot.svg"
+    calibration.write_bytes(to_json(h800_llama_2_13b()))
+    result = invoke(
+        *("--trace", trace, "--colocated", 2, "--instance", calibration, "--limit", 5),
+        *("--policy", "session", "--no-bound", "--plot", plot),
+    )
+    assert result.exit_code == 0, result.output
+    assert result.output.splitlines()[1].startswith("session")
+    assert plot.read_text().startswith("<?xml")
+
+
+def test_load_is_a_share_of_the_prefill_sides_time(trace: Path) -> None:
+    model = h800_llama_2_13b()
+    stretched = at_load(read_mooncake(trace), model, 3, 0.25)
+    work_s = 60 * Predictor(model).prefill_ms(2560, 0) / 1e3
+    assert stretched.jobs[-1].at_s == pytest.approx(work_s / (3 * 0.25))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--instance", "tpu"],
+        ["--prefill", "0"],
+        ["--policy", "best"],
+        ["--load", "0"],
+        ["--trace", "nowhere"],
+    ],
+)
+def test_mistakes_are_usage_errors(trace: Path, options: list[str]) -> None:
+    result = invoke("--trace", trace, *options)
+    assert result.exit_code == click.UsageError.exit_code
+    assert "Error" in result.output
+
+
+def test_a_trace_that_is_none_is_a_usage_error(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_text("{}\n")
+    assert invoke("--trace", path).exit_code == click.UsageError.exit_code
