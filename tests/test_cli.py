@@ -16,6 +16,7 @@ from memserve import __version__
 from memserve.cli import cli, serve
 from memserve.config import ServeConfig, WorkerOptions
 from memserve.errors import ConfigError, MemoryError_
+from memserve.router.calibrate import CalibrateOptions
 
 
 class Command:
@@ -227,3 +228,37 @@ assert heavy.isdisjoint(sys.modules), heavy & set(sys.modules)
     subprocess.run(
         [sys.executable, "-c", code], check=True, capture_output=True, cwd=Path(__file__).parents[1]
     )
+
+
+# --- memserve calibrate ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def calibrated(monkeypatch: pytest.MonkeyPatch) -> list[tuple[ServeConfig, CalibrateOptions]]:
+    """What `memserve calibrate` was to do."""
+    asked: list[tuple[ServeConfig, CalibrateOptions]] = []
+
+    def run(config: ServeConfig, options: CalibrateOptions) -> int:
+        asked.append((config, options))
+        return 0
+
+    monkeypatch.setattr("memserve.router.calibrate.run", run)
+    return asked
+
+
+def test_calibrate_takes_the_options_of_serve(
+    calibrated: list[tuple[ServeConfig, CalibrateOptions]], tmp_path: Path
+) -> None:
+    (tmp_path / "c.toml").write_text("port = 9\nthreads = 3\n")
+    given = ("--quick", "--json", "--plot", "a.png", "--prefill", "2", "--config", str(tmp_path / "c.toml"))
+    result = CliRunner().invoke(cli, ["calibrate", *given, "--calibration", "off"])
+    assert result.exit_code == 0, result.output
+    ((config, options),) = calibrated
+    assert (config.prefill, config.worker.threads, config.calibration) == (2, 3, "off")
+    assert options == CalibrateOptions(quick=True, reuse=False, as_json=True, plot=Path("a.png"))
+
+
+def test_help_of_calibrate_has_no_options_of_requests() -> None:
+    text = CliRunner().invoke(cli, ["calibrate", "--help"]).output
+    assert "--reuse" in text and "--threads" in text and "--calibration" in text
+    assert "--port" not in text and "--max-waiting" not in text

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -202,14 +203,7 @@ async def _calibrate(worker: Worker, peers: Sequence[str], key: Key, effort: Eff
     await worker.flush()
     if len(requests) > 1:
         request_ms = max(0.0, typical_ms(requests[1:]) - predicted_ms)
-        model = make_model(
-            worker.config,
-            fitted.operators,
-            pull=model.links.from_device,
-            host_pull=model.links.from_host,
-            swap_in=model.links.swap_in,
-            request_ms=request_ms,
-        )
+        model = msgspec.structs.replace(model, request_ms=request_ms)
     return Calibration(key, model, fitted.held_out)
 
 

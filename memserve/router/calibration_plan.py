@@ -88,10 +88,11 @@ def plan_steps(config: WorkerConfig, num_blocks: int) -> StepPlan:
         )
 
     def contexts(*lengths: int) -> list[int]:
-        """Those of `lengths` that fit, and the longest there can be if it is much longer than the last."""
-        some = [length for length in lengths if length < longest - 128]
+        """Those of `lengths` that fit, and the longest there can be unless it is near or far off them."""
         far = longest - 128
-        return [*some, far] if not some or far > 1.5 * some[-1] and far < 8 * some[-1] else some
+        some = [length for length in lengths if length <= far]
+        is_apart = some and 1.5 * some[-1] < far and (len(some) < len(lengths) or far < 8 * some[-1])
+        return [*some, far] if is_apart else some
 
     most = config.max_running
     return StepPlan(
