@@ -1,7 +1,8 @@
 """Predicted against measured: real prefills of lengths x, of which a ratio y is cached, through a worker.
 
 They are held out: the cost model was fitted to single steps, these are whole requests, cut into chunks by
-the worker. Each point is the median of several repeats, the quiet ones where there are enough.
+the worker. Each point is the median of several prompts of about its length, the quiet ones where there are
+enough.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ LENGTHS = (48, 120, 300, 700, 1500, 3000, 6000, 12_000, 24_000)
 _LONGEST_MS = 3000.0
 # For so long more repeats are made in the hope of quiet ones.
 _HOPE_S = 3.0
+# The longest prompt of a point is longer by less than this.
+_SPARE_TOKENS = 16
 
 
 class AccuracyPoint(msgspec.Struct, frozen=True):
@@ -52,6 +55,7 @@ class AccuracyPoint(msgspec.Struct, frozen=True):
 
 def plan_lengths(max_tokens: int, predictor: Predictor, *, most: int | None = None) -> list[int]:
     """Prompt lengths to try where a prompt may have so many tokens, at most `most` of them."""
+    max_tokens -= _SPARE_TOKENS
     lengths = [length for length in LENGTHS if length < max_tokens]
     if max_tokens > (lengths[-1] * 1.2 if lengths else 0):
         lengths.append(max_tokens)
@@ -88,14 +92,13 @@ async def _point(
     hope_ends_at = time.monotonic() + _HOPE_S
     repeats: list[Repeat] = []
     cached: list[int] = []
-    for number in range(3 * num_repeats + 1):
-        rest = worker.prompt(length - num_shared, length + 1 + number)
+    for number in range(3 * num_repeats):
+        rest = worker.prompt(length - num_shared + _offset(number), length + 1 + number)
         repeat, num_cached = await worker.prefill(np.append(shared, rest))
-        if number > 0:  # the first meets shapes that no step has had before
-            repeats.append(repeat)
-            cached.append(num_cached)
+        repeats.append(repeat)
+        cached.append(num_cached)
         has_enough = sum(map(is_quiet, repeats)) >= num_repeats or time.monotonic() > hope_ends_at
-        if number >= num_repeats and has_enough:
+        if len(repeats) >= num_repeats and has_enough:
             break
     num_cached = int(statistics.median_low(cached))
     return AccuracyPoint(
@@ -107,6 +110,13 @@ async def _point(
         num_repeats=len(repeats),
         num_quiet=sum(map(is_quiet, repeats)),
     )
+
+
+def _offset(number: int) -> int:
+    """0, 1, -1, 2, -2, …: no two prompts of a point are of one length, as little as those of users are, for
+    which a library that makes kernels for each shape cannot have them ready.
+    """
+    return (number + 1) // 2 * (1 if number % 2 else -1)
 
 
 def summary(points: Sequence[AccuracyPoint]) -> Errors:

@@ -41,12 +41,14 @@ from memserve.router.calibration_plan import (
     fit_link,
     fit_steps,
     is_hopeless,
+    is_varied,
     make_model,
     plan_copies,
     plan_steps,
     shape_of,
     too_long,
     typical_ms,
+    varied,
 )
 from memserve.router.cost_fit import Errors
 from memserve.router.cost_model import CostModel, Link
@@ -221,7 +223,8 @@ async def _measure_steps(
 ) -> tuple[Times, Times]:
     """Repeats of each step, in rounds over all of them, so that what disturbs does not disturb one alone.
 
-    The first repeat of a step is left out: it makes what the others find made.
+    Each repeat of a chunk is of a new shape; of other steps the first is left out, as it makes what the
+    others find made.
     """
     times: Times = {}
     deadline = clock() + effort.max_s
@@ -232,7 +235,8 @@ async def _measure_steps(
                     continue
             elif not _is_due(kind, number, typical_ms(times[spec]), is_late=clock() > deadline):
                 continue
-            repeats = await worker.step(spec, 2 if number == 0 else 1)
+            num_repeats = 2 if number == 0 and not is_varied(spec) else 1
+            repeats = await worker.step(varied(spec, number), num_repeats)
             times.setdefault(spec, []).append(repeats[-1])
     checks = {spec: times.pop(spec) for spec in held_out if spec in times}
     return times, checks

@@ -33,7 +33,11 @@ _SLOW_MS = 250.0
 _SURE_SHARE = 0.6
 _TELLING_ROWS = 16
 
-_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+_ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+OFFSETS = (0, 1, -1, 2, -2)
+_VARIED_CONTEXT = 64
+# So much more than a step's own the repeats of it may need, in tokens of chunk and of context.
+_SPARE_ROWS, _SPARE_TOKENS = 2, 48
 _MOST_SHARE_OF_POOL = 0.9
 _MOST_COPIED_BYTES = 64 << 20
 
@@ -79,17 +83,20 @@ def plan_steps(config: WorkerConfig, num_blocks: int) -> StepPlan:
         return tuple(spec for spec in specs if fits(spec))
 
     def fits(spec: StepSpec) -> bool:
-        chunk, decode = spec.context_len + spec.num_new, spec.decode_context + config.block_size
+        chunk, decode = (
+            spec.context_len + spec.num_new + _SPARE_TOKENS * is_varied(spec),
+            spec.decode_context + config.block_size,
+        )
         return (
             max(chunk, spec.decode_context) < longest
             and spec.num_decodes <= config.max_running
             and chunk + spec.num_decodes * decode < tokens
-            and spec.num_new + spec.num_decodes <= config.max_batch_tokens
+            and spec.num_new + spec.num_decodes + _SPARE_ROWS <= config.max_batch_tokens
         )
 
     def contexts(*lengths: int) -> list[int]:
         """Those of `lengths` that fit, and the longest there can be unless it is near or far off them."""
-        far = longest - 128
+        far = longest - 320
         some = [length for length in lengths if length <= far]
         is_apart = some and 1.5 * some[-1] < far and (len(some) < len(lengths) or far < 8 * some[-1])
         return [*some, far] if is_apart else some
@@ -106,7 +113,7 @@ def plan_steps(config: WorkerConfig, num_blocks: int) -> StepPlan:
             *(StepSpec(256, c) for c in contexts(1024, 4096)),
             *(StepSpec(512, c) for c in contexts(2048)),
             *(StepSpec(0, 0, True, 1, c) for c in contexts(16, 2048)),
-            *(StepSpec(0, 0, True, 4, c) for c in contexts(512)),
+            *(StepSpec(0, 0, True, min(4, most), c) for c in contexts(16, 512)),
             StepSpec(0, 0, True, min(16, most), 128),
             StepSpec(0, 0, True, min(16, most), 1024),
             StepSpec(0, 0, True, min(64, most), 128),
@@ -125,6 +132,22 @@ def plan_steps(config: WorkerConfig, num_blocks: int) -> StepPlan:
             StepSpec(40, 256, True, 2, 512),
         ),
     )
+
+
+def is_varied(spec: StepSpec) -> bool:
+    """Whether each repeat is to be of another shape (`varied`): a chunk's hardly ever comes twice, and a
+    library that makes kernels for each shape would flatter one that does. Those of decodes come again.
+    """
+    return spec.num_new > 1
+
+
+def varied(spec: StepSpec, number: int) -> StepSpec:
+    """The step for the repeat of this number: around `spec`, so that the median is that of `spec`."""
+    if not is_varied(spec):
+        return spec
+    offset = OFFSETS[number % len(OFFSETS)]
+    context_len = spec.context_len + 16 * offset if spec.context_len >= _VARIED_CONTEXT else spec.context_len
+    return msgspec.structs.replace(spec, num_new=spec.num_new + offset, context_len=context_len)
 
 
 def too_long(kind: Kind, ms: float) -> bool:
@@ -168,6 +191,7 @@ def shape_of(spec: StepSpec) -> StepShape:
         num_logit_rows=decodes + (n > 0 and spec.draws),
         num_gathered=context,
         num_far_pairs=n * max(0, context - FAR_CONTEXT),
+        has_chunk=n > 1,
         is_mixed=n > 0 and decodes > 0,
     )
 

@@ -72,6 +72,7 @@ def fit(points: Sequence[Point], rows: Ramp | Waves | None = None) -> Operators:
         gather_ms=rest[6],
         mixed_ms=rest[7],
         far_pair_ms=rest[8],
+        chunk_ms=rest[9],
     )
 
 
@@ -121,7 +122,10 @@ def _columns(point: Point, form: Ramp | Waves) -> list[float]:
         (Operator.PREFILL_ATTENTION, [shape.num_pairs, shape.num_squares]),
         (Operator.DECODE_ATTENTION, [float(shape.num_decodes), shape.num_context]),
         (Operator.HEAD, [float(shape.num_logit_rows), float(shape.num_logit_rows > 0)]),
-        (Operator.PREFILL_ATTENTION, [shape.num_gathered, float(shape.is_mixed), shape.num_far_pairs]),
+        (
+            Operator.PREFILL_ATTENTION,
+            [shape.num_gathered, float(shape.is_mixed), shape.num_far_pairs, float(shape.has_chunk)],
+        ),
     ]
     return [
         value if only is None or only is operator else 0.0 for operator, values in groups for value in values

@@ -35,7 +35,7 @@ class StepShape(NamedTuple):
     """What a step holds. `num_rows` counts chunks and decodes; `num_pairs` is the sum over chunks of tokens
     times context before them, `num_far_pairs` that of tokens times the context beyond FAR_CONTEXT,
     `num_squares` of tokens squared, `num_gathered` of the context; `num_context` the tokens that decodes
-    attend to. `is_mixed`: it has chunks and decodes.
+    attend to. `is_mixed`: it has chunks and decodes; `has_chunk`: it has chunks.
     """
 
     num_rows: int
@@ -47,6 +47,7 @@ class StepShape(NamedTuple):
     num_gathered: float = 0.0
     is_mixed: bool = False
     num_far_pairs: float = 0.0
+    has_chunk: bool = False
 
 
 class Ramp(msgspec.Struct, frozen=True, tag=True):
@@ -89,7 +90,8 @@ class Waves(msgspec.Struct, frozen=True, tag=True):
 
 class Operators(msgspec.Struct, frozen=True, kw_only=True):
     """Coefficients of the operators; see the module and `StepShape` for what each multiplies. `draw_ms` is
-    for a step that draws at all, `mixed_ms` for one that is mixed, which needs two kinds of attention.
+    for a step that draws at all, `mixed_ms` for one that is mixed, which needs two kinds of attention,
+    `chunk_ms` for one with a chunk: lengths are seldom met twice, and kernels are made for each.
     """
 
     rows: Ramp | Waves
@@ -103,6 +105,7 @@ class Operators(msgspec.Struct, frozen=True, kw_only=True):
     mixed_ms: float = 0.0
     draw_ms: float = 0.0
     far_pair_ms: float = 0.0
+    chunk_ms: float = 0.0
 
     def step_ms(self, shape: StepShape) -> float:
         """Time of one step."""
@@ -116,6 +119,7 @@ class Operators(msgspec.Struct, frozen=True, kw_only=True):
             + self.logit_row_ms * shape.num_logit_rows
             + self.gather_ms * shape.num_gathered
             + self.mixed_ms * shape.is_mixed
+            + self.chunk_ms * shape.has_chunk
             + self.far_pair_ms * shape.num_far_pairs
             + self.draw_ms * (shape.num_logit_rows > 0)
         )
@@ -186,11 +190,14 @@ def speed_of(model: CostModel) -> Speed:
     low, high = MIN_CHUNK_TOKENS, max(MIN_CHUNK_TOKENS, model.budget.max_tokens)
     while high - low > 1:
         middle = (low + high) // 2
-        if operators.step_ms(StepShape(middle, num_squares=middle * middle)) <= AIM * max_step_ms:
+        if (
+            operators.step_ms(StepShape(middle, num_squares=middle * middle, has_chunk=True))
+            <= AIM * max_step_ms
+        ):
             low = middle
         else:
             high = middle
-    base_ms = operators.fixed_ms + operators.rows.ms(low)
+    base_ms = operators.step_ms(StepShape(low, has_chunk=True))
     row_ms = max(base_ms / low, 1e-9)
     return Speed(row_ms, operators.pair_ms / row_ms)
 

@@ -111,7 +111,8 @@ class Predictor:
         operators, budget, speed = self.model.operators, self.model.budget, self._speed
         rows_ms = self._rows_ms
         at = min(num_cached, num_tokens - 1)
-        num_steps, ms, num_pairs, num_far_pairs, num_squares, num_gathered = 0, 0.0, 0, 0, 0, 0
+        num_steps, num_chunks, ms = 0, 0, 0.0
+        num_pairs, num_far_pairs, num_squares, num_gathered = 0, 0, 0, 0
         held_pairs = num_context + num_rows
         while at < num_tokens:
             chunk = min(num_tokens - at, room(budget, speed, num_rows, held_pairs, at, is_first=True))
@@ -121,10 +122,15 @@ class Predictor:
             num_far_pairs += chunk * max(0, at - FAR_CONTEXT)
             num_squares += chunk * chunk
             num_gathered += at
+            num_chunks += chunk > 1
             num_steps += 1
             at += chunk
         ms += operators.pair_ms * num_pairs + operators.square_ms * num_squares
-        ms += operators.gather_ms * num_gathered + operators.far_pair_ms * num_far_pairs
+        ms += (
+            operators.chunk_ms * num_chunks
+            + operators.gather_ms * num_gathered
+            + operators.far_pair_ms * num_far_pairs
+        )
         if num_rows:
             ms += num_steps * (operators.mixed_ms + operators.draw_ms)
             ms += num_steps * (self._decode_row_ms * num_rows + self._context_ms * num_context)
