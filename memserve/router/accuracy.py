@@ -24,7 +24,7 @@ from memserve.router.predictor import Predictor
 logger = logging.getLogger(__name__)
 
 RATIOS = (0.0, 0.25, 0.5, 0.75, 0.9)
-LENGTHS = (48, 120, 300, 700, 1500, 3000, 6000, 12_000, 24_000)
+LENGTHS = (50, 120, 300, 700, 1500, 3000, 6000, 12_000, 24_000)
 # A prompt that is predicted to take longer than this is not tried.
 _LONGEST_MS = 3000.0
 # For so long more repeats are made in the hope of quiet ones.
@@ -74,18 +74,19 @@ async def measure_accuracy(
     """Run the prompts; up to three times as many repeats where few are quiet. Raises NotMeasured."""
     points: list[AccuracyPoint] = []
     for length in lengths:
-        for ratio in RATIOS if worker.config.caches else (0.0,):
-            point = await _point(worker, predictor, length, ratio, num_repeats)
+        size = worker.config.block_size
+        ratios = RATIOS if worker.config.caches else (0.0,)
+        for num_shared in dict.fromkeys(int(length * ratio) // size * size for ratio in ratios):
+            point = await _point(worker, predictor, length, num_shared, num_repeats)
             points.append(point)
             on_point(point)
     return points
 
 
 async def _point(
-    worker: Worker, predictor: Predictor, length: int, ratio: float, num_repeats: int
+    worker: Worker, predictor: Predictor, length: int, num_shared: int, num_repeats: int
 ) -> AccuracyPoint:
     await worker.flush()
-    num_shared = int(length * ratio)
     shared = worker.prompt(num_shared, length)
     if num_shared:
         await worker.prefill(np.append(shared, shared[:1]))

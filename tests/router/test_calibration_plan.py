@@ -107,6 +107,13 @@ def test_repeats_of_a_chunk_are_of_different_shapes_around_it() -> None:
     assert varied(StepSpec(0, 0, True, 4, 100), 3) == StepSpec(0, 0, True, 4, 100)
 
 
+def test_no_two_steps_have_about_the_same_rows() -> None:
+    plan = plan_steps(config(), 4096)
+    specs = [*plan.rows, *plan.others, *plan.held_out]
+    rows = [varied(s, n).num_new + s.num_decodes for s in specs if s.num_new >= 16 for n in range(5)]
+    assert len(rows) == len(set(rows))
+
+
 def test_far_contexts_are_measured_where_there_are_any() -> None:
     assert max(spec.context_len for spec in plan_steps(config(), 4096).others) > 6000
     assert max(spec.context_len for spec in plan_steps(config(max_model_len=700), 4096).others) > 300
