@@ -11,6 +11,7 @@ that lost least count, so that a machine that does other things beside is measur
 
 from __future__ import annotations
 
+import logging
 import statistics
 from collections.abc import Mapping, Sequence
 
@@ -23,6 +24,8 @@ from memserve.model_config import KVGeometry
 from memserve.router.cost_fit import DEFAULT_KNOTS, Errors, Point, errors, fit, nnls
 from memserve.router.cost_model import FAR_CONTEXT, Budget, CostModel, Link, Links, Operators, Ramp, StepShape
 from memserve.router.hardware import PLAIN_LINK
+
+logger = logging.getLogger(__name__)
 
 # A repeat that lost more than this share to other processes is not quiet.
 QUIET_SHARE = 0.02
@@ -98,7 +101,9 @@ def plan_steps(config: WorkerConfig, num_blocks: int) -> StepPlan:
         """Those of `lengths` that fit, and the longest there can be unless it is near or far off them."""
         far = longest - 320
         some = [length for length in lengths if length <= far]
-        is_apart = some and 1.5 * some[-1] < far and (len(some) < len(lengths) or far < 8 * some[-1])
+        if not some:
+            return [far] if far > 0 else []
+        is_apart = 1.5 * some[-1] < far and (len(some) < len(lengths) or far < 8 * some[-1])
         return [*some, far] if is_apart else some
 
     most = config.max_running
@@ -110,7 +115,7 @@ def plan_steps(config: WorkerConfig, num_blocks: int) -> StepPlan:
             StepSpec(134, draws=False),
             *(StepSpec(n, c) for n, c in zip((26, 37, 42, 47), contexts(64, 1024, 4096), strict=False)),
             *(StepSpec(70 + 5 * i, c) for i, c in enumerate(contexts(64, 1024, 3072))),
-            *(StepSpec(140 + 5 * i, c) for i, c in enumerate(contexts(2048))),
+            *(StepSpec(140 + 5 * i, c) for i, c in enumerate(contexts(512, 2048)[-2:])),
             *(StepSpec(262 + 5 * i, c) for i, c in enumerate(contexts(1024, 4096))),
             *(StepSpec(506, c) for c in contexts(2048)[:1]),
             *(StepSpec(0, 0, True, 1, c) for c in contexts(16, 2048)),
@@ -220,6 +225,8 @@ def fit_steps(
     )
     operators = fit(points, Ramp(knots, (0.0,) * len(knots)))
     checks = _points(held_out)
+    for spec, point in zip((*times, *held_out), (*points, *checks), strict=True):
+        logger.debug("%s: %.2f ms, fitted %.2f ms", spec, point.ms, operators.step_ms(point.shape))
     return Fitted(operators, errors(operators, checks) if checks else None)
 
 
