@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -73,9 +74,8 @@ def test_a_quick_run(tmp_path: Path) -> None:
 def test_report(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     report = Report(calls=[CALL], index_bytes={10: 15.5}, copies=[COPY])
-    console = Console(width=110, record=True, file=open(os.devnull, "w"))
-    with console.file:
-        print_report(report, console)
+    console = Console(width=110, record=True, file=io.StringIO())
+    print_report(report, console)
     words = console.export_text().split()
     for word in ("500", "15.5", "2.0", "50%"):  # ns a block, bytes a block, GB/s, of memcpy
         assert word in words
