@@ -34,6 +34,7 @@ from memserve.config import (
     WorkerOptions,
 )
 from memserve.errors import StartupError
+from memserve.simulate.command import simulate
 from memserve.sizes import parse_memory
 
 # A worker's heart beats once a second; two late beats on a busy machine are no death.
@@ -53,6 +54,7 @@ def cli() -> None:
 
 
 cli.add_command(bench)
+cli.add_command(simulate)
 
 # --- values ------------------------------------------------------------------------------------------------
 

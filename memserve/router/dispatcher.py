@@ -21,7 +21,6 @@ there.
 from __future__ import annotations
 
 import logging
-from collections import deque
 from dataclasses import dataclass, field
 
 import msgspec
@@ -62,6 +61,7 @@ from memserve.router.events import (
     WorkerDown,
     WorkerUp,
 )
+from memserve.router.fair_queue import FairQueue
 from memserve.router.fleet import Fleet, Seat
 from memserve.router.global_scheduler import GlobalScheduler
 from memserve.router.kept_kv import SentPullBack, pull_back, what_is_left
@@ -126,7 +126,7 @@ class Dispatcher:
     counters: DispatcherCounters = field(default_factory=DispatcherCounters)
     log: RequestLog = field(default_factory=RequestLog)
     _pull_backs: dict[str, SentPullBack] = field(default_factory=dict)
-    _queue: deque[str] = field(default_factory=deque)
+    _queue: FairQueue = field(default_factory=FairQueue)
     _actions: list[Action] = field(default_factory=list)
     _departures: DepartureRate = field(default_factory=DepartureRate)
 
@@ -184,18 +184,18 @@ class Dispatcher:
             session=event.session,
             policy=event.policy,
         )
-        self._queue.append(event.request_id)
+        self._queue.push(event.request_id, event.session)
         self.log.submitted(event.request_id, len(event.token_ids), now)
 
     def _place_queued(self, now: float) -> None:
         """Give workers to waiting requests in order, until one must wait."""
-        while self._queue and len(self.fleet):
-            request = self.requests[self._queue[0]]
+        while len(self._queue) and len(self.fleet):
+            request = self.requests[self._queue.peek()]
             views = list(self.fleet)
             num_tokens = len(request.tokens)
             decision = self.scheduler.place(request, now)
             if decision is not None:
-                self._queue.popleft()
+                self._queue.pop()
                 self._start(request, decision, now)
             elif all(blocks_for(num_tokens + 1, view.block_size) > view.num_blocks for view in views):
                 self._refuse(request, EngineError(f"no worker's pool holds {num_tokens + 1} tokens"), now)
@@ -570,7 +570,7 @@ class Dispatcher:
         else:
             self._leave_workers(request, now)
             request.phase = Phase.QUEUED
-            self._queue.appendleft(request.request_id)
+            self._queue.push_front(request.request_id)
 
     # --- leaving ---
 

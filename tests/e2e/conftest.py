@@ -15,11 +15,16 @@ from tests.e2e.server_process import REPOSITORY, Server, launch, wait_ready
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
-    """`start(*options)` gives a ready server; all are stopped when the module is done."""
+    """`start(*options)` gives a ready server; all are stopped when the module is done.
+
+    Unless a test says otherwise every prompt goes to a prefill worker, however short it is: most look at what
+    is between the two.
+    """
     servers: list[Server] = []
 
     def start_one(*options: str) -> Server:
-        server = launch(tmp_path_factory.mktemp("serve") / "log", *options)
+        policy = () if "--policy" in options else ("--policy", "least-load")
+        server = launch(tmp_path_factory.mktemp("serve") / "log", *policy, *options)
         wait_ready(server)
         servers.append(server)
         return server

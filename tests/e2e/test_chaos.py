@@ -159,6 +159,8 @@ def test_no_request_fails(start: Callable[..., Server], random_model: Path) -> N
         "--decode=2",
         "--dtype=float32",
         "--transfer=layer",
+        "--policy",
+        os.environ.get("CHAOS_POLICY", "prompt-tree"),
         f"--transport={os.environ.get('CHAOS_TRANSPORT', 'auto')}",
         "--max-batch-tokens=64",  # short chunks: pulls ahead are under way at most moments
         "--max-running=24",

@@ -18,7 +18,7 @@ from memserve.router.load import RecentWork
 from memserve.router.policies.decision import Ask, Candidate, Decision
 from memserve.router.policies.policies import POLICIES
 from memserve.router.policies.pricing import source_of
-from memserve.router.policy import WorkerView, choose
+from memserve.router.policy import Placement, WorkerView, load_key
 from memserve.router.predictor import Phase, Predictor
 from memserve.router.prompt_tree import PromptTree
 
@@ -119,12 +119,20 @@ def test_without_room_a_request_waits(policy: str) -> None:
 @given(
     st.lists(st.tuples(st.integers(0, 900), st.integers(0, 64), st.integers(0, 5000)), min_size=4, max_size=4)
 )
-def test_least_load_chooses_as_choose_does(loads: list[tuple[int, int, int]]) -> None:
+def test_least_load_takes_the_least_loaded_of_each_role_that_has_room(
+    loads: list[tuple[int, int, int]],
+) -> None:
     candidates = fleet(2, 2)
     for candidate, (reserved, placed, outstanding) in zip(candidates.values(), loads, strict=True):
         view = candidate.view
         view.reserved_blocks, view.num_placed, view.outstanding_tokens = reserved, placed, outstanding
-    expected = choose([candidate.view for candidate in candidates.values()], 1000, 100)
+    views = [candidate.view for candidate in candidates.values()]
+    prefills = [view for view in views if view.role is Role.PREFILL and view.has_room(1000, 0)]
+    decodes = [view for view in views if view.role is Role.DECODE and view.has_room(1000, 100)]
+    expected = None
+    if prefills and decodes:
+        best = (min(prefills, key=load_key).instance, min(decodes, key=load_key).instance)
+        expected = Placement(*best)
     decision = POLICIES["least-load"](list(candidates.values()), Ask(1000, 100, random.Random(0)))
     assert (None if decision is None else decision.placement) == expected
 
