@@ -198,12 +198,13 @@ def measure_index(prompts: Prompts, num_calls: int) -> Iterator[CallRow]:
         yield timer.row("acquire", PROMPT_BLOCKS, acquires)
         yield timer.row("publish", 1, publishes)
         yield timer.row("release", PROMPT_BLOCKS, releases)
-        # 3. delete
-        deletes = []
+        # 3. delete, and insert again
+        deletes, inserts = [], []
         for tokens in some:
             deletes.append(_time_us(partial(pool.delete, tokens)))
-            _insert(pool, tokens)
+            inserts.append(_insert(pool, tokens))
         yield timer.row("delete", OWN_BLOCKS, deletes)
+        yield timer.row("insert", PROMPT_BLOCKS, inserts)
         # 4. allocate what only an eviction frees
         ids = pool.alloc_mem(pool.stats().free)
         assert ids is not None
@@ -242,4 +243,4 @@ def _insert(pool: MemPool, tokens: bytes) -> float:
 
 
 def _insert_all(pool: MemPool, prompts: Prompts, timer: _Timer) -> CallRow:
-    return timer.row("insert", PROMPT_BLOCKS, [_insert(pool, tokens) for tokens in prompts.tokens])
+    return timer.row("insert, to fill", PROMPT_BLOCKS, [_insert(pool, tokens) for tokens in prompts.tokens])

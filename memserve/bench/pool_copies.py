@@ -45,7 +45,7 @@ from memserve.bench.pool_peer import (
 )
 from memserve.bench.pool_report import CopyRow
 from memserve.errors import BenchError
-from memserve.messages import Accept, BlockRefs, Connect, PeerGrant, Refuse
+from memserve.messages import Accept, BlockRefs, Connect, PeerGrant, Refuse, Tier
 
 if TYPE_CHECKING:
     from memserve.pool.mempool import MemPool
@@ -178,8 +178,10 @@ class _Receiver:
         pool, outs, ins = self._pool, [], []
         tokens = self._rng.integers(0, 32000, count * GEOMETRY.block_size).astype("<i4").tobytes()
         for _ in range(1 + num_repeats):
+            # Not always the lowest blocks: those would still be in the processor's caches.
+            below = pool.alloc_mem(self._run(count)), pool.alloc_mem(self._run(count), Tier.HOST)
             ids = pool.alloc_mem(count)
-            assert ids is not None
+            assert ids is not None and below[0] is not None and below[1] is not None
             pool.insert(tokens, ids)
             began = time.perf_counter()
             num_out = pool.swap_out(count)
@@ -189,6 +191,8 @@ class _Receiver:
             ins.append((time.perf_counter() - began, self._memcpy(self._ours, self._host, count)))
             assert num_out == num_in == count
             pool.flush()
+            pool.free_mem(below[0])
+            pool.free_mem(below[1], Tier.HOST)
         yield _row("swap_out", "contiguous", count, outs[1:])
         yield _row("swap_in", "contiguous", count, ins[1:])
 

@@ -47,6 +47,7 @@ def test_a_quick_run(tmp_path: Path) -> None:
     assert calls.pop("alloc_mem") == calls.pop("free_mem") == 12
     assert set(calls) == {
         "insert",
+        "insert, to fill",
         "match, all cached",
         "match of 512 tokens",
         "addresses",
