@@ -140,7 +140,7 @@ class Worker:
         self._publisher.announce(plan.chunks)
         self.gauges.begin_step()
         drawn = self._executor.execute(plan.chunks)
-        step_ms = self.gauges.count_step(tally)
+        step_ms = self.gauges.count_step(plan.chunks)
         self.budget.observe(tally, step_ms)
         logger.debug(
             "step of %d tokens, %d of them prefill: %.1f ms",
