@@ -6,6 +6,7 @@ A server may be gone, silent, slow, another program, or hostile: answers are bou
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable
 from types import TracebackType
 from typing import TypeVar
@@ -71,6 +72,8 @@ class TopClient:
             problem = "no answer in time"
         except ValueError as error:  # of `read`, and of a URL that aiohttp cannot use
             problem = f"an answer that makes no sense: {one_line(error)}"
+        except aiohttp.ClientConnectorError as error:  # its own text is long, and names the host again
+            problem = os.strerror(error.errno) if error.errno else describe(error.os_error)
         except (aiohttp.ClientError, OSError) as error:
             problem = describe(error)
         problems.append(f"{path.partition('?')[0]}: {problem}")

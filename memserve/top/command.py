@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import signal
 import sys
 import time
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
 TERMINATED = 143
 
 
+def _finite(context: click.Context, parameter: click.Parameter, value: float) -> float:
+    if math.isnan(value):  # is in no range, and passes as in all
+        raise click.BadParameter("nan is no number of seconds")
+    return value
+
+
 @click.command()
 @click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="Server.", metavar="URL")
 @click.option(
@@ -29,6 +36,7 @@ TERMINATED = 143
     default=1.0,
     show_default=True,
     type=click.FloatRange(0.1, 3600.0),
+    callback=_finite,
     help="Seconds between two looks.",
     metavar="N",
 )

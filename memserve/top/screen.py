@@ -38,6 +38,7 @@ async def watch(client: TopClient, interval_s: float, console: Console, clock: C
             await asyncio.sleep(max(0.0, asked_at + interval_s - clock()))
 
     polling = asyncio.create_task(poll())
+    polling.add_done_callback(lambda _: news.set())
     try:
         with listening(quit_), Live(console=console, screen=True, auto_refresh=False) as live:
             while not quits:

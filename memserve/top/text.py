@@ -17,6 +17,8 @@ def amount(number: float | None) -> str:
     """At most six columns: 7, 1,234, 12.3k, 4.5M."""
     if number is None:
         return NONE
+    if number >= 9.995e14:
+        return ">999T"
     if 0 < number < 10 and number != int(number):
         return f"{number:.1f}"
     for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):

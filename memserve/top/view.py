@@ -2,7 +2,7 @@
 
     header     the server, how long it is up, what is wrong
     workers    a row each; as many as there is room for
-    KV         bars by role and tier                       │ side by side where the terminal is wide
+    KV         bars by role and tier                       │ side by side where there is room
     figures    hits, traffic, queue, latency, predictions  │
     requests   whatever lines are left
 
@@ -31,8 +31,10 @@ from memserve.top.rates import START_TIME, Counters, worker_rates
 from memserve.top.requests import request_table
 from memserve.top.snapshot import Snapshot, Worker
 from memserve.top.text import age, clean
-from memserve.top.workers import WIDE, tier_line, tiers, worker_table
+from memserve.top.workers import tier_line, tiers, worker_table
 
+# From so many columns on the figures stand side by side.
+_BESIDE = 156
 _NAME_COLUMNS = 11
 # The words beside a bar.
 _TIER_COLUMNS = 44
@@ -68,10 +70,10 @@ def render(state: State, width: int, height: int, now: float, wall: float) -> Re
     head = header(state, width, now, wall)
     snapshot = state.now
     if snapshot is None:
-        return Group(head, Text(), Text("waiting for the server; q ends", "dim"))
-    wide = width >= WIDE
+        return Group(*head, Text(), Text("waiting for the server; q ends", "dim"))
+    beside = width >= _BESIDE
     workers: Sequence[Worker] = snapshot.workers.value if snapshot.workers is not None else ()
-    columns = width // 2 - 1 if wide else width
+    columns = width // 2 - 1 if beside else width
     left = [Line(tier.name, tier_line(tier, _bar_columns(columns))) for tier in tiers(workers)]
     right: list[Line] = []
     if snapshot.samples is not None:
@@ -79,17 +81,17 @@ def render(state: State, width: int, height: int, now: float, wall: float) -> Re
         counters = Counters(before, snapshot.samples)
         left += hit_lines(counters)
         right += [*traffic_lines(counters), queue_line(counters), *latency_lines(counters)]
-        (left if wide else right).append(prediction_line(counters))
-    num_figures = max(len(left), len(right)) if wide else len(left) + len(right)
+        (left if beside else right).append(prediction_line(counters))
+    num_figures = max(len(left), len(right)) if beside else len(left) + len(right)
     spaced = height >= 2 * (4 + num_figures + len(workers)) or height >= 40
-    # a header and the two tables' own, and the empty lines between
-    room = height - 3 - num_figures - 3 * spaced
+    # the header, the two tables' own, and the empty lines between
+    room = height - len(head) - 2 - num_figures - 3 * spaced
     num_requests = len(snapshot.requests.value) if snapshot.requests is not None else 0
     worker_rows = min(len(workers), max(1, room - min(num_requests, _MIN_REQUESTS)))
     rates = worker_rates(state.before, snapshot)
-    parts: list[RenderableType] = [head, worker_table(workers, rates, worker_rows, width)]
+    parts: list[RenderableType] = [Group(*head), worker_table(workers, rates, worker_rows, width)]
     figures: RenderableType = _grid([*left, *right])
-    if wide:
+    if beside:
         figures = Table.grid(expand=True, padding=(0, 1, 0, 0))
         figures.add_column(ratio=1, no_wrap=True)
         figures.add_column(ratio=1, no_wrap=True)
@@ -103,22 +105,21 @@ def render(state: State, width: int, height: int, now: float, wall: float) -> Re
     return Group(*parts)
 
 
-def header(state: State, width: int, now: float, wall: float) -> Text:
-    """One line: what is most urgent comes last and is kept, in red."""
-    line = Text("memserve top ", "bold", no_wrap=True, overflow="ellipsis")
-    line.append(clean(state.url), "")
+def header(state: State, width: int, now: float, wall: float) -> list[Text]:
+    """A line, and one more for what is wrong."""
+    line = Text("memserve top ", "bold").append(clean(state.url), "not bold")
     samples = state.now.samples if state.now is not None else None
     if samples is not None and (start := samples.value.get((START_TIME, ""))) is not None:
-        line.append(f"  up {age(max(0.0, wall - start))}")
-    silent_s = None if state.heard_at is None else now - state.heard_at
-    if silent_s is not None and silent_s > max(STALE_S, 2 * state.interval_s):
-        line.append(f"  no news for {age(silent_s)}, trying on", "bold red")
-    if state.problem is not None:
-        line.append(f"  {clean(state.problem)}", "red")
-    elif silent_s is not None:
-        line.append(f"  every {state.interval_s:g} s", "dim")
-    line.truncate(width, overflow="ellipsis")
-    return line
+        line.append(f"  up {age(max(0.0, wall - start))}", "not bold")
+    silent_s = 0.0 if state.heard_at is None else now - state.heard_at
+    if silent_s > max(STALE_S, 2 * state.interval_s):
+        line.append(f"  no news for {age(silent_s)}, trying on", "red")
+    else:
+        line.append(f"  every {state.interval_s:g} s", "not bold dim")
+    lines = [line] if state.problem is None else [line, Text(clean(state.problem), "red")]
+    for each in lines:
+        each.truncate(width, overflow="ellipsis")
+    return lines
 
 
 def _grid(lines: Sequence[Line]) -> Table:

@@ -14,7 +14,7 @@ from memserve.top.rates import WorkerRates
 from memserve.top.snapshot import Worker
 from memserve.top.text import NONE, amount, clean, size
 
-# From so many columns on there is room for everything, side by side.
+# From so many columns on tables have all of theirs, and whole words.
 WIDE = 120
 HEADER = Style(reverse=True)
 _STATES = {"ready": "green", "starting": "yellow", "down": "bold red"}
@@ -39,10 +39,16 @@ def table(width: int, first: str, longest: int, *columns: tuple[str, int], left:
 def worker_table(workers: Sequence[Worker], rates: Mapping[str, WorkerRates], most: int, width: int) -> Table:
     """At most `most` rows; those that are not ready come first where not all have one."""
     wide = width >= WIDE
+    shown, rest = list(workers), ""
+    if len(shown) > most:
+        shown.sort(key=lambda worker: worker.state == "ready")
+        del shown[max(0, most - 1) :]
+        rest = f"… and {len(workers) - len(shown)} more"
+    longest = max((cell_len(clean(worker.id)) for worker in shown), default=0)
     made = table(
         width,
         "worker",
-        max((cell_len(clean(worker.id)) for worker in workers), default=0),
+        max(longest, len(rest)),
         ("role", 9 if wide else 4),
         ("state", 8),
         ("life", 4),
@@ -57,10 +63,6 @@ def worker_table(workers: Sequence[Worker], rates: Mapping[str, WorkerRates], mo
         *([("KV", _BAR_COLUMNS)] if wide else []),
         left=("role", "state", "KV"),
     )
-    shown = list(workers)
-    if len(shown) > most:
-        shown.sort(key=lambda worker: worker.state == "ready")
-        del shown[max(0, most - 1) :]
     for worker in shown:
         load, rate = worker.load, rates.get(worker.id)
         cells = [
@@ -76,8 +78,8 @@ def worker_table(workers: Sequence[Worker], rates: Mapping[str, WorkerRates], mo
         if wide:
             cells.append(bar(_of([worker]), _BAR_COLUMNS))
         made.add_row(*cells)
-    if len(shown) < len(workers) and most > 0:
-        made.add_row(Text(f"… and {len(workers) - len(shown)} more", "dim"))
+    if rest and most > 0:
+        made.add_row(Text(rest, "dim"))
     return made
 
 

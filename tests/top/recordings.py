@@ -1,4 +1,4 @@
-"""Snapshots that were recorded 1.1 s apart from a server with two prefill and two decode workers under load."""
+"""Snapshots of a busy server with two prefill and two decode workers, recorded 1.1 s apart."""
 
 from __future__ import annotations
 

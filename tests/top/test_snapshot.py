@@ -46,17 +46,17 @@ def test_what_other_versions_leave_out_or_add() -> None:
         b"[" * 100_000,
         b'{"data": {}}',
         b'{"data": [{"id": 1}]}',
-        b'{"data": [{"id": "x", "incarnation": -1}]}',
-        b'{"data": [{"id": "x", "age_ms": -1}], "x": 1e999}',
-        b'{"data": [{"id": "x", "incarnation": %d}]}' % 10**400,
+        b'{"data": [{}]}',
+        b'{"data": [{"id": "x", "incarnation": -1, "age_ms": -1}]}',
+        b'{"data": [{"id": "x", "incarnation": 1e999, "age_ms": 1e999}]}',
+        b'{"data": [{"id": "x", "incarnation": %d, "prompt_tokens": %d}]}' % (10**400, 10**400),
         b"\xff\xfe",
     ],
 )
 def test_garbage_is_a_value_error(text: bytes) -> None:
     for read in (read_workers, read_requests):
-        with contextlib.suppress(ValueError):
+        with pytest.raises(ValueError):
             read(text)
-            assert b"age_ms" in text or b"incarnation" in text  # the other's field
     with contextlib.suppress(ValueError):
         assert read_samples(text) == {}
 
