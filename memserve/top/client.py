@@ -18,7 +18,7 @@ from memserve.bench.client import base_url
 from memserve.top.snapshot import Snapshot, Told, read_requests, read_samples, read_workers
 
 MAX_BODY_BYTES = 8 << 20
-MAX_REQUESTS = 100
+MAX_REQUESTS = 50
 Value = TypeVar("Value")
 
 

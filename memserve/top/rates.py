@@ -97,7 +97,7 @@ def quantile(buckets: Buckets, share: float) -> Quantile | None:
         return None
     low, below = 0.0, 0.0
     for bound, count in buckets:
-        if count >= wanted and count > below:
+        if count >= wanted:
             if math.isinf(bound):
                 return Quantile(low, is_over=True)
             return Quantile(low + (bound - low) * (wanted - below) / (count - below))

@@ -41,18 +41,16 @@ async def watch(client: TopClient, interval_s: float, console: Console, clock: C
     polling.add_done_callback(lambda _: news.set())
     try:
         with listening(quit_), Live(console=console, screen=True, auto_refresh=False) as live:
-            while not quits:
+            while not quits and not polling.done():
                 width, height = console.size
                 live.update(render(state, width, height, clock(), time.time()), refresh=True)
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(news.wait(), _DRAW_S)
                 news.clear()
-                if polling.done():
-                    polling.result()  # it only ends by a bug
     finally:
         polling.cancel()
         with contextlib.suppress(asyncio.CancelledError):
-            await polling
+            await polling  # else it only ends by a bug, which is raised here
 
 
 async def snapshot(client: TopClient, interval_s: float, console: Console, clock: Clock) -> bool:

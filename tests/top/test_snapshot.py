@@ -43,7 +43,7 @@ def test_what_other_versions_leave_out_or_add() -> None:
     [
         b"",
         b"<html>",
-        b"[" * 100_000,
+        b'{"data": [], "new": ' + b"[" * 100_000,
         b'{"data": {}}',
         b'{"data": [{"id": 1}]}',
         b'{"data": [{}]}',
