@@ -21,7 +21,6 @@ there.
 from __future__ import annotations
 
 import logging
-from collections import deque
 from dataclasses import dataclass, field
 
 import msgspec
@@ -47,7 +46,6 @@ from memserve.messages import (
     Stored,
     Tier,
     ToWorker,
-    pack_tokens,
 )
 from memserve.router.events import (
     Abandon,
@@ -62,6 +60,7 @@ from memserve.router.events import (
     WorkerDown,
     WorkerUp,
 )
+from memserve.router.fair_queue import FairQueue
 from memserve.router.fleet import Fleet, Seat
 from memserve.router.global_scheduler import GlobalScheduler
 from memserve.router.kept_kv import SentPullBack, pull_back, what_is_left
@@ -130,7 +129,7 @@ class Dispatcher:
     counters: DispatcherCounters = field(default_factory=DispatcherCounters)
     log: RequestLog = field(default_factory=RequestLog)
     _pull_backs: dict[str, SentPullBack] = field(default_factory=dict)
-    _queue: deque[str] = field(default_factory=deque)
+    _queue: FairQueue = field(default_factory=FairQueue)
     _actions: list[Action] = field(default_factory=list)
     _departures: DepartureRate = field(default_factory=DepartureRate)
 
@@ -188,18 +187,18 @@ class Dispatcher:
             session=event.session,
             policy=event.policy,
         )
-        self._queue.append(event.request_id)
+        self._queue.push(event.request_id, event.session)
         self.log.submitted(event.request_id, len(event.token_ids), now)
 
     def _place_queued(self, now: float) -> None:
         """Give workers to waiting requests in order, until one must wait."""
-        while self._queue and len(self.fleet):
-            request = self.requests[self._queue[0]]
+        while len(self._queue) and len(self.fleet):
+            request = self.requests[self._queue.peek()]
             views = list(self.fleet)
             num_tokens = len(request.tokens)
             decision = self.scheduler.place(request, now)
             if decision is not None:
-                self._queue.popleft()
+                self._queue.pop()
                 self._start(request, decision, now)
             elif all(blocks_for(num_tokens + 1, view.block_size) > view.num_blocks for view in views):
                 self._refuse(request, EngineError(f"no worker's pool holds {num_tokens + 1} tokens"), now)
@@ -234,7 +233,7 @@ class Dispatcher:
         """Start the prefill side. `pulled`: KV that it is to pull from another instance first."""
         request.phase = Phase.PREFILLING
         overlaps = self.limits.transfer != "request" and request.decode is not None
-        token_ids = pack_tokens(request.tokens)
+        token_ids = request.token_bytes()
         self._send(
             seat,
             Prefill(
@@ -246,7 +245,7 @@ class Dispatcher:
                 cache_salt=request.cache_salt,
                 tell_blocks=overlaps,
                 tell_layers=overlaps and self.limits.transfer == "layer",
-                offer=request.salvage_for(seat) or pulled,
+                offer=self._salvage_for(request, seat) or pulled,
             ),
         )
         if overlaps:
@@ -269,16 +268,23 @@ class Dispatcher:
             Decode(
                 request_id=request.request_id,
                 attempt=request.attempt,
-                token_ids=pack_tokens(request.tokens),
+                token_ids=request.token_bytes(),
                 num_prompt_tokens=request.num_prompt_tokens,
                 sampling=request.sampling,
                 cache_salt=request.cache_salt,
                 tell_blocks=True,
-                offer=request.offer or request.salvage_for(seat) or pulled,
+                offer=request.offer or self._salvage_for(request, seat) or pulled,
             ),
         )
         request.num_decoding_tokens = len(request.tokens)
         self.scheduler.decodes(seat, 1, len(request.tokens))
+
+    def _salvage_for(self, request: RequestState, seat: Seat) -> Offer | None:
+        """What a dead worker has left of it and this one can read; only tried once."""
+        salvage = request.salvage
+        if salvage is None or not self.scheduler.can_read_lost(seat.instance, salvage.refs.instance):
+            request.salvage = None
+        return request.salvage
 
     # --- what workers say ---
 
@@ -314,7 +320,9 @@ class Dispatcher:
     def _on_stored(self, event: FromWorker, stored: Stored, now: float) -> None:
         """Let the decode worker pull a finished chunk while the next is computed; note where its own are."""
         request = self._asked(stored.request_id, stored.attempt)
-        if request is not None and (_sits(request.prefill, event) or _sits(request.decode, event)):
+        is_there = stored.layers_from is None  # else they are only about to be computed
+        sits = request is not None and (_sits(request.prefill, event) or _sits(request.decode, event))
+        if request is not None and sits and is_there:
             self.scheduler.stored(request, stored.first_block, stored.refs, now)
         if request is not None and request.phase is Phase.PREFILLING and _sits(request.prefill, event):
             if request.is_reserved and request.decode is not None:
@@ -580,7 +588,7 @@ class Dispatcher:
         else:
             self._leave_workers(request, now)
             request.phase = Phase.QUEUED
-            self._queue.appendleft(request.request_id)
+            self._queue.push_front(request.request_id)
 
     # --- leaving ---
 

@@ -1,11 +1,7 @@
-"""Where a request goes: a pure choice over snapshots of the workers.
+"""What is known of one live worker, and how loaded it is: the ground on which policies (policies/) choose.
 
-`choose` sees one `WorkerView` per live worker and answers with instances' names, or None when nothing has
-room and the request must wait its turn. It reserves nothing itself: the dispatcher does, with what was
-chosen.
-
-Least-load for now: the prefill worker with the fewest outstanding prompt tokens, the decode worker with the
-most room. Role is policy, not code: when no worker of a role is alive, the others do its work.
+Nothing is reserved here: the dispatcher does, with what was chosen. Role is policy, not code: when no worker
+of a role is alive, the others do its work.
 """
 
 from __future__ import annotations
@@ -73,26 +69,6 @@ class Placement(NamedTuple):
     decode: str | None
 
 
-def choose(views: Sequence[WorkerView], num_tokens: int, num_new_tokens: int) -> Placement | None:
-    """Place a request of `num_tokens` to prefill, expected to draw `num_new_tokens`; None = no room now.
-
-    The prefill side's pool must hold what is prefilled, the decode side's also what will be drawn.
-    """
-    prefill = [view for view in views if view.role is Role.PREFILL]
-    decode = [view for view in views if view.role is Role.DECODE]
-    if prefill and decode:
-        p = _least_loaded(prefill, num_tokens, 0)
-        if p is None:
-            return None
-        if num_new_tokens <= 1:
-            return Placement(prefill=p.instance, decode=None)
-        d = _least_loaded(decode, num_tokens, num_new_tokens)
-        return None if d is None else Placement(prefill=p.instance, decode=d.instance)
-    # colocated workers, or the survivors of one role doing the work of both
-    alone = _least_loaded(views, num_tokens, num_new_tokens)
-    return None if alone is None else Placement(prefill=None, decode=alone.instance)
-
-
 def choose_decode(views: Sequence[WorkerView], owner: str) -> str:
     """A worker to decode a request that `owner` has prefilled: the least loaded, room or not (it waits
     there).
@@ -107,11 +83,6 @@ def choose_decode(views: Sequence[WorkerView], owner: str) -> str:
 def blocks_for(num_tokens: int, block_size: int) -> int:
     """Blocks that hold `num_tokens` tokens."""
     return -(-num_tokens // block_size)
-
-
-def _least_loaded(views: Sequence[WorkerView], num_tokens: int, num_new_tokens: int) -> WorkerView | None:
-    fitting = [view for view in views if view.has_room(num_tokens, num_new_tokens)]
-    return min(fitting, key=load_key, default=None)
 
 
 def load_key(view: WorkerView) -> tuple[int, float, int, str]:

@@ -207,7 +207,7 @@ def _prefill(row: PrefillRow, chosen: bool) -> PrefillCandidate:
         device_tokens=row.num_device_tokens,
         host_tokens=row.num_host_tokens,
         pulled_tokens=row.num_pulled_tokens,
-        pulled_from=None if row.source is None else row.source.life.instance,
+        pulled_from=None if row.source is None else row.source.instance,
     )
 
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import closing, suppress
@@ -67,6 +68,7 @@ from memserve.router.limits import HttpLimits
 from memserve.router.metrics import CONTENT_TYPE, Metrics
 from memserve.router.openai import CancelledObject, ModelList, ModelObject, to_json
 from memserve.router.policies.policies import POLICIES
+from memserve.router.request_log import RequestRecord
 from memserve.router.request_view import decision_headers, request_list, request_object
 from memserve.router.schemas import SamplingBody, decode_chat, decode_completion
 from memserve.router.served_model import ServedModel
@@ -145,13 +147,19 @@ class _Server:
     async def show_request(self, request: web.Request) -> web.Response:
         """GET /v1/requests/{id}: why it went where it went; 404 if it is not known, or not any more."""
         name = request.match_info["id"]
-        request_id = name.removeprefix("chatcmpl-").removeprefix("cmpl-")
-        records = self._engine.explain_all(f"{request_id}.")
+        of_answer = name.removeprefix("chatcmpl-").removeprefix("cmpl-")
+        records = self._records_of(name) or self._records_of(of_answer)
         if not records:
             raise RequestError(
                 f"nothing is known of a request {name!r}", status=404, code="request_not_found", param="id"
             )
         return _json(request_object(name, records))
+
+    def _records_of(self, request_id: str) -> list[RequestRecord]:
+        """Of the sequences of one HTTP request; `_answer` makes their ids."""
+        of_this = re.compile(re.escape(request_id) + r"\.\d+-\d+")
+        records = self._engine.explain_all(f"{request_id}.")
+        return [record for record in records if of_this.fullmatch(record.request_id)]
 
     async def list_requests(self, request: web.Request) -> web.Response:
         """GET /v1/requests?limit=N: the newest sequences, N that go on and N that have ended."""
