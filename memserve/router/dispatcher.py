@@ -112,6 +112,10 @@ class DispatcherCounters:
     evicted_blocks: int = 0
     swapped_out_blocks: int = 0
     swapped_in_blocks: int = 0
+    prefill_pulls: int = 0
+    failed_prefill_pulls: int = 0
+    prefill_pulled_tokens: int = 0
+    prefill_pulled_bytes: int = 0
 
 
 @dataclass(slots=True)
@@ -399,7 +403,13 @@ class Dispatcher:
                 pulled.num_tokens,
                 pulled.failure,
             )
-        if request.phase is Phase.HANDOFF and _sits(request.decode, event):
+        is_handoff = request.phase is Phase.HANDOFF and _sits(request.decode, event)
+        if not is_handoff:
+            self.counters.prefill_pulls += 1
+            self.counters.failed_prefill_pulls += pulled.failure is not None
+            self.counters.prefill_pulled_tokens += num_pulled
+            self.counters.prefill_pulled_bytes += pulled.num_bytes
+        if is_handoff:
             request.phase = Phase.DECODING
             detail = f"{pulled.num_tokens} tokens of KV at {event.instance}, {num_pulled} of them pulled"
             self.log.note(request.request_id, now, Happening.HANDED_OFF, detail)
