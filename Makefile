@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
 
-.PHONY: install serve test check chaos bench-engine bench-handoff bench-index bench-load clean
+.PHONY: install serve test check chaos bench-engine bench-handoff bench-pool bench-load clean
 
 install: $(VENV)/.installed
 	@:
@@ -30,8 +30,8 @@ bench-engine: $(VENV)/.installed-dev
 bench-handoff: $(VENV)/.installed
 	@$(BIN)/python benchmarks/handoff.py $(ARGS)
 
-bench-index: $(VENV)/.installed
-	@$(BIN)/python benchmarks/index.py
+bench-pool: $(VENV)/.installed
+	@$(BIN)/memserve bench pool $(ARGS)
 
 bench-load: $(VENV)/.installed
 	@$(BIN)/python benchmarks/load_generator.py $(ARGS)

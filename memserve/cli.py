@@ -37,6 +37,7 @@ from memserve.config import (
 from memserve.errors import StartupError
 from memserve.simulate.command import simulate
 from memserve.sizes import parse_memory
+from memserve.top.command import top
 
 # A worker's heart beats once a second; two late beats on a busy machine are no death.
 MIN_PING_DEADLINE_S = 3.0
@@ -56,6 +57,7 @@ def cli() -> None:
 
 cli.add_command(bench)
 cli.add_command(simulate)
+cli.add_command(top)
 
 # --- values ------------------------------------------------------------------------------------------------
 

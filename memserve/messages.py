@@ -498,8 +498,8 @@ class Removed(_Message, frozen=True, array_like=True, tag=True, gc=False):
 
 
 class CacheReport(_Message, frozen=True, array_like=True, tag=True, gc=False):
-    """The answer to a `CacheCommand`: tokens found by tier, blocks freed, or the host tier's blocks now, and
-    how many it may have. `error` says why it could not be done.
+    """The answer to a `CacheCommand`: tokens found by tier, blocks freed, or the blocks that the host
+    tier will have, and how many it may have. `error` says why it could not be done.
     """
 
     command_id: int

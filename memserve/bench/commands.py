@@ -24,6 +24,7 @@ from memserve.bench.options import (
     workload_options,
     workload_spec,
 )
+from memserve.bench.pool_command import pool
 from memserve.errors import BenchError, StartupError
 
 if TYPE_CHECKING:
@@ -51,7 +52,10 @@ class _Command(click.Command):
 
 @click.group()
 def bench() -> None:
-    """Measure OpenAI-compatible servers under real workloads."""
+    """Measure OpenAI-compatible servers under real workloads, or the memory pool alone."""
+
+
+bench.add_command(pool)
 
 
 @bench.command(cls=_Command)

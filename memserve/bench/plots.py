@@ -40,7 +40,7 @@ def plot_runs(path: Path, title: str, runs: Mapping[str, Sequence[Sequence[Reque
     """CDFs of TTFT, TPOT and JCT over all rounds of a run, one line a run, and beneath the timeline of each
     run's first round. Raises BenchError.
     """
-    figure = _figure(12, 3.6 + 2.6 * len(runs))
+    figure = new_figure(12, 3.6 + 2.6 * len(runs))
     figure.suptitle(title)
     grid = figure.add_gridspec(1 + len(runs), 3)
     for column, metric in enumerate(_CDFS):
@@ -53,12 +53,12 @@ def plot_runs(path: Path, title: str, runs: Mapping[str, Sequence[Sequence[Reque
             axes.legend(fontsize="small")
     for row, (name, rounds) in enumerate(runs.items(), start=1):
         _draw_timeline(figure.add_subplot(grid[row, :]), rounds[0], name)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_bars(path: Path, title: str, panels: Mapping[str, Mapping[str, tuple[float, float, float]]]) -> None:
     """A panel a metric, a bar a setting with its interval: value, low and high. Raises BenchError."""
-    figure = _figure(3.4 * len(panels), 4.2)
+    figure = new_figure(3.4 * len(panels), 4.2)
     figure.suptitle(title)
     for index, (metric, bars) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(1, len(panels), index)
@@ -72,7 +72,7 @@ def plot_bars(path: Path, title: str, panels: Mapping[str, Mapping[str, tuple[fl
         axes.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize="small")
         axes.set_title(metric, fontsize="medium")
         axes.grid(axis="y", alpha=0.3)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _draw_cdf(axes: Axes, values_ms: Sequence[float], label: str) -> None:
@@ -103,14 +103,16 @@ def _draw_timeline(axes: Axes, records: Sequence[RequestRecord], name: str) -> N
     other.set_ylabel("output chunks/s", color="C1")
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches. Raises BenchError without matplotlib."""
     check_matplotlib()
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write it as PNG. Raises BenchError."""
     try:
         figure.savefig(path, format="png", dpi=110)
     except OSError as error:

@@ -30,6 +30,7 @@ BlockIds = NDArray[np.int64]
 # to cost little.
 _SCAN = 512
 _SCAN_PER_BLOCK = 8
+_SCAN_MOST = 1 << 14  # where few are free: what an eviction has just freed lies together
 
 _WITHDRAWN = -1  # as a count: neither free nor anybody's
 
@@ -196,7 +197,8 @@ class BlockAllocator:
             self._lowest = lowest + 1
             return np.array([lowest], dtype=np.int64)
         ids_per_ready = len(self._is_ready) // (self._num_free - self._num_lost)
-        length = max(_SCAN, num_blocks * max(_SCAN_PER_BLOCK, 2 * ids_per_ready))
+        to_choose_from = min(2 * num_blocks * ids_per_ready, _SCAN_MOST)
+        length = max(_SCAN, num_blocks * _SCAN_PER_BLOCK, to_choose_from)
         while len(ready := self._is_ready[lowest : lowest + length].nonzero()[0]) < num_blocks:
             assert lowest + length < self.num_blocks, "fewer blocks are ready than were counted"
             length *= 4

@@ -23,6 +23,7 @@ from memserve import memfd
 from memserve.messages import Tier
 from memserve.pool.allocator import BlockAllocator, BlockIds
 from memserve.pool.arena import Arena
+from memserve.pool.growth import Growth
 from memserve.pool.removals import RemovalLog
 
 
@@ -52,6 +53,7 @@ class HostTier:
         self._removals = removals
         self._num_blocks = arena.num_blocks
         self.num_stored = 0
+        self._growth: Growth | None = None
         self.shrink_to(num_blocks)
 
     @property
@@ -115,12 +117,33 @@ class HostTier:
         assert self.arena.blocks is not None
         memfd.populate(self.arena.blocks[: self._num_blocks].reshape(-1))
 
-    def grow_to(self, num_blocks: int) -> None:
-        """Use more of the arena. Raises MemoryError_, and changes nothing, if the memory is not there."""
-        assert self._num_blocks <= num_blocks <= self.capacity
+    def grow_to(self, num_blocks: int, wake: Callable[[], None]) -> None:
+        """Use more of the arena, as memory comes: `absorb` takes what is there. Raises MemoryError_, and
+        changes nothing, if the machine has not so much.
+        """
+        assert self._num_blocks <= num_blocks <= self.capacity and self.arena.blocks is not None
         memfd.check_available((num_blocks - self._num_blocks) * self.arena.geometry.block_bytes)
-        self._allocator.restore(np.arange(self._num_blocks, num_blocks))
-        self._num_blocks = num_blocks
+        if num_blocks > self._num_blocks:
+            self._growth = Growth(self.arena.blocks, self._num_blocks, num_blocks, wake)
+
+    def absorb(self) -> None:
+        """Use the blocks that have got memory since the last call."""
+        growth = self._growth
+        if growth is None:
+            return
+        is_done, num_backed = growth.is_done, growth.num_backed
+        if num_backed > self._num_blocks:
+            self._allocator.restore(np.arange(self._num_blocks, num_backed))
+            self._num_blocks = num_backed
+        if is_done:
+            growth.cancel()  # only its wake-up is left
+            self._growth = None
+
+    def stop_growing(self) -> None:
+        """Keep the size that was reached."""
+        if self._growth is not None:
+            self._growth.cancel()
+            self.absorb()
 
     def relocate(self, blocks: BlockIds, limit: int) -> BlockIds:
         """Move those of `blocks` that lie at `limit` or above below it, where as many must be free. What they

@@ -18,6 +18,7 @@ import numpy as np
 from memserve.messages import BlockRefs, Transfer
 from memserve.pool.allocator import BlockIds
 from memserve.pool.block_table import BlockTable
+from memserve.pool.index import Match
 from memserve.pool.transports.base import Pull
 from memserve.radix_tree import TOKEN_BYTES
 
@@ -82,6 +83,7 @@ class Pool(Protocol):
     def num_available(self) -> int: ...
     def alloc_mem(self, num_blocks: int, /) -> BlockIds | None: ...
     def free_mem(self, ids: BlockIds, /) -> None: ...
+    def match(self, tokens: bytes, salt: str, /) -> Match: ...
     def acquire(self, tokens: bytes, salt: str, /) -> BlockTable: ...
     def publish(self, table: BlockTable, tokens: bytes, /) -> None: ...
     def release(self, table: BlockTable, /) -> None: ...
@@ -95,29 +97,41 @@ def begin_transfer(pool: Pool, offered: Transfer, spare: int) -> Incoming:
 
 def _with_insert(pool: Pool, offered: Transfer, spare: int) -> Incoming:
     refs, step = offered.refs, TOKEN_BYTES * pool.block_size
-    table = pool.acquire(offered.tokens, offered.salt)
-    num_here, num_blocks = table.num_shared, len(offered.tokens) // step
-
-    def finish(num_verified: int, num_bytes: int, failure: str | None) -> Received:
-        stop = num_here + num_verified
-        pool.publish(table, offered.tokens[num_here * step : stop * step])
-        blocks = table.ids(stop).copy()
-        pool.release(table)
-        return Received(num_verified, num_bytes, blocks, failure)
-
+    num_blocks = len(offered.tokens) // step
+    found = pool.match(offered.tokens, offered.salt)
+    num_here = found.num_tokens // pool.block_size
+    num_lacking = num_blocks - num_here
     failure: str | None = None
     if offered.first_block + len(refs.blocks) != num_blocks:
         failure = f"{len(refs.blocks)} blocks from {offered.first_block} for {num_blocks}"
     elif num_here < offered.first_block:
         failure = "the prefix before it is no longer cached"
-    elif num_here < num_blocks and pool.num_available - (num_blocks - num_here) < spare:
+    elif spare and len(found.host_blocks):
+        failure = "the prefix before it is swapped out"  # too cold to push others out for
+    elif num_lacking and pool.num_available - num_lacking < spare:
         failure = "no room"
-    if failure is not None or num_here == num_blocks:
-        return Incoming(None, finish, failure)
-    ids = pool.alloc_mem(num_blocks - num_here)
+    if failure is not None:
+        return Incoming(None, _nothing, failure)
+    table = pool.acquire(offered.tokens, offered.salt)
+    num_shared = table.num_shared
+
+    def finish(num_verified: int, num_bytes: int, failure: str | None) -> Received:
+        stop = num_shared + num_verified
+        pool.publish(table, offered.tokens[num_shared * step : stop * step])
+        blocks = table.ids(table.num_shared).copy()
+        pool.release(table)
+        return Received(num_verified, num_bytes, blocks, failure)
+
+    if num_shared == num_blocks:
+        return Incoming(None, finish)
+    ids = pool.alloc_mem(num_blocks - num_shared)
     assert ids is not None
     table.append(ids)
-    return Incoming(pool.fetch(tail(refs, num_here - offered.first_block), ids), finish)
+    return Incoming(pool.fetch(tail(refs, num_shared - offered.first_block), ids), finish)
+
+
+def _nothing(num_verified: int, num_bytes: int, failure: str | None) -> Received:
+    return Received(0, 0, np.empty(0, dtype=np.int64), failure)
 
 
 def _blocks_alone(pool: Pool, offered: Transfer, spare: int) -> Incoming:

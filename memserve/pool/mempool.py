@@ -180,18 +180,20 @@ class MemPool:
         self._host.load(np.asarray(host_ids, dtype=np.int64), np.asarray(into, dtype=np.int64))
 
     def resize(self, num_blocks: int) -> int:
-        """Let the host tier have so many blocks, from 0 to its capacity; returns how many it has now.
+        """Let the host tier have so many blocks, from 0 to its capacity; returns how many it will have.
 
-        To shrink it evicts, moves what it keeps together, and gives the memory back; blocks that somebody has
-        from `alloc_mem` stand in the way, and it keeps all up to the last of them. Raises MemoryError_ if
-        the machine has not the memory to grow, ValueError outside the bounds.
+        It grows beside everything else, and `poll` takes what has got memory. To shrink it evicts, moves what
+        it keeps together, and gives the memory back; blocks that somebody has from `alloc_mem` stand in the
+        way, and it keeps all up to the last of them. Raises MemoryError_ if the machine has not the memory to
+        grow, ValueError outside the bounds.
         """
         host = self._host
         if host is None or not 0 <= num_blocks <= host.capacity:
             capacity = 0 if host is None else host.capacity
             raise ValueError(f"a host tier of {num_blocks} blocks, but from 0 to {capacity} are possible")
+        host.stop_growing()
         if num_blocks >= host.num_blocks:
-            host.grow_to(num_blocks)
+            host.grow_to(num_blocks, self._wake)
             return num_blocks
         assert self._index is not None
         self._index.evict_host(host.num_held - num_blocks)
@@ -201,6 +203,11 @@ class MemPool:
         num_blocks = max(num_blocks, in_the_way.item(-1) + 1 if len(in_the_way) else 0)
         host.shrink_to(num_blocks)
         return num_blocks
+
+    def poll(self) -> None:
+        """Take note of what goes on beside the loop; cheap."""
+        if self._host is not None:
+            self._host.absorb()
 
     # --- the index -----------------------------------------------------------------------------------------
 
@@ -394,8 +401,8 @@ class MemPool:
 
     def receive(self, offered: Transfer, *, spare: int = 0) -> Incoming:
         """Take a transfer from another pool: pull what is lacking here, and publish it if it comes with
-        tokens. Never raises or waits; a transfer for which there is no room, or less than `spare` blocks
-        would be left, ends at once.
+        tokens. Never raises or waits. One for which there is no room ends at once; with `spare`, that
+        many blocks must be left, and a prefix that is swapped out is not brought back for it.
         """
         assert offered.target == self._instance, offered.target
         return begin_transfer(self, offered, spare)
@@ -457,6 +464,8 @@ class MemPool:
     def close(self) -> None:
         """End every pull and background thread. The memory goes when the last view of `kv` does."""
         self._closing.set()
+        if self._host is not None:
+            self._host.stop_growing()
         self._unpopulated.clear()
         if self._transfer is not None:
             self._transfer.close()

@@ -7,7 +7,9 @@ one finds out by a pull that does not verify.
 
 from __future__ import annotations
 
-from memserve.messages import Removed, Tier
+import itertools
+
+from memserve.messages import BlockRefs, Removed, Tier
 from memserve.pool.addresses import Addresses
 from memserve.pool.allocator import BlockIds
 
@@ -41,6 +43,19 @@ class RemovalLog:
             self._removed.append(Removed(self._addresses.of(blocks, tier), None))
 
     def take(self) -> list[Removed]:
-        """The removals since the last call, in order; the caller's."""
+        """The removals since the last call, in order, those of a kind in one; the caller's."""
         removed, self._removed = self._removed, []
-        return removed
+        joined: list[Removed] = []
+        for _, same in itertools.groupby(removed, key=lambda each: (each.refs.tier, each.moved_to is None)):
+            alike = list(same)
+            joined += alike if alike[0].moved_to is not None else [_joined(alike)]
+        return joined
+
+
+def _joined(removed: list[Removed]) -> Removed:
+    """One removal for many of the same tier."""
+    first = removed[0].refs
+    blocks = tuple(block for each in removed for block in each.refs.blocks)
+    generations = tuple(value for each in removed for value in each.refs.generations)
+    refs = BlockRefs(first.instance, first.incarnation, first.tier, blocks, generations)
+    return Removed(refs, None)

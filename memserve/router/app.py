@@ -49,7 +49,7 @@ from memserve.router.server import create_app
 from memserve.router.supervisor import Supervisor
 from memserve.router.token_history import TokenHistory
 from memserve.router.tokenizer import Tokenizer
-from memserve.router.transports import GLOO_NOTICE, transfer_mode, uses_gloo
+from memserve.router.transports import GLOO_NOTICE, peers_of, transfer_mode, uses_gloo
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +147,8 @@ async def serve(run: Run, sock: socket.socket, console: Console) -> int:
         request_timeout_s=config.request_timeout_s,
     )
     display = Display(config, run.plan, run.model.name, console)
-    scheduler = GlobalScheduler(config.policy, seed=config.seed or 0)
+    reach = {each.instance: peers_of(each, run.plan) for each in run.plan}
+    scheduler = GlobalScheduler(config.policy, seed=config.seed or 0, reach=reach)
     engine = ServingEngine(Dispatcher(limits, scheduler), run.plan, on_progress=display.on_progress)
     relay = LogRelay(partial(print_plain, console)) if console.is_terminal else None
     supervisor = Supervisor(run.plan, config, engine, stderr=None if relay is None else relay.write_fd)

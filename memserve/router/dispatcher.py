@@ -46,7 +46,6 @@ from memserve.messages import (
     Stored,
     Tier,
     ToWorker,
-    pack_tokens,
 )
 from memserve.router.events import (
     Abandon,
@@ -113,6 +112,10 @@ class DispatcherCounters:
     evicted_blocks: int = 0
     swapped_out_blocks: int = 0
     swapped_in_blocks: int = 0
+    prefill_pulls: int = 0
+    failed_prefill_pulls: int = 0
+    prefill_pulled_tokens: int = 0
+    prefill_pulled_bytes: int = 0
 
 
 @dataclass(slots=True)
@@ -230,7 +233,7 @@ class Dispatcher:
         """Start the prefill side. `pulled`: KV that it is to pull from another instance first."""
         request.phase = Phase.PREFILLING
         overlaps = self.limits.transfer != "request" and request.decode is not None
-        token_ids = pack_tokens(request.tokens)
+        token_ids = request.token_bytes()
         self._send(
             seat,
             Prefill(
@@ -242,7 +245,7 @@ class Dispatcher:
                 cache_salt=request.cache_salt,
                 tell_blocks=overlaps,
                 tell_layers=overlaps and self.limits.transfer == "layer",
-                offer=request.salvage_for(seat) or pulled,
+                offer=self._salvage_for(request, seat) or pulled,
             ),
         )
         if overlaps:
@@ -265,16 +268,23 @@ class Dispatcher:
             Decode(
                 request_id=request.request_id,
                 attempt=request.attempt,
-                token_ids=pack_tokens(request.tokens),
+                token_ids=request.token_bytes(),
                 num_prompt_tokens=request.num_prompt_tokens,
                 sampling=request.sampling,
                 cache_salt=request.cache_salt,
                 tell_blocks=True,
-                offer=request.offer or request.salvage_for(seat) or pulled,
+                offer=request.offer or self._salvage_for(request, seat) or pulled,
             ),
         )
         request.num_decoding_tokens = len(request.tokens)
         self.scheduler.decodes(seat, 1, len(request.tokens))
+
+    def _salvage_for(self, request: RequestState, seat: Seat) -> Offer | None:
+        """What a dead worker has left of it and this one can read; only tried once."""
+        salvage = request.salvage
+        if salvage is None or not self.scheduler.can_read_lost(seat.instance, salvage.refs.instance):
+            request.salvage = None
+        return request.salvage
 
     # --- what workers say ---
 
@@ -310,7 +320,9 @@ class Dispatcher:
     def _on_stored(self, event: FromWorker, stored: Stored, now: float) -> None:
         """Let the decode worker pull a finished chunk while the next is computed; note where its own are."""
         request = self._asked(stored.request_id, stored.attempt)
-        if request is not None and (_sits(request.prefill, event) or _sits(request.decode, event)):
+        is_there = stored.layers_from is None  # else they are only about to be computed
+        sits = request is not None and (_sits(request.prefill, event) or _sits(request.decode, event))
+        if request is not None and sits and is_there:
             self.scheduler.stored(request, stored.first_block, stored.refs, now)
         if request is not None and request.phase is Phase.PREFILLING and _sits(request.prefill, event):
             if request.is_reserved and request.decode is not None:
@@ -391,7 +403,13 @@ class Dispatcher:
                 pulled.num_tokens,
                 pulled.failure,
             )
-        if request.phase is Phase.HANDOFF and _sits(request.decode, event):
+        is_handoff = request.phase is Phase.HANDOFF and _sits(request.decode, event)
+        if not is_handoff:
+            self.counters.prefill_pulls += 1
+            self.counters.failed_prefill_pulls += pulled.failure is not None
+            self.counters.prefill_pulled_tokens += num_pulled
+            self.counters.prefill_pulled_bytes += pulled.num_bytes
+        if is_handoff:
             request.phase = Phase.DECODING
             detail = f"{pulled.num_tokens} tokens of KV at {event.instance}, {num_pulled} of them pulled"
             self.log.note(request.request_id, now, Happening.HANDED_OFF, detail)

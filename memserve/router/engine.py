@@ -57,7 +57,7 @@ from memserve.router.events import (
 )
 from memserve.router.link_relay import LinkRelay
 from memserve.router.measurements import Measurements
-from memserve.router.request_log import RequestRecord
+from memserve.router.request_log import Recent, RequestRecord
 from memserve.router.transports import peers_of
 
 logger = logging.getLogger(__name__)
@@ -169,6 +169,10 @@ class ServingEngine:
         """See `engine_api.Engine`."""
         return self._dispatcher.log.of_prefix(prefix)
 
+    def recent(self, limit: int) -> Recent:
+        """See `engine_api.Engine`."""
+        return self._dispatcher.log.recent(limit, self._clock())
+
     def ready(self) -> bool:
         """See `engine_api.Engine`. True when each role that was asked for has a live worker.
 
@@ -208,6 +212,11 @@ class ServingEngine:
             evicted_blocks_total=counters.evicted_blocks,
             swapped_out_blocks_total=counters.swapped_out_blocks,
             swapped_in_blocks_total=counters.swapped_in_blocks,
+            prefill_pulls_total=counters.prefill_pulls,
+            prefill_pull_failures_total=counters.failed_prefill_pulls,
+            prefill_pulled_tokens_total=counters.prefill_pulled_tokens,
+            prefill_pulled_bytes_total=counters.prefill_pulled_bytes,
+            hindsight=dispatcher.log.hindsight.copy(),
         )
 
     def _instance_status(self, config: WorkerConfig) -> InstanceStatus:

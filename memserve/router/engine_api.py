@@ -13,7 +13,7 @@ Whoever submits cancels what has not ended when he leaves: nothing else does.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
@@ -32,7 +32,8 @@ from memserve.messages import (
     SamplingParams,
     TokenLogprobs,
 )
-from memserve.router.request_log import RequestRecord
+from memserve.router.hindsight import Hindsight
+from memserve.router.request_log import Recent, RequestRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +110,8 @@ class EngineStatus:
 
     `num_waiting` counts requests that the router holds back, on top of those waiting at an instance;
     `num_running` all that were dispatched and have not ended. `stale_total`: answers that came for something
-    that was given up, and were dropped.
+    that was given up, and were dropped. `prefill_pull*`: of the pulls, those by which a prompt's prefix came
+    from another cache; the rest are handoffs to where it is decoded.
     """
 
     instances: tuple[InstanceStatus, ...] = ()
@@ -134,6 +136,11 @@ class EngineStatus:
     evicted_blocks_total: int = 0
     swapped_out_blocks_total: int = 0
     swapped_in_blocks_total: int = 0
+    prefill_pulls_total: int = 0
+    prefill_pull_failures_total: int = 0
+    prefill_pulled_tokens_total: int = 0
+    prefill_pulled_bytes_total: int = 0
+    hindsight: Hindsight = field(default_factory=Hindsight)
 
 
 class Engine(Protocol):
@@ -167,6 +174,10 @@ class Engine(Protocol):
 
     def explain_all(self, prefix: str) -> Sequence[RequestRecord]:
         """The same of all whose ids begin so."""
+        ...
+
+    def recent(self, limit: int) -> Recent:
+        """The newest sequences: so many that go on, and so many that have ended."""
         ...
 
     def ready(self) -> bool:

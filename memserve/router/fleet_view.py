@@ -8,7 +8,9 @@ from memserve.router.engine_api import InstanceStatus
 
 
 class WorkerLoad(msgspec.Struct, frozen=True):
-    """What an instance does now: requests by state, offers that wait to be pulled, blocks by state."""
+    """What an instance does now: requests by state, offers that wait to be pulled, blocks by state; and what
+    it has done in this life: preemptions, forward passes, tokens computed by phase.
+    """
 
     running: int
     waiting: int
@@ -22,11 +24,14 @@ class WorkerLoad(msgspec.Struct, frozen=True):
     num_host_blocks: int
     historical_host_blocks: int
     preemptions: int
+    steps: int
+    prefill_tokens: int
+    decode_tokens: int
 
 
 class WorkerObject(msgspec.Struct, frozen=True):
     """A row. `incarnation` counts its lives from 0, `restarts` how often it came up again; `pulls_from` says
-    by which transport KV comes from each other worker.
+    by which transport KV comes from each other worker. `max_host_blocks`: most that its host tier may have.
     """
 
     id: str
@@ -36,6 +41,8 @@ class WorkerObject(msgspec.Struct, frozen=True):
     restarts: int
     load: WorkerLoad
     pulls_from: dict[str, str]
+    block_bytes: int
+    max_host_blocks: int
     object: str = "worker"
 
 
@@ -70,6 +77,11 @@ def _row(status: InstanceStatus) -> WorkerObject:
             num_host_blocks=load.num_host_blocks,
             historical_host_blocks=load.num_host_historical_blocks,
             preemptions=load.num_preemptions,
+            steps=load.num_steps,
+            prefill_tokens=load.num_prefill_tokens,
+            decode_tokens=load.num_decode_tokens,
         ),
         pulls_from=dict(status.pulls_from),
+        block_bytes=status.block_bytes,
+        max_host_blocks=status.max_host_blocks,
     )

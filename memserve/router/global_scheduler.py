@@ -17,14 +17,14 @@ import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from memserve.config import Role
-from memserve.messages import BlockRefs, CachedTokens, Offer, Tier, pack_tokens
+from memserve.config import Role, Transport
+from memserve.messages import BlockRefs, CachedTokens, Offer, Tier
 from memserve.router.cost_model import CostModel
 from memserve.router.fleet import Seat
 from memserve.router.hardware import rough_guess
 from memserve.router.holders import Addresses
 from memserve.router.load import Backlog, RecentWork
-from memserve.router.policies.decision import Ask, Candidate, Decision, PrefillRow
+from memserve.router.policies.decision import Ask, Candidate, Decision, PrefillRow, Source
 from memserve.router.policies.policies import POLICIES
 from memserve.router.policies.pricing import source_of
 from memserve.router.policy import WorkerView
@@ -56,11 +56,18 @@ class GlobalScheduler:
     Args:
         policy: by name, for requests that ask for no other.
         seed: of the random choices.
+        reach: how each instance gets KV from each other; None = all map all. What is not there cannot be had.
     """
 
     def __init__(
-        self, policy: str = "least-load", *, seed: int = 0, max_blocks: int = MAX_TREE_BLOCKS
+        self,
+        policy: str = "least-load",
+        *,
+        seed: int = 0,
+        reach: Mapping[str, Mapping[str, Transport]] | None = None,
+        max_blocks: int = MAX_TREE_BLOCKS,
     ) -> None:
+        self._reach = reach
         self.policy = policy
         self._max_blocks = max_blocks
         self._rng = random.Random(seed)
@@ -111,7 +118,7 @@ class GlobalScheduler:
         """Where a request goes, with the whole table of why; None = nothing has room."""
         if not self._has_room(request):
             return None
-        tokens = pack_tokens(request.tokens)
+        tokens = request.token_bytes()
         found = {role: tree.match(request.cache_salt, tokens, now) for role, tree in self._trees.items()}
         sources = [source_of(self._trees[role], each) for role, each in found.items()]
         candidates = []
@@ -131,7 +138,11 @@ class GlobalScheduler:
             session=request.session,
             prefill_found=found.get(Role.PREFILL, both),
             decode_found=found.get(Role.DECODE, both),
-            source=max((each for each in sources if each), key=lambda each: each.num_tokens, default=None),
+            source=max(
+                (each for each in sources if each is not None and self._is_reached(each)),
+                key=lambda each: each.num_tokens,
+                default=None,
+            ),
         )
         return POLICIES[request.policy or self.policy](candidates, ask)
 
@@ -142,30 +153,29 @@ class GlobalScheduler:
         worker = self._workers[row.instance]
         worker.backlog.add(request.request_id, row.exec_ms + row.swap_in_ms, now)
         self._recent[worker.view.role].add(row.instance, row.exec_ms)
-        tokens = pack_tokens(request.tokens[:-1])
-        for seat in (request.prefill, request.decode):
-            if seat is not None:
-                self._believe(seat.instance, seat.incarnation, request.cache_salt, tokens, now)
+        # The decode side is believed when it tells its own blocks: there is nothing to be had there before.
+        seat = request.prefill or request.decode
+        assert seat is not None
+        tokens = request.token_bytes(0, len(request.tokens) - 1)
+        self._believe(seat.instance, seat.incarnation, request.cache_salt, tokens, now)
 
     def offer_of(self, request: RequestState, row: PrefillRow, now: float) -> Offer | None:
-        """KV that the prefill worker is to pull from the row's source; None if there is nothing to pull.
-
-        Only from the source's device tier: what lies in its host tier ends the run of addresses.
-        """
+        """KV that the prefill worker is to pull from the row's source; None if there is nothing to pull."""
         source = row.source
         if source is None or request.sampling.prompt_logprobs is not None:
             return None
-        for role, tree in self._trees.items():
-            found = tree.match(request.cache_salt, pack_tokens(request.tokens[:-1]), now)
-            lives = [each.life for each in (*found.live.values(), *found.lost)]
-            if source.life not in lives:
-                continue
-            refs = tree.addresses(found, source.life).refs(source.life.instance, source.life.incarnation)
-            size = tree.block_size
-            if not refs or refs[0].tier is not Tier.DEVICE or role is None:
-                return None
-            num_tokens = len(refs[0].blocks) * size
-            return Offer(refs[0], num_tokens) if num_tokens > row.num_device_tokens else None
+        tokens = request.token_bytes(0, len(request.tokens) - 1)
+        for tree in self._trees.values():
+            found = tree.match(request.cache_salt, tokens, now)
+            for holding in (*found.live.values(), *found.lost):
+                life = holding.life
+                if (life.instance, life.incarnation) != (source.instance, source.incarnation):
+                    continue
+                refs = tree.addresses(found, life).refs(life.instance, life.incarnation)
+                if not refs or refs[0].tier is not Tier.DEVICE:
+                    return None
+                num_tokens = len(refs[0].blocks) * tree.block_size
+                return Offer(refs[0], num_tokens) if num_tokens > row.num_device_tokens else None
         return None
 
     def computed(self, request: RequestState, seat: Seat, cached: CachedTokens | None, now: float) -> None:
@@ -191,17 +201,32 @@ class GlobalScheduler:
         if worker is None or not worker.view.caches:
             return
         tree = self._trees[worker.view.role]
-        tokens = pack_tokens(request.tokens[: request.num_prompt_tokens])
+        tokens = request.token_bytes(0, request.num_prompt_tokens)
         place = (seat.instance, seat.incarnation, request.cache_salt)
         if refs is None:
             tree.relearn(*place, tokens, cached.device + cached.host, now)
         tree.hold(*place, tokens, now, addresses=None if refs is None else Addresses.of(refs))
 
     def left(self, request: RequestState, now: float) -> None:
-        """A request leaves its workers, in whatever phase."""
+        """A request leaves its workers, in whatever phase. What was not computed is not believed any more."""
+        decision = request.decision
         for seat in (request.prefill, request.decode):
-            if seat is not None and (worker := self._workers.get(seat.instance)) is not None:
-                worker.backlog.remove(request.request_id, now)
+            worker = None if seat is None else self._worker_at(seat)
+            if seat is None or worker is None or request.request_id not in worker.backlog:
+                continue
+            worker.backlog.remove(request.request_id, now)
+            if decision is not None:
+                row, size = decision.prefill, worker.view.block_size
+                num_blocks = (row.num_device_tokens + row.num_host_tokens) // size
+                tree = self._trees[worker.view.role]
+                place = (seat.instance, seat.incarnation, request.cache_salt)
+                tree.remove(*place, request.token_bytes(), num_blocks)
+
+    def can_read_lost(self, reader: str, dead: str) -> bool:
+        """Whether one instance can read what another has left: its memory must be mapped, and a replacement
+        does not map what it inherits.
+        """
+        return reader != dead and (self._reach is None or self._reach.get(reader, {}).get(dead) == "shm")
 
     def decodes(self, seat: Seat, num_requests: int, num_tokens: int) -> None:
         """So many requests more (or fewer) decode there, attending to so many tokens."""
@@ -209,6 +234,7 @@ class GlobalScheduler:
         if worker is not None:
             worker.view.num_decoding += num_requests
             worker.view.num_context += num_tokens
+            worker.stepped_at = None  # the next step may come after a pause
 
     def stepped(self, instance: str, num_rows: int, now: float) -> None:
         """A step of decodes ended: two of the same size without a prompt beside them tell how long one
@@ -229,7 +255,7 @@ class GlobalScheduler:
         if not worker.view.caches:
             return
         end = (first_block + len(refs.blocks)) * worker.view.block_size
-        tokens = pack_tokens(request.tokens[:end])
+        tokens = request.token_bytes(0, min(end, len(request.tokens)))
         self._trees[worker.view.role].hold(
             refs.instance,
             refs.incarnation,
@@ -257,6 +283,15 @@ class GlobalScheduler:
     def _worker_at(self, seat: Seat) -> _Worker | None:
         worker = self._workers.get(seat.instance)
         return worker if worker is not None and worker.view.incarnation == seat.incarnation else None
+
+    def _is_reached(self, source: Source) -> bool:
+        """Whether every other worker can pull from there: on one machine they are all alike."""
+        if self._reach is None:
+            return True
+        name, others = source.instance, [each for each in self._workers if each != source.instance]
+        if source.is_lost:
+            return all(self.can_read_lost(other, name) for other in others)
+        return all(name in self._reach.get(other, {}) for other in others)
 
     def _believe(self, instance: str, incarnation: int, salt: str, tokens: bytes, now: float) -> None:
         worker = self._workers.get(instance)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from memserve.messages import Offer, PullBack, pack_tokens
+from memserve.messages import Offer, PullBack
 from memserve.router.fleet import Fleet
 from memserve.router.policy import WorkerView
 from memserve.router.request_state import RequestState
@@ -35,7 +35,7 @@ def pull_back(request: RequestState, fleet: Fleet) -> SentPullBack | None:
         return None
     message = PullBack(
         request_id=request.request_id,
-        token_ids=pack_tokens(request.tokens[: num_blocks * view.block_size]),
+        token_ids=request.token_bytes(0, num_blocks * view.block_size),
         cache_salt=request.cache_salt,
         first_block=origin.num_blocks,
         refs=stored.refs(origin.num_blocks),

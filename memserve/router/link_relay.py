@@ -36,8 +36,8 @@ class LinkRelay:
         pair = message.receiver, message.source
         if isinstance(message, Connect):
             self._asked[pair] = message
-        else:
-            self._asked.pop(pair, None)
+        elif (asked := self._asked.get(pair)) is not None and asked.attempt == message.attempt:
+            del self._asked[pair]
         now = alive.get(target)
         if now == incarnation:
             return Send(target, incarnation, message)

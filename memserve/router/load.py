@@ -18,6 +18,10 @@ class Backlog:
         self._total_ms = 0.0
         self._head_since = 0.0
 
+    def __contains__(self, request_id: str) -> bool:
+        """Whether a request's work is not done yet."""
+        return request_id in self._work
+
     def add(self, request_id: str, ms: float, now: float) -> None:
         """Work was dispatched. A request has one piece of work at a time."""
         assert request_id not in self._work

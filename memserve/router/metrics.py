@@ -12,7 +12,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Counter, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
@@ -21,6 +21,7 @@ from prometheus_client.utils import floatToGoString
 from memserve.messages import CachedTokens
 from memserve.router.engine_api import Engine, InstanceState
 from memserve.router.formats import CACHE_SOURCES
+from memserve.router.hindsight import ERROR_BOUNDS, Hindsight
 from memserve.router.openai import Usage
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -48,18 +49,34 @@ class Histogram(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """See Collector."""
-        names = [*map(floatToGoString, self._bounds), "+Inf"]
-        buckets = list(zip(names, map(float, accumulate(self._counts)), strict=True))
-        yield HistogramMetricFamily(self._name, self._text, buckets=buckets, sum_value=self._sum)
+        yield _family(self._name, self._text, self._bounds, self._counts, self._sum)
+
+
+def _family(
+    name: str, text: str, bounds: Sequence[float], counts: Sequence[int], total: float
+) -> HistogramMetricFamily:
+    """From counts by bucket, the last of what is over all bounds."""
+    names = [*map(floatToGoString, bounds), "+Inf"]
+    buckets = list(zip(names, map(float, accumulate(counts)), strict=True))
+    return HistogramMetricFamily(name, text, buckets=buckets, sum_value=total)
 
 
 class Metrics:
-    """The registry of one application."""
+    """The registry of one application. `started_at` in seconds since the epoch: with another, all counters
+    began anew.
+    """
 
-    def __init__(self, engine: Engine, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        clock: Callable[[], float] = time.monotonic,
+        started_at: float | None = None,
+    ) -> None:
         self._clock = clock
         self._registry = CollectorRegistry()
         self._registry.register(_EngineCollector(engine))
+        start = Gauge("memserve_start_time_seconds", "When this began to count", registry=self._registry)
+        start.set(time.time() if started_at is None else started_at)
         self._requests = Counter(
             "memserve_http_requests",
             "HTTP requests answered",
@@ -218,11 +235,20 @@ class _EngineCollector(Collector):
                 status.swapped_out_blocks_total,
             ),
             ("memserve_swapped_in_blocks", "Cached blocks moved back", status.swapped_in_blocks_total),
+            (
+                "memserve_prefill_pulls",
+                "Of the transfers, those of a prompt's prefix from another cache",
+                status.prefill_pulls_total,
+            ),
+            ("memserve_prefill_pull_failures", "Of those, failed", status.prefill_pull_failures_total),
+            ("memserve_prefill_pulled_tokens", "Tokens that came so", status.prefill_pulled_tokens_total),
+            ("memserve_prefill_pulled_bytes", "Bytes that came so", status.prefill_pulled_bytes_total),
             ("memserve_stale_answers", "Answers of workers to what was given up", status.stale_total),
             ("memserve_replays", "Requests dispatched again after a failure", status.replays_total),
             ("memserve_restarts", "Instances started again", status.restarts_total),
         ):
             yield CounterMetricFamily(name, text, value=value)
+        yield from _hindsight(status.hindsight)
         yield from self._collect_instances()
 
     def _collect_instances(self) -> Iterator[Metric]:
@@ -268,3 +294,32 @@ class _EngineCollector(Collector):
             tokens.add_metric([name, "prefill"], load.num_prefill_tokens)
             tokens.add_metric([name, "decode"], load.num_decode_tokens)
         yield from (up, running, blocks, host_blocks, offers, oldest, preemptions, steps, tokens)
+
+
+def _hindsight(hindsight: Hindsight) -> Iterator[Metric]:
+    """Of the sequences whose first token came. What clients were told is memserve_cached_prompt_tokens."""
+    yield CounterMetricFamily(
+        "memserve_prefilled_prompt_tokens",
+        "Prompt tokens of sequences whose first token came",
+        value=hindsight.prompt_tokens,
+    )
+    tokens = CounterMetricFamily(
+        "memserve_cache_tokens",
+        "Of those, cached: as the trees believed of any worker (available), as the decision counted on "
+        "(expected), as the worker had them (captured)",
+        labels=["stage"],
+    )
+    tokens.add_metric(["available"], hindsight.available_tokens)
+    tokens.add_metric(["expected"], hindsight.expected_tokens)
+    tokens.add_metric(["captured"], hindsight.captured_tokens)
+    yield tokens
+    for name, value_ms in (("predicted", hindsight.predicted_ms), ("measured", hindsight.measured_ms)):
+        text = f"Time from placement to first token as {name}, added up"
+        yield CounterMetricFamily(f"memserve_{name}_ttft_seconds", text, value=value_ms / 1e3)
+    yield _family(
+        "memserve_ttft_prediction_error_ratio",
+        "|predicted - measured| / measured",
+        ERROR_BOUNDS,
+        hindsight.error_counts,
+        hindsight.error_sum,
+    )

@@ -1,4 +1,5 @@
-"""What was decided for the last requests and what then happened, for `GET /v1/requests/{id}`.
+"""What was decided for the last requests and what then happened, for `GET /v1/requests/{id}` and the list of
+requests; and what hindsight says of all of them.
 
 Pure and bounded: the oldest request is forgotten for the newest. Times are seconds of the dispatcher's clock.
 """
@@ -11,6 +12,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from memserve.messages import CachedTokens
+from memserve.router.hindsight import Hindsight
 from memserve.router.policies.decision import Decision
 
 MAX_REQUESTS = 2000
@@ -29,6 +31,10 @@ class Happening(StrEnum):
     FINISHED = "finished"
     ABANDONED = "abandoned"
     REFUSED = "refused"
+
+
+# After these nothing more happens to it.
+_ENDS = frozenset((Happening.FINISHED, Happening.ABANDONED, Happening.REFUSED))
 
 
 class Event(NamedTuple):
@@ -61,13 +67,26 @@ class RequestRecord:
         placed, first = self.at(Happening.PLACED), self.at(Happening.FIRST_TOKEN)
         return None if placed is None or first is None else (first - placed) * 1e3
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing more will happen to it."""
+        return self.events[-1].what in _ENDS
+
+
+class Recent(NamedTuple):
+    """Requests as they are at `now`, the newest first."""
+
+    now: float
+    records: list[RequestRecord]
+
 
 class RequestLog:
-    """The last requests, by id."""
+    """The last requests, by id. `hindsight` is of all, except those forgotten before their first token."""
 
     def __init__(self, max_requests: int = MAX_REQUESTS) -> None:
         self._max = max_requests
         self._records: OrderedDict[str, RequestRecord] = OrderedDict()
+        self.hindsight = Hindsight()
 
     def submitted(self, request_id: str, num_prompt_tokens: int, now: float) -> None:
         """A request came in."""
@@ -91,12 +110,22 @@ class RequestLog:
         if record is not None and record.at(Happening.FIRST_TOKEN) is None:
             record.cached = cached
             self.note(request_id, now, Happening.FIRST_TOKEN)
+            self._look_back(record)
 
     def note(self, request_id: str, now: float, what: Happening, detail: str = "") -> None:
         """Something else happened."""
         record = self._records.get(request_id)
         if record is not None and len(record.events) < _MAX_HAPPENINGS:
             record.events.append(Event(now, what, detail))
+
+    def _look_back(self, record: RequestRecord) -> None:
+        if not record.decisions:
+            return
+        if record.cached is not None:
+            self.hindsight.cached(record.decisions[-1], record.num_prompt_tokens, record.cached)
+        ttft_ms = record.ttft_ms
+        if ttft_ms is not None and len(record.decisions) == 1:  # no decision foresees a worker's death
+            self.hindsight.predicted(record.decisions[0].predicted_ttft_ms, ttft_ms)
 
     def get(self, request_id: str) -> RequestRecord | None:
         """What is known of a request; it changes while the request goes on."""
@@ -105,3 +134,14 @@ class RequestLog:
     def of_prefix(self, prefix: str) -> list[RequestRecord]:
         """Those whose ids begin so. Looks at all."""
         return [record for request_id, record in self._records.items() if request_id.startswith(prefix)]
+
+    def recent(self, limit: int, now: float) -> Recent:
+        """The newest `limit` of those that go on, and as many of those that have ended. Looks at all."""
+        left = {True: limit, False: limit}  # by whether it has ended
+        records = []
+        for record in reversed(self._records.values()):
+            ended = record.has_ended
+            if left[ended]:
+                left[ended] -= 1
+                records.append(record)
+        return Recent(now, records)

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import NamedTuple
 
-from memserve.messages import BlockRefs, Offer, SamplingParams, Tier
+from memserve.messages import BlockRefs, Offer, SamplingParams, Tier, pack_tokens
+from memserve.radix_tree import TOKEN_BYTES
 from memserve.router.fleet import Seat
 from memserve.router.policies.decision import Decision
 
@@ -93,11 +94,15 @@ class RequestState:
     policy: str | None = None
     decision: Decision | None = None
     num_decoding_tokens: int | None = None
+    _packed: bytearray = field(default_factory=bytearray, repr=False)
 
-    def salvage_for(self, seat: Seat) -> Offer | None:
-        """What another worker can pull of it. A dead worker's own replacement does not map itself."""
-        salvage = self.salvage
-        return salvage if salvage is not None and salvage.refs.instance != seat.instance else None
+    def token_bytes(self, start: int = 0, stop: int | None = None) -> bytes:
+        """Tokens [start, stop) packed (`pack_tokens`); what was packed once is not packed again."""
+        num_packed = len(self._packed) // TOKEN_BYTES
+        if num_packed < len(self.tokens):
+            self._packed += pack_tokens(self.tokens[num_packed:])
+        end = len(self.tokens) if stop is None else stop
+        return bytes(self._packed[start * TOKEN_BYTES : end * TOKEN_BYTES])
 
     @property
     def num_remaining(self) -> int:

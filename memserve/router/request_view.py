@@ -1,4 +1,6 @@
-"""GET /v1/requests/{id}: why a request went where it went, as JSON, and the headers that say it in short."""
+"""GET /v1/requests/{id}: why a request went where it went, as JSON; the headers that say it in short, and GET
+/v1/requests: the last ones, a row each.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +8,9 @@ from collections.abc import Sequence
 
 import msgspec
 
+from memserve.messages import CachedTokens
 from memserve.router.policies.decision import Decision, DecodeRow, PrefillRow
-from memserve.router.request_log import RequestRecord
+from memserve.router.request_log import Happening, Recent, RequestRecord
 
 
 class PrefillCandidate(msgspec.Struct, frozen=True):
@@ -82,6 +85,70 @@ class RequestObject(msgspec.Struct, frozen=True):
     object: str = "request"
 
 
+class RequestRow(msgspec.Struct, frozen=True):
+    """One sequence in short. `policy`, `prefill`, `decode` and the prediction are of its last placement, None
+    before it; `id` is the engine's, as in the log. `age_ms` since it came, `duration_ms` until it ended.
+    """
+
+    id: str
+    state: str
+    prompt_tokens: int
+    age_ms: float
+    duration_ms: float | None
+    attempts: int
+    policy: str | None
+    prefill: str | None
+    decode: str | None
+    expected_cached_tokens: int | None
+    cached_tokens: CachedObject | None
+    predicted_ttft_ms: float | None
+    ttft_ms: float | None
+
+
+class RequestList(msgspec.Struct, frozen=True):
+    data: list[RequestRow]
+    object: str = "list"
+
+
+# What a request is in after each of its events.
+_STATES = {
+    Happening.SUBMITTED: "waiting",
+    Happening.PLACED: "prefilling",
+    Happening.FIRST_TOKEN: "decoding",
+    Happening.HANDED_OFF: "decoding",
+    Happening.REPLAYED: "waiting",
+    Happening.FINISHED: "finished",
+    Happening.ABANDONED: "abandoned",
+    Happening.REFUSED: "refused",
+}
+
+
+def request_list(recent: Recent) -> RequestList:
+    """A row a sequence, in their order."""
+    return RequestList([_row(record, recent.now) for record in recent.records])
+
+
+def _row(record: RequestRecord, now: float) -> RequestRow:
+    start, last = record.events[0].at, record.events[-1]
+    decision = record.decisions[-1] if record.decisions else None
+    placement = None if decision is None else decision.placement
+    return RequestRow(
+        id=record.request_id,
+        state=_STATES[last.what],
+        prompt_tokens=record.num_prompt_tokens,
+        age_ms=round((now - start) * 1e3, 3),
+        duration_ms=round((last.at - start) * 1e3, 3) if record.has_ended else None,
+        attempts=len(record.decisions),
+        policy=None if decision is None else decision.policy,
+        prefill=None if placement is None else placement.prefill or placement.decode,
+        decode=None if placement is None else placement.decode,
+        expected_cached_tokens=None if decision is None else decision.prefill.num_cached_tokens,
+        cached_tokens=_cached(record.cached),
+        predicted_ttft_ms=None if decision is None else _rounded(decision.predicted_ttft_ms),
+        ttft_ms=_rounded(record.ttft_ms),
+    )
+
+
 def request_object(name: str, records: Sequence[RequestRecord]) -> RequestObject:
     """The records of one HTTP request."""
     return RequestObject(name, [_sequence(record) for record in records])
@@ -103,13 +170,10 @@ def decision_headers(record: RequestRecord | None) -> dict[str, str]:
 
 def _sequence(record: RequestRecord) -> SequenceObject:
     start = record.events[0].at
-    cached = record.cached
     return SequenceObject(
         id=record.request_id,
         prompt_tokens=record.num_prompt_tokens,
-        cached_tokens=None
-        if cached is None
-        else CachedObject(cached.device, cached.host, cached.pulled, cached.pulled_from or None),
+        cached_tokens=_cached(record.cached),
         ttft_ms=_rounded(record.ttft_ms),
         decisions=[_decision(decision) for decision in record.decisions],
         timeline=[
@@ -143,7 +207,7 @@ def _prefill(row: PrefillRow, chosen: bool) -> PrefillCandidate:
         device_tokens=row.num_device_tokens,
         host_tokens=row.num_host_tokens,
         pulled_tokens=row.num_pulled_tokens,
-        pulled_from=None if row.source is None else row.source.life.instance,
+        pulled_from=None if row.source is None else row.source.instance,
     )
 
 
@@ -158,6 +222,12 @@ def _decode(row: DecodeRow, chosen: bool) -> DecodeCandidate:
         running=row.num_decoding,
         free_blocks=row.num_free_blocks,
     )
+
+
+def _cached(cached: CachedTokens | None) -> CachedObject | None:
+    if cached is None:
+        return None
+    return CachedObject(cached.device, cached.host, cached.pulled, cached.pulled_from or None)
 
 
 def _rounded(value: float | None) -> float | None:

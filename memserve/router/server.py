@@ -3,6 +3,7 @@
     POST /v1/completions, /v1/chat/completions     decode (schemas) ─► plan (validation)
                                                    ─► run (generation) ─► write (formats, event_stream)
     POST /v1/requests/{id}/cancel                  end one of those (active)
+    GET  /v1/requests, /v1/requests/{id}           what was decided for the last requests (request_view)
     GET  /v1/models, /v1/models/{id}, /v1/workers, /health, /metrics
 
 A handler owns its sequences: however it ends — answered, failed, the client gone and the handler cancelled —
@@ -12,8 +13,9 @@ later ones the last event of the stream.
 
 A request has one id, the `x-request-id` of its answer: the answer's own id ends in it, and the engine's ids,
 which are in every log line of router and workers, begin with it. A client may choose it, and repeat it; the
-number after it keeps the engine's apart. Who knows it may cancel the request: one that the server chose
-cannot be guessed.
+number after it keeps the engine's apart. Who knows it may cancel the request. One that the server chose
+cannot be guessed, but whoever reaches the server can list them: there are no keys yet that a list could be
+scoped to.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import closing, suppress
@@ -65,7 +68,8 @@ from memserve.router.limits import HttpLimits
 from memserve.router.metrics import CONTENT_TYPE, Metrics
 from memserve.router.openai import CancelledObject, ModelList, ModelObject, to_json
 from memserve.router.policies.policies import POLICIES
-from memserve.router.request_view import decision_headers, request_object
+from memserve.router.request_log import RequestRecord
+from memserve.router.request_view import decision_headers, request_list, request_object
 from memserve.router.schemas import SamplingBody, decode_chat, decode_completion
 from memserve.router.served_model import ServedModel
 from memserve.router.validation import Job, plan_chat, plan_completion, unknown_model
@@ -79,6 +83,7 @@ Planner = Callable[[Body, str, ServedModel, HttpLimits], Awaitable[Job]]
 SESSION_HEADER = "x-session-id"
 POLICY_HEADER = "x-memserve-policy"
 MAX_SESSION_LENGTH = 256
+LISTED_REQUESTS, MAX_LISTED_REQUESTS = 20, 1000
 
 # So many log-probabilities become JSON on the event loop in about the time that a thread takes to start.
 _INLINE_LOGPROBS = 1024
@@ -97,6 +102,7 @@ def create_app(engine: Engine, model: ServedModel, limits: HttpLimits | None = N
     app.router.add_post("/v1/chat/completions", server.chat_completions)
     app.router.add_post("/v1/requests/{id:.+}/cancel", server.cancel)
     CacheRoutes(engine, model, limits, server.read_body).add_to(app)
+    app.router.add_get("/v1/requests", server.list_requests)
     app.router.add_get("/v1/requests/{id:.+}", server.show_request)
     app.router.add_get("/v1/workers", server.list_workers)
     app.router.add_get("/v1/models", server.list_models)
@@ -141,13 +147,27 @@ class _Server:
     async def show_request(self, request: web.Request) -> web.Response:
         """GET /v1/requests/{id}: why it went where it went; 404 if it is not known, or not any more."""
         name = request.match_info["id"]
-        request_id = name.removeprefix("chatcmpl-").removeprefix("cmpl-")
-        records = self._engine.explain_all(f"{request_id}.")
+        of_answer = name.removeprefix("chatcmpl-").removeprefix("cmpl-")
+        records = self._records_of(name) or self._records_of(of_answer)
         if not records:
             raise RequestError(
                 f"nothing is known of a request {name!r}", status=404, code="request_not_found", param="id"
             )
         return _json(request_object(name, records))
+
+    def _records_of(self, request_id: str) -> list[RequestRecord]:
+        """Of the sequences of one HTTP request; `_answer` makes their ids."""
+        of_this = re.compile(re.escape(request_id) + r"\.\d+-\d+")
+        records = self._engine.explain_all(f"{request_id}.")
+        return [record for record in records if of_this.fullmatch(record.request_id)]
+
+    async def list_requests(self, request: web.Request) -> web.Response:
+        """GET /v1/requests?limit=N: the newest sequences, N that go on and N that have ended."""
+        text = request.query.get("limit", str(LISTED_REQUESTS))
+        limit = int(text) if text.isascii() and text.isdecimal() and len(text) < 6 else 0
+        if not 1 <= limit <= MAX_LISTED_REQUESTS:
+            raise RequestError(f"limit must be a number from 1 to {MAX_LISTED_REQUESTS}", param="limit")
+        return _json(request_list(self._engine.recent(limit)))
 
     async def list_workers(self, request: web.Request) -> web.Response:
         """GET /v1/workers: a row an instance."""

@@ -231,7 +231,7 @@ class Simulation:
             self._recent.add(prefill.name, row.exec_ms)
         self._trees[self._side[prefill.name]].hold(prefill.name, 1, "", job.ids, now)
         if row.source is not None and row.num_pulled_tokens:
-            source = self._workers[row.source.life.instance]
+            source = self._workers[row.source.instance]
             upto = row.num_cached_tokens // block_size
             there = min(upto, source.cache.match(job.ids, now))
             task.ready_at = self._copy(source, prefill, row.num_pulled_tokens, now)

@@ -44,13 +44,14 @@ class CacheAdmin:
 
     def _resize(self, command: CacheCommand) -> CacheReport:
         error: str | None = None
+        num_blocks = self._pool.stats().num_host
         try:
-            self._pool.resize(command.num_host_blocks)
+            num_blocks = self._pool.resize(command.num_host_blocks)
         except (ValueError, MemoryError_) as reason:
             error = str(reason)
         return CacheReport(
             command.command_id,
-            num_blocks=self._pool.stats().num_host,
+            num_blocks=num_blocks,
             num_blocks_most=self._pool.host_capacity,
             error=error,
         )

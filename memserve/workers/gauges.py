@@ -6,14 +6,14 @@ them whole, if not all of the same instant.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from memserve.messages import Heartbeat, Load
 from memserve.pool.retention import PoolStats
-from memserve.workers.budget import StepTally
 from memserve.workers.handoff import OfferBook
 from memserve.workers.scheduler import Scheduler
+from memserve.workers.steps import Chunk
 
 
 class HasStats(Protocol):
@@ -41,13 +41,17 @@ class Gauges:
         """A step is about to be computed."""
         self._step_began_at = self._clock()
 
-    def count_step(self, tally: StepTally) -> float:
-        """The step was computed: how long it took, in ms."""
+    def count_step(self, chunks: Sequence[Chunk]) -> float:
+        """The step was computed, but nobody took note of it yet: how long it took, in ms."""
         assert self._step_began_at is not None
         step_ms = (self._clock() - self._step_began_at) * 1e3
         self._num_steps += 1
-        self._num_prefill_tokens += tally.num_chunk_tokens
-        self._num_decode_tokens += tally.num_tokens - tally.num_chunk_tokens
+        for request, num_new in chunks:
+            # the last token of a prompt may be computed alone
+            if num_new > 1 or request.num_computed_tokens < request.num_prompt_tokens:
+                self._num_prefill_tokens += num_new
+            else:
+                self._num_decode_tokens += 1
         return step_ms
 
     def end_step(self) -> None:

@@ -206,10 +206,7 @@ class Scheduler:
             room = tally.room(context_len)
             if room == 0:
                 return False
-            num_left = request.num_tokens - context_len
-            num_new = min(num_left, room)
-            if num_new == num_left - 1 > 1:
-                num_new -= 1  # one token that is left alone would be taken, and counted, for a decode
+            num_new = min(request.num_tokens - context_len, room)
             if request.prompt_logprobs is not None:
                 if tally.num_logit_rows_left < min(num_new, MIN_CHUNK_TOKENS):
                     continue  # others may go on; this one has its turn when those before it are done

@@ -58,11 +58,10 @@ logger = logging.getLogger(__name__)
 
 # Share of a GPU's free memory that the pool takes where the user named none.
 DEFAULT_DEVICE_MEMORY_FRACTION = 0.9
-# Steps computed before the worker is ready, and the longest of them.
 # Of malloc.h.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
-
+# Steps computed before the worker is ready, and the longest of them.
 NUM_WARM_UPS = 4
 MAX_WARM_UP_TOKENS = 256
 _PROGRESS_STEP = 0.01

@@ -123,13 +123,14 @@ class Worker:
                 self._channel.send(answer)
         if self._stopping:
             return False
+        self._pool.poll()
         if self._measurer:
             self._measure()
             return True
         self._expire()
-        self._publisher.tell_removed()
         tally = self.budget.open()
         plan = self._scheduler.schedule(tally)
+        self._publisher.tell_removed()  # before it is told what is in those blocks now
         for request, reason in plan.refused:
             self._fail(request, reason)
         if plan.pulls:
@@ -142,11 +143,10 @@ class Worker:
             if plan.pulls:
                 return True  # one that could not begin has ended already, and rings no bell
             return self._scheduler.is_stuck and self._pulls.make_room()
-        self._publisher.tell_removed()  # before it is told what is in those blocks now
         self._publisher.announce(plan.chunks)
         self.gauges.begin_step()
         drawn = self._executor.execute(plan.chunks)
-        step_ms = self.gauges.count_step(tally)
+        step_ms = self.gauges.count_step(plan.chunks)
         self.budget.observe(tally, step_ms)
         logger.debug(
             "step of %d tokens, %d of them prefill: %.1f ms",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -266,6 +267,9 @@ class PoolsAlone(RuleBasedStateMachine):
             return
         before, own = held.pool.stats().host_historical, held.own[Tier.HOST]
         num_now = held.pool.resize(num_blocks)
+        while held.pool.stats().num_host < num_now:  # memory comes from a thread
+            time.sleep(0.0002)
+            held.pool.poll()
         assert num_now == max(num_blocks, min(held.num_host, max(own, default=-1) + 1))
         held.num_host = num_now
         num_evicted = min(before, max(0, before + len(own) - num_blocks))

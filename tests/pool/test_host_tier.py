@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 
 from memserve import memfd
 from memserve.errors import MemoryError_
-from memserve.messages import BlockRefs, Removed, Tier
+from memserve.messages import BlockRefs, Removed, Tier, Transfer
+from memserve.pool import growth
 from memserve.pool.eviction import least_frequently_used
 from tests.pool.conftest import MakePool, PoolUnderTest
 
@@ -65,6 +68,15 @@ def test_out_and_in_again(make_pool: MakePool, block_size: int) -> None:
     assert lock is not None and pool.swap_out(8) == 0
     pool.unlock(lock)
     assert pool.swap_out(8) == 5
+
+
+def grow(under_test: PoolUnderTest, num_blocks: int) -> None:
+    assert under_test.pool.resize(num_blocks) == num_blocks
+    deadline = time.monotonic() + 30
+    while under_test.pool.stats().num_host < num_blocks:
+        assert time.monotonic() < deadline
+        assert under_test.woken.acquire(timeout=30)
+        under_test.pool.poll()
 
 
 def test_the_coldest_leave_the_host_tier_first(make_pool: MakePool) -> None:
@@ -142,7 +154,8 @@ def test_it_grows_and_shrinks_and_gives_its_memory_back(make_pool: MakePool) -> 
     assert content(held, early) == [] and content(held, late) == list(range(60, 80))
     assert memfd.resident_bytes(host_fds.arena) <= full * 0.6
     # 2. to more than before
-    assert pool.resize(64) == 64 and pool.stats().num_host == 64
+    grow(held, 64)
+    assert memfd.resident_bytes(host_fds.arena) == 64 * held.arena.geometry.block_bytes
     ids = pool.alloc_mem(44, Tier.HOST)
     assert ids is not None and pool.alloc_mem(21, Tier.HOST) is None
     # 3. what somebody holds is in the way, up to its last block
@@ -191,6 +204,21 @@ def test_it_does_not_grow_beyond_the_machine(make_pool: MakePool, monkeypatch: p
     with pytest.raises(MemoryError_, match="missing"):
         held.pool.resize(10)
     assert held.pool.stats().num_host == 4
+
+
+def test_it_ends_where_the_machine_runs_out_on_the_way(
+    make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another tier, say, that grows at the same time."""
+    held = make_pool(host_blocks=4)
+    left = [10**9, 10**9, 10]
+    monkeypatch.setattr(memfd, "_available_bytes", lambda: left.pop(0))
+    monkeypatch.setattr(growth, "_PIECE_BYTES", 3 * held.arena.geometry.block_bytes)
+    assert held.pool.resize(20) == 20
+    assert held.woken.acquire(timeout=30)
+    held.pool.poll()
+    assert held.pool.stats().num_host == 7
+    assert held.pool.resize(2) == 2 and held.pool.stats().num_host == 2
 
 
 def test_peers_pull_from_it(make_pool: MakePool) -> None:
@@ -245,9 +273,39 @@ def test_removals_are_told_with_the_addresses_that_were_told_before(make_pool: M
     pool.resize(1)
     kept = pool.addresses(pool.match(b).host_blocks, Tier.HOST)
     assert content(held, a) == [] and kept.blocks == (0,)
-    assert {removed.moved_to for removed in pool.take_removed()} <= {None, kept}
+    removed = pool.take_removed()
+    assert [each.moved_to for each in removed if each.moved_to is not None] in ([], [kept])
+    assert sum(len(each.refs.blocks) for each in removed if each.moved_to is None) == 1
 
 
 def test_models_do_not_share(make_pool: MakePool) -> None:
     a, b = (make_pool(name, host_blocks=4, fingerprint=name).pool for name in ("a", "b"))
     assert a._namespace != b._namespace
+
+
+def test_holes_and_many_nodes_above_the_new_size(make_pool: MakePool) -> None:
+    """A block that was moved down must not be given to the next one that moves."""
+    held = make_pool(num_blocks=64, host_blocks=32, max_host_blocks=64)
+    pool = held.pool
+    singles = [cache(held, n, 1) for n in range(16)]
+    longs = [cache(held, 20 + 4 * n, 4) for n in range(4)]
+    assert pool.swap_out(32) == 32
+    for tokens in (*singles[1::2], *longs[:2]):
+        pool.delete(tokens)
+    assert pool.resize(16) == 16
+    assert content(held, longs[2]) == [28, 29, 30, 31] and content(held, longs[3]) == [32, 33, 34, 35]
+    assert [content(held, tokens) for tokens in singles[::2]] == [[n] for n in range(0, 16, 2)]
+
+
+def test_what_comes_back_from_elsewhere_pushes_nothing_out(make_pool: MakePool) -> None:
+    """A transfer that is to leave room does not swap in a prefix for it either."""
+    held = make_pool(num_blocks=32, host_blocks=64)
+    pool = held.pool
+    cold = cache(held, 100, 24)
+    assert pool.swap_out(24) == 24
+    hot = cache(held, 10, 30)
+    refs = BlockRefs("nobody", 1, Tier.DEVICE, (0,), (1,))
+    offered = Transfer("pool", refs, cold + tokens_of(7, pool.block_size), first_block=24)
+    received = pool.receive(offered, spare=2).poll()
+    assert received is not None and "swapped out" in (received.failure or "")
+    assert len(pool.match(hot).device_blocks) == 30

@@ -28,7 +28,7 @@ from memserve.router.engine_api import (
     Listener,
 )
 from memserve.router.limits import HttpLimits
-from memserve.router.request_log import RequestLog, RequestRecord
+from memserve.router.request_log import Recent, RequestLog, RequestRecord
 from memserve.router.served_model import ServedModel
 from memserve.router.server import create_app
 from memserve.router.tokenizer import Tokenizer
@@ -104,6 +104,9 @@ class FakeEngine:
 
     def explain_all(self, prefix: str) -> Sequence[RequestRecord]:
         return self.log.of_prefix(prefix)
+
+    def recent(self, limit: int) -> Recent:
+        return self.log.recent(limit, now=101.0)
 
     def ready(self) -> bool:
         return self.is_ready

@@ -496,12 +496,32 @@ def test_worker_dies_at_each_point(world: World, point: str, dead: str) -> None:
     world.assert_idle()
 
 
+def test_pulls_of_prefixes_are_told_from_handoffs(world: World) -> None:
+    world.submit("r", [1, 2, 3], 3)
+    p, d = world.workers["prefill-0"], world.workers["decode-0"]
+    world.hear(p, Pulled("r", 0, 3, 1, 64, 0.1, "generation changed"))
+    world.hear(p, p.finish_prefill(("r", 0)))
+    world.hear(d, d.finish_pull(("r", 0)))
+    counters = world.dispatcher.counters
+    assert (counters.pulls, counters.failed_pulls, counters.pulled_tokens, counters.pulled_bytes) == (
+        2,
+        1,
+        3,
+        72,
+    )
+    assert (counters.prefill_pulls, counters.failed_prefill_pulls) == (1, 1)
+    assert (counters.prefill_pulled_tokens, counters.prefill_pulled_bytes) == (2, 64)
+    world.run_out()
+    world.assert_complete()
+
+
 def test_failed_pull_goes_on(world: World, caplog: pytest.LogCaptureFixture) -> None:
     world.submit("r", [1, 2, 3], 3)
     p, d = world.workers["prefill-0"], world.workers["decode-0"]
     world.hear(p, p.finish_prefill(("r", 0)))
     world.hear(d, d.finish_pull(("r", 0), failure="generation changed"))
     assert world.dispatcher.counters.failed_pulls == 1
+    assert world.dispatcher.counters.prefill_pulls == 0
     assert "generation changed" in caplog.text and p.idle
     world.run_out()
     world.assert_complete()

@@ -13,6 +13,7 @@ from memserve.router.engine_api import (
     InstanceStatus,
     Listener,
 )
+from memserve.router.hindsight import Hindsight
 from memserve.router.metrics import Metrics
 from memserve.router.openai import PromptTokensDetails, Usage
 
@@ -31,6 +32,9 @@ class IdleEngine:
             pull_failures_total=1,
             pulled_tokens_total=8,
             pull_ms_total=1500.0,
+            prefill_pulls_total=2,
+            prefill_pulled_bytes_total=512,
+            hindsight=Hindsight(40, 30, 20, 10, 250.0, 500.0, 0.5, [0, 0, 0, 0, 0, 1, 0, 0, 0, 0]),
         )
 
     def submit(self, request: GenerateRequest, listener: Listener) -> None:
@@ -54,7 +58,7 @@ def make_clock(times: list[float]) -> Callable[[], float]:
 
 
 def test_status_of_the_engine() -> None:
-    lines = Metrics(IdleEngine()).render().decode().splitlines()
+    lines = Metrics(IdleEngine(), started_at=1.5).render().decode().splitlines()
     for line in (
         'memserve_requests{state="waiting"} 5.0',
         "memserve_pulls_total 7.0",
@@ -70,6 +74,18 @@ def test_status_of_the_engine() -> None:
         'memserve_blocks{instance="prefill-0",state="active"} 4.0',
         'memserve_instance_requests{instance="prefill-0",state="running"} 2.0',
         'memserve_oldest_offer_seconds{instance="prefill-0"} 1.5',
+        "memserve_start_time_seconds 1.5",
+        "memserve_prefill_pulls_total 2.0",
+        "memserve_prefill_pulled_bytes_total 512.0",
+        "memserve_prefilled_prompt_tokens_total 40.0",
+        'memserve_cache_tokens_total{stage="available"} 30.0',
+        'memserve_cache_tokens_total{stage="expected"} 20.0',
+        'memserve_cache_tokens_total{stage="captured"} 10.0',
+        "memserve_predicted_ttft_seconds_total 0.25",
+        "memserve_measured_ttft_seconds_total 0.5",
+        'memserve_ttft_prediction_error_ratio_bucket{le="0.25"} 0.0',
+        'memserve_ttft_prediction_error_ratio_bucket{le="0.5"} 1.0',
+        "memserve_ttft_prediction_error_ratio_sum 0.5",
     ):
         assert line in lines
 

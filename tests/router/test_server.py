@@ -24,6 +24,7 @@ from memserve.router.engine_api import Delta, GenerateRequest
 from memserve.router.limits import HttpLimits
 from memserve.router.policies.decision import Decision, PrefillRow
 from memserve.router.policy import Placement
+from memserve.router.request_log import Happening
 from memserve.router.request_view import decision_headers
 from memserve.router.tokenizer import Tokenizer
 from tests.router.conftest import make_deltas
@@ -756,6 +757,8 @@ async def test_workers(serve: Serve, say: Say) -> None:
         "incarnation": 1,
         "restarts": 0,
         "pulls_from": {"decode-0": "shm"},
+        "block_bytes": 1024,
+        "max_host_blocks": 64,
     }
     assert (load["running"], load["free_blocks"], load["active_blocks"], load["offers"]) == (3, 7, 2, 1)
     assert (second["id"], second["state"]) == ("decode-0", "starting")
@@ -807,3 +810,53 @@ async def test_where_a_request_goes_can_be_asked_for_and_is_told(serve: Serve, s
     }
     async with server.session.get("/v1/requests/nobody") as response:
         assert response.status == 404
+
+
+async def test_the_last_requests_are_listed(serve: Serve, say: Say) -> None:
+    server = await serve(say("hi"))
+    row = PrefillRow("prefill-0", 9.0, 1.0, 8.0, 0.0, 0.0, 16, 4, 0, None)
+    decision = Decision("prompt-tree", Placement("prefill-0", "decode-0"), row, None, [row], [])
+    alone = Decision("prompt-tree", Placement(None, "decode-0"), row, None, [row], [])
+    log = server.engine.log
+    for name in ("ended-1", "ended-2", "ended-3", "runs"):
+        log.submitted(name, 30, now=100.0)
+    for name in ("ended-1", "ended-2", "ended-3"):
+        log.note(name, 100.5, Happening.FINISHED, "stop")
+    log.placed("runs", decision, now=100.001)
+    log.first_token("runs", CachedTokens(16, 0, 8, "prefill-1"), now=100.012)
+    log.submitted("waits", 5, now=100.75)
+    log.submitted("alone", 5, now=100.8)
+    log.placed("alone", alone, now=100.8)
+    # the newest first: 2 of those that have ended, all that go on
+    async with server.session.get("/v1/requests?limit=3") as response:
+        assert response.status == 200
+        body = await response.json()
+    assert body["object"] == "list"
+    names = ["alone", "waits", "runs", "ended-3", "ended-2", "ended-1"]
+    assert [row["id"] for row in body["data"]] == names
+    async with server.session.get("/v1/requests?limit=2") as response:
+        names = [row["id"] for row in (await response.json())["data"]]
+    assert names == ["alone", "waits", "ended-3", "ended-2"]
+    rows = {row["id"]: row for row in body["data"]}
+    assert rows["runs"] == {
+        "id": "runs",
+        "state": "decoding",
+        "prompt_tokens": 30,
+        "age_ms": 1000.0,
+        "duration_ms": None,
+        "attempts": 1,
+        "policy": "prompt-tree",
+        "prefill": "prefill-0",
+        "decode": "decode-0",
+        "expected_cached_tokens": 20,
+        "cached_tokens": {"device": 16, "host": 0, "pulled": 8, "pulled_from": "prefill-1"},
+        "predicted_ttft_ms": 9.0,
+        "ttft_ms": 11.0,
+    }
+    assert (rows["ended-1"]["state"], rows["ended-1"]["duration_ms"]) == ("finished", 500.0)
+    assert rows["waits"]["state"] == "waiting"
+    assert [rows["waits"][key] for key in ("policy", "prefill", "decode", "predicted_ttft_ms")] == [None] * 4
+    assert (rows["alone"]["state"], rows["alone"]["prefill"]) == ("prefilling", "decode-0")
+    for bad in ("0", "1001", "-1", "x", "1e3", "", "9" * 5000, "%C2%B2"):
+        async with server.session.get(f"/v1/requests?limit={bad}") as response:
+            assert response.status == 400, bad

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from memserve.router.holder_tree import Found
-from memserve.router.holders import Holding, Life
+from memserve.router.holders import Holding
 from memserve.router.policy import Placement, WorkerView
 from memserve.router.predictor import Correction, Predictor
 
@@ -25,13 +25,14 @@ class Candidate:
 
 
 class Source(NamedTuple):
-    """A life that holds a prefix of the request at known addresses (`PromptTree.addresses` has them):
-    `num_tokens` from the start, `num_host_tokens` of them in its host tier.
+    """A life of an instance that holds the first `num_tokens` of the request, in its device tier, at known
+    addresses (`PromptTree.addresses` has them).
     """
 
-    life: Life
+    instance: str
+    incarnation: int
     num_tokens: int
-    num_host_tokens: int
+    is_lost: bool = False
 
 
 NOBODY: dict[str, Holding] = {}

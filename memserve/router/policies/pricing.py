@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from operator import itemgetter
 from typing import NamedTuple
 
-from memserve.messages import Tier
 from memserve.router.holder_tree import Found
 from memserve.router.policies.decision import NOBODY, Ask, Candidate, DecodeRow, PrefillRow, Source
 from memserve.router.predictor import IDLE, Batch, Phase, Predictor
@@ -27,15 +26,19 @@ _FULL_SHARE = 0.8
 
 
 def source_of(tree: PromptTree, found: Found) -> Source | None:
-    """The life that holds most of a matched prefix at known addresses: the one to pull from."""
+    """The life that holds most of a matched prefix at known addresses, in its device tier: the one to pull
+    from. (A sequence goes to the host tier from its end, and an offer names blocks of one tier.)
+    """
     best = None
     holdings = [*found.live.values(), *found.lost]
     for holding in sorted(holdings, key=itemgetter(1), reverse=True)[:_MAX_TRIED]:
-        if best is not None and best.num_tokens >= holding.num_tokens:
-            break
-        num_tokens = min(holding.num_tokens, tree.num_known_tokens(found, holding.life))
+        num_in_device = holding.num_tokens - holding.num_host_tokens
+        if best is not None and best.num_tokens >= num_in_device:
+            continue
+        num_tokens = min(num_in_device, tree.num_known_tokens(found, holding.life))
         if num_tokens > (0 if best is None else best.num_tokens):
-            best = Source(holding.life, num_tokens, min(holding.num_host_tokens, num_tokens))
+            life = holding.life
+            best = Source(life.instance, life.incarnation, num_tokens, life.is_lost)
     return best
 
 
@@ -59,7 +62,7 @@ def price_prefills(
     """One row for each worker, in their order. `pulls`: whether KV may come from other instances."""
     live = found.live if found is not None else NOBODY
     source = ask.source if pulls else None
-    source_name = source.life.instance if source is not None else ""
+    source_name = source.instance if source is not None else ""
     block_size = candidates[0].view.block_size
     most = (ask.num_tokens - 1) // block_size * block_size  # whole blocks, and never the last token
     known: dict[tuple[Predictor, int, int], _Ways] = {}  # most prefill workers are alike, without decodes
@@ -130,11 +133,7 @@ def _ways(
     upto = min(source.num_tokens, most) if source is not None else 0
     if source is None or upto <= own:
         return _Ways(own - in_host, in_host, swap_in_ms, exec_ms, 0, 0.0, 0.0)
-    # sequences go to the host tier from their ends, so that is what is lacking first
-    from_host = min(source.num_host_tokens, upto - own)
-    pull_ms = predictor.pull_ms(upto - own - from_host)
-    if from_host:
-        pull_ms += predictor.model.transfer_ms(from_host, Tier.HOST)
+    pull_ms = predictor.pull_ms(upto - own)
     pulled_exec_ms = predictor.prefill_ms(num_tokens, upto, batch)
     return _Ways(own - in_host, in_host, swap_in_ms, exec_ms, upto - own, pull_ms, pulled_exec_ms)
 

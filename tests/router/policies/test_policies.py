@@ -198,7 +198,7 @@ def test_the_holder_wins_until_its_queue_costs_more() -> None:
             assert decision.prefill.total_ms == pytest.approx(9.0 + 81.0)
             assert decision.prefill.num_pulled_tokens == 800
             assert decision.prefill.source is not None
-            assert decision.prefill.source.life.instance == "p0"
+            assert decision.prefill.source.instance == "p0"
         else:
             assert decision.prefill.total_ms == pytest.approx(161.0)
             assert decision.prefill.num_cached_tokens == 0
@@ -231,10 +231,10 @@ def test_tiers_are_told_apart() -> None:
     assert (row.num_device_tokens, row.num_host_tokens) == (800, 800)
     assert row.swap_in_ms == pytest.approx(0.5 + 4.0)
     assert row.total_ms == pytest.approx(4.5 + 1.0 + 0.1)
-    # a pull from the host tier goes at its speed
+    # only what lies in its device tier is pulled: it comes first, and an offer names one tier
     candidates["p0"].view.queue_ms, candidates["p1"].view.queue_ms = 1000.0, 0.0
     row = decide("prompt-tree", candidates, trees.ask(prompt)).prefill
-    assert row.pull_ms == pytest.approx(1.0 + 8.0 + 2.0 + 16.0)
+    assert row.num_pulled_tokens == 800 and row.pull_ms == pytest.approx(1.0 + 8.0)
     # where the host tier is slower than computing, its part is computed
     slow = MODEL.links.__class__(from_device=Link(1e4, 1.0), from_host=Link(1e4, 1.0), swap_in=Link(1e4, 1.0))
     other = Predictor(
@@ -266,7 +266,7 @@ def test_the_dead_are_only_sources() -> None:
     candidates["p0"].view.incarnation = 2
     candidates["p0"].view.recent_ms = 1000.0
     ask = trees.ask(prompt)
-    assert ask.source is not None and ask.source.life.is_lost
+    assert ask.source is not None and ask.source.is_lost
     decision = decide("prompt-tree", candidates, ask)
     assert decision.placement.prefill == "p1"
     rows = {row.instance: row for row in decision.prefills}
