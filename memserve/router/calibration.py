@@ -158,7 +158,7 @@ async def _find(
         return Found(known.model, "file", known.held_out)
     began_at = time.monotonic()
     try:
-        peers = [other.instance for other in plan if other.instance != config.instance]
+        peers = [other for other in plan if other.instance != config.instance]
         calibration = await _calibrate(worker, peers, key, effort)
     except NotMeasured as error:
         logger.warning("%s cannot be calibrated, a guess is used: %s", config.instance, error)
@@ -186,7 +186,7 @@ async def _guess(worker: Worker) -> CostModel:
     return make_model(config, guess(config.model, kind.device, config.threads, measured))
 
 
-async def _calibrate(worker: Worker, peers: Sequence[str], key: Key, effort: Effort) -> Calibration:
+async def _calibrate(worker: Worker, peers: Sequence[WorkerConfig], key: Key, effort: Effort) -> Calibration:
     plan = plan_steps(worker.config, worker.num_blocks)
     times, held_out = await _measure_steps(worker, key.kind, plan.rows, plan.others, plan.held_out, effort)
     fitted = fit_steps(times, held_out)
@@ -249,20 +249,20 @@ def _is_due(kind: Kind, round_number: int, ms: float, *, is_late: bool) -> bool:
     return round_number < _LONG_ROUNDS or ms < _LONG_MS
 
 
-async def _pull_link(worker: Worker, peers: Sequence[str], tier: Tier) -> Link | None:
+async def _pull_link(worker: Worker, peers: Sequence[WorkerConfig], tier: Tier) -> Link | None:
     """From a tier of one of the peers; None if that cannot be measured."""
     for peer in peers:
-        source = Worker(worker.engine, worker.config, peer)
+        source = Worker(worker.engine, peer)
         num_blocks = min(worker.num_blocks, source.num_blocks if tier is Tier.DEVICE else source.num_host)
         copies: dict[int, list[Repeat]] = {}
         try:
             for count in plan_copies(num_blocks, worker.block_bytes):
                 lent = await source.ask(Measure(0, MeasureVerb.LEND, num_blocks=count, tier=tier))
-                pull = Measure(0, MeasureVerb.PULL, _COPY_REPEATS, refs=lent.refs)
+                pull = Measure(0, MeasureVerb.PULL, 1 + _COPY_REPEATS, refs=lent.refs)
                 pulled = await worker.ask(pull)
-                copies[pulled.num_bytes] = list(pulled.repeats)
+                copies[pulled.num_bytes] = list(pulled.repeats[1:])  # the first may have had to connect
         except NotMeasured as error:
-            logger.debug("no pull from %s: %s", peer, error)
+            logger.info("no pull from %s was measured: %s", peer.instance, error)
             continue
         if (link := fit_link(copies)) is not None:
             return link
@@ -282,17 +282,15 @@ async def _swap_link(worker: Worker) -> Link | None:
 
 
 class Worker:
-    """One instance that is measured, `instance` if it is not that of `config` but alike. Raises NotMeasured
-    where it does not answer, dies, or refuses.
-    """
+    """One instance that is measured. Raises NotMeasured where it does not answer, dies, or refuses."""
 
-    def __init__(self, engine: ServingEngine, config: WorkerConfig, instance: str | None = None) -> None:
+    def __init__(self, engine: ServingEngine, config: WorkerConfig) -> None:
         self.engine = engine
         self.config = config
-        self.instance = config.instance if instance is None else instance
+        self.instance = config.instance
         (status,) = [row for row in engine.status().instances if row.instance == self.instance]
         self.num_blocks, self.block_bytes = status.num_blocks, status.block_bytes
-        self.num_host = status.load.num_host_blocks if status.max_host_blocks else 0
+        self.num_host = config.host_blocks or 0
 
     async def ask(self, command: Measure) -> Measured:
         """Have something measured; while requests that came before are running, try again."""

@@ -14,6 +14,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,19 +36,30 @@ from memserve.messages import (
 from memserve.model_config import blocks_for
 from memserve.pool.allocator import BlockIds
 from memserve.pool.mempool import MemPool
+from memserve.pool.transports.base import Pull
 from memserve.workers.request import Request
 from memserve.workers.steps import Chunk, Runner
 
 logger = logging.getLogger(__name__)
 
 # A pull that takes longer than this is given up.
-_PULL_WITHIN_S = 0.5
+_PULL_WITHIN_S = 5.0
+# So long a turn looks for its end.
+_LOOK_S = 0.005
 _MAX_REPEATS = 64
 _NO_BLOCKS: BlockIds = np.empty(0, dtype=np.int64)
 
 
 class NotPossible(Exception):
     """A measurement cannot be made; the text says why."""
+
+
+class _Pulling(NamedTuple):
+    """A pull under way, into blocks `ids`."""
+
+    pull: Pull
+    ids: BlockIds
+    began_at: float
 
 
 class Measurer:
@@ -62,6 +74,7 @@ class Measurer:
         self._repeats: list[Repeat] = []
         self._chunks: list[Chunk] = []
         self._ids = _NO_BLOCKS
+        self._pulling: _Pulling | None = None
 
     def __bool__(self) -> bool:
         """Whether `turn` has anything to do."""
@@ -87,8 +100,11 @@ class Measurer:
         return answer
 
     def close(self) -> None:
-        """Forget everything."""
+        """Forget everything. The blocks of a pull that is under way stay with it."""
         self._waiting.clear()
+        if self._pulling is not None:
+            self._pulling.pull.cancel()
+            self._pulling = None
         self._clear()
 
     def _clear(self) -> None:
@@ -101,7 +117,7 @@ class Measurer:
         if command.verb is MeasureVerb.WAITS:
             waits = sorted(read_waits().items())
             return Measured(command.command_id, tuple(Repeat(0.0, ms) for _, ms in waits))
-        if not is_idle:
+        if not is_idle and self._pulling is None:  # a pull that has begun is seen to its end
             raise NotPossible("requests are running")
         if command.verb is MeasureVerb.LEND:
             return Measured(command.command_id, refs=self._lend(command))
@@ -112,7 +128,10 @@ class Measurer:
             case MeasureVerb.SWAP_IN:
                 num_bytes = self._swap_in(command.num_blocks)
             case MeasureVerb.PULL:
-                num_bytes = self._pull(command)
+                pulled = self._pull(command)
+                if pulled is None:
+                    return None
+                num_bytes = pulled
         if len(self._repeats) < min(command.num_repeats, _MAX_REPEATS):
             return None
         return Measured(command.command_id, tuple(self._repeats), num_bytes)
@@ -195,18 +214,23 @@ class Measurer:
             self._pool.free_mem(host_ids, Tier.HOST)
         return num_blocks * self._block_bytes
 
-    def _pull(self, command: Measure) -> int:
-        if command.refs is None:
-            raise NotPossible("a pull from nowhere")
-        ids = self._take(len(command.refs.blocks))
-        pull = self._pool.fetch(command.refs, ids)
-        deadline = time.monotonic() + _PULL_WITHIN_S
-        while (result := pull.poll()) is None:
-            if time.monotonic() > deadline:
-                pull.cancel()
-                deadline += _PULL_WITHIN_S
+    def _pull(self, command: Measure) -> int | None:
+        """The bytes of a pull that has ended; None = it goes on. It may need the loop: so none waits here."""
+        if self._pulling is None:
+            if command.refs is None:
+                raise NotPossible("a pull from nowhere")
+            ids = self._take(len(command.refs.blocks))
+            self._pulling = _Pulling(self._pool.fetch(command.refs, ids), ids, time.monotonic())
+        pulling = self._pulling
+        look_until = time.monotonic() + _LOOK_S
+        while (result := pulling.pull.poll()) is None and time.monotonic() < look_until:
             time.sleep(5e-5)
-        self._pool.free_mem(ids)
+        if result is None:
+            if time.monotonic() > pulling.began_at + _PULL_WITHIN_S:
+                pulling.pull.cancel()
+            return None
+        self._pulling = None
+        self._pool.free_mem(pulling.ids)
         if result.failure is not None:
             raise NotPossible(result.failure)
         self._repeats.append(Repeat(result.elapsed_ms))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
 from memserve.messages import (
@@ -14,6 +16,7 @@ from memserve.messages import (
     StepSpec,
     Tier,
 )
+from memserve.pool.transports.shm import copy_bytes
 
 
 def step(num_repeats=2, command_id=1, **spec):
@@ -148,6 +151,34 @@ def test_pulls_from_another_instance(make_rig, tier) -> None:
     pulled = answer_of(here)
     assert pulled.error is None and len(pulled.repeats) == 4
     assert pulled.num_bytes == 6 * here.pool.kv[0].nbytes
+
+
+def test_nothing_waits_for_a_pull(make_rig, tools) -> None:
+    # 1. A pull hangs; the loop goes on reading messages.
+    may_copy = threading.Event()
+
+    def copy(destination, source):
+        may_copy.wait(10)
+        return copy_bytes(destination, source)
+
+    here, there = make_rig(instance="here", copy=copy), make_rig(instance="there")
+    there.grant_to(here)
+    there.send(Measure(7, MeasureVerb.LEND, num_blocks=2))
+    here.send(Measure(8, MeasureVerb.PULL, 3, refs=answer_of(there).refs))
+    for _ in range(3):
+        assert here.worker.step()
+    prompt = tools.prompt(9)
+    here.send(tools.decode("r", prompt, max_tokens=3))
+    here.worker.step()
+    assert here.take() == []
+
+    # 2. Once it has ended the request has its turn, and what was left to measure is refused.
+    may_copy.set()
+    here.run()
+    sent = here.take()
+    assert [m.error for m in sent if isinstance(m, Measured)] == ["requests are running"]
+    assert tools.Transcript.of(sent, "r").token_ids == tools.expected(prompt, 3)
+    here.assert_idle()
 
 
 def test_a_pull_of_what_was_taken_meanwhile_fails(make_rig, tools) -> None:
