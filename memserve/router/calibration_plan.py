@@ -221,7 +221,7 @@ def fit_steps(
     knots = tuple(
         knot
         for knot, end in zip(DEFAULT_KNOTS, ends, strict=True)
-        if knot == 0 or knot < most and any(knot < n <= max(end, 2 * knot) for n in rows)
+        if knot == 0 or any(knot < n <= max(end, 2 * knot) for n in rows)
     )
     operators = fit(points, Ramp(knots, (0.0,) * len(knots)))
     checks = _points(held_out)

@@ -14,6 +14,7 @@ from memserve.messages import Tier
 from memserve.router.cost_fit import Operator, Point, errors, fit, nnls
 from memserve.router.cost_model import (
     AIM,
+    FAR_CONTEXT,
     MIN_CHUNK_TOKENS,
     Budget,
     CostModel,
@@ -275,3 +276,38 @@ def test_a_correction_learns_is_bounded_and_forgets() -> None:
     assert correction.factor(Phase.PREFILL, False) == pytest.approx(1.0, rel=0.01)
     correction.observe(Phase.PREFILL, False, 0.0, 5.0)
     assert math.isfinite(correction.factor(Phase.PREFILL, False))
+
+
+@pytest.mark.parametrize("batch", [IDLE, Batch(3, 500)])
+@pytest.mark.parametrize(
+    ("num_tokens", "num_cached"), [(1, 0), (70, 0), (3000, 0), (3000, 2900), (3001, 3000)]
+)
+def test_a_prompt_is_the_sum_of_its_steps(num_tokens: int, num_cached: int, batch: Batch) -> None:
+    """With every operator in it, and a budget by tokens alone, so that the chunks are known."""
+    names = [name for name in Operators.__struct_fields__ if name != "rows"]
+    times = {name: 0.001 * (index + 1) for index, name in enumerate(names)}
+    model = msgspec.structs.replace(make_model(Budget(64, None), **times), request_ms=0.7)
+    expected, at = model.request_ms, num_cached
+    while at < num_tokens:
+        chunk = min(64 - batch.num_rows, num_tokens - at)
+        is_last = at + chunk == num_tokens
+        expected += model.operators.step_ms(
+            StepShape(
+                num_rows=chunk + batch.num_rows,
+                num_pairs=chunk * at,
+                num_squares=chunk * chunk,
+                num_decodes=batch.num_rows,
+                num_context=batch.num_context,
+                num_logit_rows=batch.num_rows + is_last,
+                num_gathered=at,
+                is_mixed=batch.num_rows > 0,
+                num_far_pairs=chunk * max(0, at - FAR_CONTEXT),
+                has_chunk=chunk > 1,
+            )
+        )
+        at += chunk
+    # decode batches are told apart by about 6 %
+    tolerance = 1e-9 if batch is IDLE else 0.06
+    assert Predictor(model).prefill_ms(num_tokens, num_cached, batch) == pytest.approx(
+        expected, rel=tolerance
+    )
