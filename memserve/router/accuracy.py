@@ -16,9 +16,9 @@ import msgspec
 import numpy as np
 
 from memserve.messages import Repeat
-from memserve.router.calibration import Worker
 from memserve.router.calibration_plan import is_quiet, typical_ms
 from memserve.router.cost_fit import Errors
+from memserve.router.measured_worker import Worker
 from memserve.router.predictor import Predictor
 
 logger = logging.getLogger(__name__)

@@ -24,15 +24,7 @@ from memserve.model_config import load_model_config
 from memserve.model_files import resolve_model, served_model_name
 from memserve.router.accuracy import AccuracyPoint, measure_accuracy, plan_lengths, summary
 from memserve.router.app import INTERRUPTED, StopSignals, start_workers, stop_workers
-from memserve.router.calibration import (
-    NORMAL,
-    QUICK,
-    Found,
-    NotMeasured,
-    Worker,
-    calibration_folder,
-    find_models,
-)
+from memserve.router.calibration import NORMAL, QUICK, Found, calibration_folder, find_models
 from memserve.router.calibration_plan import Kind
 from memserve.router.cost_fit import Errors
 from memserve.router.cost_model import CostModel
@@ -40,6 +32,7 @@ from memserve.router.dispatcher import Dispatcher
 from memserve.router.display import Display, log_through
 from memserve.router.engine import ServingEngine
 from memserve.router.machine import read_machine
+from memserve.router.measured_worker import NotMeasured, Worker
 from memserve.router.memory import plan_workers
 from memserve.router.predictor import Predictor
 from memserve.router.supervisor import Supervisor

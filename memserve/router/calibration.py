@@ -25,8 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memserve.config import WorkerConfig
-from memserve.core_waits import longest_wait, read_waits
-from memserve.messages import CacheCommand, CacheVerb, Measure, Measured, MeasureVerb, Repeat, StepSpec, Tier
+from memserve.messages import Measure, MeasureVerb, Repeat, StepSpec, Tier
 from memserve.router.calibration_files import (
     Calibration,
     Key,
@@ -55,14 +54,13 @@ from memserve.router.cost_model import CostModel, Link
 from memserve.router.engine import ServingEngine
 from memserve.router.hardware import guess
 from memserve.router.machine import read_machine
+from memserve.router.measured_worker import NotMeasured, Worker
 from memserve.router.predictor import Predictor
 
 logger = logging.getLogger(__name__)
 
 Tokens = NDArray[np.int32]
 
-SALT = "calibration"
-_IDLE_WITHIN_S = 5.0
 _COPY_REPEATS = 5
 _REQUEST_TOKENS = 24
 # Steps of this length are repeated in fewer rounds.
@@ -83,10 +81,6 @@ class Effort(NamedTuple):
 
 NORMAL = Effort()
 QUICK = Effort(max_rounds=2, max_s=1.0, num_requests=3)
-
-
-class NotMeasured(Exception):
-    """A worker did not do as it was asked; the text says why."""
 
 
 class Found(NamedTuple):
@@ -279,57 +273,6 @@ async def _swap_link(worker: Worker) -> Link | None:
     except NotMeasured as error:
         logger.debug("%s: no swap: %s", worker.config.instance, error)
     return fit_link(copies)
-
-
-class Worker:
-    """One instance that is measured. Raises NotMeasured where it does not answer, dies, or refuses."""
-
-    def __init__(self, engine: ServingEngine, config: WorkerConfig) -> None:
-        self.engine = engine
-        self.config = config
-        self.instance = config.instance
-        (status,) = [row for row in engine.status().instances if row.instance == self.instance]
-        self.num_blocks, self.block_bytes = status.num_blocks, status.block_bytes
-        self.num_host = config.host_blocks or 0
-
-    async def ask(self, command: Measure) -> Measured:
-        """Have something measured; while requests that came before are running, try again."""
-        deadline = time.monotonic() + _IDLE_WITHIN_S
-        while True:
-            answer = await self.engine.measurements.measure(self.instance, command)
-            if answer is None:
-                raise NotMeasured(f"{self.instance} is down or did not answer")
-            if answer.error is None:
-                return answer
-            if answer.error != "requests are running" or time.monotonic() > deadline:
-                raise NotMeasured(answer.error)
-            await asyncio.sleep(0.05)
-
-    async def step(self, spec: StepSpec, num_repeats: int) -> Sequence[Repeat]:
-        """Time a step."""
-        return (await self.ask(Measure(0, MeasureVerb.STEP, num_repeats, spec))).repeats
-
-    async def prefill(self, token_ids: Tokens) -> tuple[Repeat, int]:
-        """Time a request from here, to its first token; and how many of its tokens were cached."""
-        ours, theirs = read_waits(), await self._waits()
-        timed = await self.engine.measurements.prefill(self.instance, token_ids, SALT)
-        if timed is None:
-            raise NotMeasured(f"a prompt of {len(token_ids)} tokens failed on {self.instance}")
-        waited_ms = longest_wait(ours, read_waits()) + longest_wait(theirs, await self._waits())
-        return Repeat(timed.ms, min(timed.ms, waited_ms)), timed.num_cached
-
-    async def _waits(self) -> dict[str, float]:
-        answer = await self.ask(Measure(0, MeasureVerb.WAITS))
-        return {str(number): repeat.waited_ms for number, repeat in enumerate(answer.repeats)}
-
-    def prompt(self, num_tokens: int, seed: int) -> Tokens:
-        """Arbitrary tokens."""
-        generator = np.random.default_rng(seed)
-        return generator.integers(0, self.config.model.vocab_size, num_tokens, dtype=np.int32)
-
-    async def flush(self) -> None:
-        """Forget what prompts have left in the cache."""
-        await self.engine.command_caches({self.instance: CacheCommand(0, CacheVerb.FLUSH)})
 
 
 def _machine(plan: Sequence[WorkerConfig]) -> str:

@@ -36,11 +36,12 @@ from memserve.messages import (
 )
 from memserve.router import calibration
 from memserve.router.accuracy import AccuracyPoint, measure_accuracy, plan_lengths, summary
-from memserve.router.calibration import QUICK, Worker, calibration_folder, cost_models, find_models
+from memserve.router.calibration import QUICK, calibration_folder, cost_models, find_models
 from memserve.router.calibration_plan import make_model, shape_of
 from memserve.router.cost_model import CostModel, Operators, Ramp
 from memserve.router.dispatcher import Dispatcher
 from memserve.router.engine import ServingEngine
+from memserve.router.measured_worker import Worker
 from memserve.router.measurements import Measurements
 from memserve.router.predictor import Predictor
 from tests.router.worker_configs import make_worker
