@@ -84,7 +84,7 @@ def fallocate(fd: int, offset: int, num_bytes: int) -> None:
 
 def check_available(num_bytes: int) -> None:
     """Raises MemoryError_ unless the machine has so much memory left."""
-    missing = num_bytes - _available_bytes()
+    missing = num_bytes - available_bytes()
     if missing > 0:
         raise MemoryError_(f"{num_bytes} bytes of shared memory do not fit: {missing} bytes are missing")
 
@@ -165,7 +165,8 @@ def populate(
     return True
 
 
-def _available_bytes() -> int:
+def available_bytes() -> int:
+    """Memory that the machine has left, by its own account."""
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) << 10

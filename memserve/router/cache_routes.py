@@ -12,6 +12,7 @@ import msgspec
 from aiohttp import web
 
 from memserve.errors import RequestError
+from memserve.memfd import available_bytes
 from memserve.messages import CacheCommand, CacheReport, CacheVerb, pack_tokens
 from memserve.router.engine_api import Engine, InstanceStatus
 from memserve.router.limits import HttpLimits
@@ -19,7 +20,7 @@ from memserve.router.openai import to_json
 from memserve.router.schemas import decode_cache, decode_chat, decode_completion, has_messages
 from memserve.router.served_model import ServedModel
 from memserve.router.validation import plan_chat, plan_completion
-from memserve.sizes import parse_memory
+from memserve.sizes import format_bytes, parse_memory
 
 
 class CacheRow(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -100,19 +101,13 @@ class CacheRoutes:
         body = decode_cache(await self.read_body(request))
         if body.host_memory is None:
             raise RequestError("host_memory is missing, such as 2GiB", param="host_memory")
-        try:
-            num_bytes = parse_memory(body.host_memory)
-        except ValueError as error:
-            raise RequestError(f"host_memory: {error}", param="host_memory") from None
-        if isinstance(num_bytes, float):
-            raise RequestError("host_memory is a size, such as 2GiB", param="host_memory")
+        num_bytes = _size(body.host_memory)
         rows = [row for row in self._rows(body.instance) if row.max_host_blocks]
         if not rows:
             raise RequestError("no such instance has a host tier (--host-memory)", param="instance")
+        self._check(rows, num_bytes)
         commands = {
-            row.instance: CacheCommand(
-                0, CacheVerb.RESIZE, num_host_blocks=min(num_bytes // row.block_bytes, 2**62)
-            )
+            row.instance: CacheCommand(0, CacheVerb.RESIZE, num_host_blocks=num_bytes // row.block_bytes)
             for row in rows
         }
         reports = await self.engine.command_caches(commands)
@@ -127,6 +122,19 @@ class CacheRoutes:
             },
         )
 
+    def _check(self, rows: Sequence[InstanceStatus], num_bytes: int) -> None:
+        """All together must fit, as at the start: each of them looks only for itself."""
+        most = min(row.max_host_blocks * row.block_bytes for row in rows)
+        if num_bytes > most:
+            raise RequestError(f"host_memory: at most {format_bytes(most)} are possible", param="host_memory")
+        growth = sum(max(0, num_bytes - row.load.num_host_blocks * row.block_bytes) for row in rows)
+        available = available_bytes()
+        if growth > available:
+            raise RequestError(
+                f"host_memory: {format_bytes(growth)} more are needed, {format_bytes(available)} are free",
+                param="host_memory",
+            )
+
     def _rows(self, instance: str | None) -> list[InstanceStatus]:
         rows = [row for row in self.engine.status().instances if instance in (None, row.instance)]
         if not rows:
@@ -139,6 +147,19 @@ class CacheRoutes:
         self, rows: list[InstanceStatus], command: CacheCommand
     ) -> Mapping[str, CacheReport | None]:
         return await self.engine.command_caches({row.instance: command for row in rows})
+
+
+def _size(text: str) -> int:
+    """Bytes. Raises RequestError."""
+    if text.strip() == "0":
+        return 0
+    try:
+        num_bytes = parse_memory(text)
+    except ValueError:
+        num_bytes = 0.0
+    if isinstance(num_bytes, float):
+        raise RequestError(f"host_memory: {text!r} is no size, such as 2GiB or 0", param="host_memory")
+    return num_bytes
 
 
 def _answer(

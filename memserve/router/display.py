@@ -234,7 +234,9 @@ class TokenMeter:
         self._at: float | None = None
 
     def rates(self, status: EngineStatus, now: float) -> tuple[float, float]:
-        """Prompt and drawn tokens a second since the last call; zeros at the first."""
+        """Prompt and drawn tokens a second since the last call; zeros at the first. An instance that is down
+        counts nothing.
+        """
         counts = {
             (instance.instance, instance.incarnation): (
                 instance.load.num_prefill_tokens,
@@ -246,6 +248,6 @@ class TokenMeter:
         self._counts, self._at = counts, now
         if not elapsed_s:
             return 0.0, 0.0
-        prompt = sum(count[0] - before.get(life, (0, 0))[0] for life, count in counts.items())
-        drawn = sum(count[1] - before.get(life, (0, 0))[1] for life, count in counts.items())
+        prompt = sum(max(0, count[0] - before.get(life, (0, 0))[0]) for life, count in counts.items())
+        drawn = sum(max(0, count[1] - before.get(life, (0, 0))[1]) for life, count in counts.items())
         return prompt / elapsed_s, drawn / elapsed_s

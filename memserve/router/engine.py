@@ -23,6 +23,7 @@ from memserve.errors import MemserveError, Unavailable
 from memserve.messages import (
     CacheCommand,
     CacheReport,
+    CacheVerb,
     Heartbeat,
     LinkMessage,
     Load,
@@ -104,6 +105,7 @@ class ServingEngine:
         self._num_restarts: Counter[str] = Counter()
         self._was_ready = False
         self._draining = False
+        self._host_blocks: dict[str, int] = {}  # sizes of host tiers that were asked for since
         self._cache_commands: Commands[CacheCommand, CacheReport] = Commands(self._send_to)
         self.measurements = Measurements(self._send_to)
         self.is_calibrating = False
@@ -142,6 +144,9 @@ class ServingEngine:
 
     async def command_caches(self, commands: Mapping[str, CacheCommand]) -> Mapping[str, CacheReport | None]:
         """See `engine_api.Engine`."""
+        for name, command in commands.items():
+            if command.verb is CacheVerb.RESIZE:
+                self._host_blocks[name] = command.num_host_blocks
         alive = {name: command for name, command in commands.items() if name in self._alive}
         return await self._cache_commands.ask(alive)
 
@@ -262,6 +267,9 @@ class ServingEngine:
                 caches=config.caches,
             )
         )
+
+        if (num_blocks := self._host_blocks.get(instance)) is not None:  # as it was told in another life
+            self._send_to(instance, CacheCommand(0, CacheVerb.RESIZE, num_host_blocks=num_blocks))
 
     def on_worker_message(self, instance: str, incarnation: int, message: ToRouter) -> None:
         """A worker said something: to the router, or to another worker by way of it."""

@@ -198,6 +198,8 @@ def _hosts(
     for seat in seats:
         asked = _parse("--host-memory", seat.options.host_memory)
         if asked is None or not _caches(serve.caching, seat.role):
+            if asked is not None:
+                logger.warning("%s caches nothing: it gets no host tier", seat.instance)
             hosts.append(_Host())
             continue
         num_bytes = int(asked * available_bytes) if isinstance(asked, float) else asked

@@ -147,7 +147,7 @@ class ChatBody(SamplingBody, frozen=True, kw_only=True):
     modalities: list[str] | None = None
 
 
-class CacheBody(msgspec.Struct, frozen=True, kw_only=True):
+class CacheBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """POST /v1/cache/flush and /resize: which instance (all, if none is named), and how much for each."""
 
     instance: Name | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,29 @@ if TYPE_CHECKING:
     from memserve.router.cost_model import CostModel
     from memserve.simulate.report import Report
     from memserve.simulate.traces import Trace
+
+COUNT = click.IntRange(1, 1024)
+OUTPUT = click.Path(dir_okay=False, writable=True, path_type=Path)
+
+
+def _a_number(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
+    if value is not None and math.isnan(value):
+        raise click.BadParameter("nan is no load")
+    return value
+
+
+def _writable(context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
+    """Found out before the work, not after it."""
+    if value is not None and not value.parent.is_dir():
+        raise click.BadParameter(f"there is no folder {value.parent}")
+    return value
+
+
+def _drawable(context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
+    if value is not None and value.suffix not in (".png", ".svg", ".pdf"):
+        raise click.BadParameter(f"{value} is no .png, .svg or .pdf")
+    return _writable(context, parameter, value)
+
 
 POLICY_NAMES = ("random", "round-robin", "least-load", "session", "prompt-tree")
 
@@ -24,34 +48,41 @@ POLICY_NAMES = ("random", "round-robin", "least-load", "session", "prompt-tree")
     type=click.Path(exists=True, path_type=Path),
     help="A Mooncake trace (.jsonl, .jsonl.gz), or a folder with sessions.jsonl.gz.",
 )
-@click.option("--prefill", default=8, show_default=True, help="Prefill workers.")
-@click.option("--decode", default=8, show_default=True, help="Decode workers.")
-@click.option("--colocated", default=0, show_default=True, help="Colocated workers, in place of both.")
+@click.option("--prefill", type=COUNT, help="Prefill workers [default: 8].")
+@click.option("--decode", type=COUNT, help="Decode workers [default: 8].")
+@click.option("--colocated", type=COUNT, help="Colocated workers, in place of both.")
 @click.option(
     "--instance",
     default="h200-llama-3-8b",
     show_default=True,
     help="What a worker is: h200-llama-3-8b, h800-llama-2-13b, or a calibration file.",
 )
-@click.option("--cache-tokens", default=500_000, show_default=True, help="Tokens that a worker's pool holds.")
+@click.option(
+    "--cache-tokens",
+    default=500_000,
+    show_default=True,
+    type=click.IntRange(1, 10**9),
+    help="Tokens that a worker's pool holds.",
+)
 @click.option("--policy", "policies", multiple=True, type=click.Choice(POLICY_NAMES), help="Default: all.")
 @click.option("--bound/--no-bound", default=True, help="Also an unlimited shared cache with free transfers.")
 @click.option(
     "--load",
-    type=click.FloatRange(0.0, min_open=True),
+    type=click.FloatRange(0.001, 100.0),
+    callback=_a_number,
     help="Stretch the times so that computing every prompt whole would keep the prefill side so busy (0.5).",
 )
 @click.option("--limit", type=click.IntRange(1), help="Only so many requests, or sessions, of the trace.")
 @click.option("--seed", default=0, show_default=True)
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the reports here.")
+@click.option("--json", "json_path", type=OUTPUT, callback=_writable, help="Write the reports here.")
 @click.option(
-    "--plot", "plot_path", type=click.Path(path_type=Path), help="Draw them here (.png, .svg, .pdf)."
+    "--plot", "plot_path", type=OUTPUT, callback=_drawable, help="Draw them here (.png, .svg, .pdf)."
 )
 def simulate(
     path: Path,
-    prefill: int,
-    decode: int,
-    colocated: int,
+    prefill: int | None,
+    decode: int | None,
+    colocated: int | None,
     instance: str,
     cache_tokens: int,
     policies: tuple[str, ...],
@@ -70,20 +101,25 @@ def simulate(
     from memserve.simulate.simulation import Setup
 
     model = _model(instance)
-    if colocated:
-        prefill = decode = 0
-    elif min(prefill, decode) < 1:
-        raise click.UsageError("--prefill and --decode need at least one worker each")
+    if colocated is not None and (prefill is not None or decode is not None):
+        raise click.UsageError("--colocated excludes --prefill and --decode")
+    num_colocated = colocated or 0
+    num_prefill, num_decode = (0, 0) if num_colocated else (prefill or 8, decode or 8)
     reports = []
     for policy in (*(policies or POLICY_NAMES), *(["bound"] if bound else [])):
         trace = _read(path, limit, seed)
+        longest = max(job.num_tokens + job.num_new_tokens for job in trace.all_jobs())
+        if longest > cache_tokens:
+            raise click.UsageError(
+                f"--cache-tokens {cache_tokens}: a request of the trace has {longest} tokens"
+            )
         if load is not None:
-            trace = at_load(trace, model, prefill or colocated, load)
+            trace = at_load(trace, model, num_prefill or num_colocated, load)
         setup = Setup(
             model=model,
-            num_prefill=prefill,
-            num_decode=decode,
-            num_colocated=colocated,
+            num_prefill=num_prefill,
+            num_decode=num_decode,
+            num_colocated=num_colocated,
             policy="prompt-tree" if policy == "bound" else policy,
             cache_tokens=cache_tokens,
             is_ideal=policy == "bound",
@@ -133,10 +169,14 @@ def _read(path: Path, limit: int | None, seed: int) -> Trace:
 
     try:
         if path.is_dir():
-            return read_sessions(path, rate=1.0, seed=seed, limit=limit)
-        return read_mooncake(path, limit)
-    except (OSError, KeyError, msgspec.DecodeError) as error:
+            trace = read_sessions(path, rate=1.0, seed=seed, limit=limit)
+        else:
+            trace = read_mooncake(path, limit)
+    except (OSError, EOFError, KeyError, UnicodeDecodeError, zlib.error, msgspec.DecodeError) as error:
         raise click.UsageError(f"--trace {path} cannot be read: {error}") from error
+    if not trace.jobs:
+        raise click.UsageError(f"--trace {path} has no requests")
+    return trace
 
 
 def _plot(reports: list[Report], path: Path) -> None:

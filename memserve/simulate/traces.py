@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, NamedTuple, cast
+from typing import IO, Annotated, NamedTuple, cast
 
 import msgspec
 import numpy as np
@@ -62,10 +62,10 @@ class Trace(NamedTuple):
 
 
 class _MooncakeRow(msgspec.Struct):
-    timestamp: float
-    input_length: int
-    output_length: int
-    hash_ids: list[int]
+    timestamp: Annotated[float, msgspec.Meta(ge=0)]
+    input_length: Annotated[int, msgspec.Meta(ge=0)]
+    output_length: Annotated[int, msgspec.Meta(ge=0)]
+    hash_ids: Annotated[list[int], msgspec.Meta(min_length=1)]
 
 
 class _Turn(msgspec.Struct):

@@ -200,7 +200,7 @@ def test_to_shrink_moves_nothing_to_where_something_was_moved_from(make_pool: Ma
 
 def test_it_does_not_grow_beyond_the_machine(make_pool: MakePool, monkeypatch: pytest.MonkeyPatch) -> None:
     held = make_pool(host_blocks=4)
-    monkeypatch.setattr(memfd, "_available_bytes", lambda: 10)
+    monkeypatch.setattr(memfd, "available_bytes", lambda: 10)
     with pytest.raises(MemoryError_, match="missing"):
         held.pool.resize(10)
     assert held.pool.stats().num_host == 4
@@ -212,7 +212,7 @@ def test_it_ends_where_the_machine_runs_out_on_the_way(
     """Another tier, say, that grows at the same time."""
     held = make_pool(host_blocks=4)
     left = [10**9, 10**9, 10]
-    monkeypatch.setattr(memfd, "_available_bytes", lambda: left.pop(0))
+    monkeypatch.setattr(memfd, "available_bytes", lambda: left.pop(0))
     monkeypatch.setattr(growth, "_PIECE_BYTES", 3 * held.arena.geometry.block_bytes)
     assert held.pool.resize(20) == 20
     assert held.woken.acquire(timeout=30)

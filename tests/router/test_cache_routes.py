@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from memserve.messages import CacheCommand, CacheReport, CacheVerb, unpack_tokens
+from memserve.router import cache_routes
 from memserve.router.commands import Commands
 from memserve.router.engine_api import Delta, GenerateRequest
 from memserve.router.tokenizer import Tokenizer
@@ -69,6 +70,8 @@ async def test_lookup_of_a_prompt_and_of_a_chat(serve: Serve, say: Say, tiny_tok
         ("resize", {"host_memory": "1GiB", "instance": "decode-0"}),
         ("flush", {"instance": 3}),
         ("flush", []),
+        ("flush", {"instances": "prefill-0"}),
+        ("resize", {"host_memory": "1GiB"}),
     ],
 )
 async def test_bad_bodies(serve: Serve, say: Say, path: str, body: object) -> None:
@@ -93,6 +96,18 @@ async def test_resize(serve: Serve, say: Say) -> None:
         }
     ]
     assert server.engine.commands == [("prefill-0", CacheCommand(0, CacheVerb.RESIZE, num_host_blocks=32))]
+
+
+async def test_tiers_grow_only_if_all_of_it_fits(
+    serve: Serve, say: Say, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = CacheReport(1, num_blocks=0, num_blocks_most=64)
+    server = await serve(say("hi"), reports={"prefill-0": report})
+    monkeypatch.setattr(cache_routes, "available_bytes", lambda: 1000)
+    status, answer = await post(server, "resize", {"host_memory": "2KiB"})
+    assert status == 400 and "more are needed" in answer["error"]["message"]
+    status, _ = await post(server, "resize", {"host_memory": "0"})
+    assert status == 200 and server.engine.commands[0][1].num_host_blocks == 0
 
 
 async def test_answers_find_who_asked() -> None:

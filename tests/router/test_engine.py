@@ -238,3 +238,16 @@ async def test_commands_on_caches_go_to_those_alive_and_answers_of_older_lives_d
     rig.up(incarnation=1)
     rig.engine.on_worker_message("colocated-0", 0, CacheReport(command.command_id, num_blocks=5))
     assert await asking == {"colocated-0": None}
+
+
+async def test_a_replacement_gets_the_size_that_was_asked_for() -> None:
+    rig = Rig()
+    rig.up()
+    resize = CacheCommand(0, CacheVerb.RESIZE, num_host_blocks=7)
+    asking = asyncio.create_task(rig.engine.command_caches({"colocated-0": resize}))
+    await asyncio.sleep(0)
+    rig.down()
+    await asking
+    rig.sent.clear()
+    rig.up(incarnation=1)
+    assert rig.sent == [resize]

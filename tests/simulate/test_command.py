@@ -19,6 +19,8 @@ from memserve.simulate.command import POLICY_NAMES, at_load, simulate
 from memserve.simulate.report import Report
 from memserve.simulate.traces import read_mooncake
 
+ROW = '{"timestamp": 1, "input_length": 600, "output_length": 1, "hash_ids": [1, 2]}'
+
 
 @pytest.fixture
 def trace(tmp_path: Path) -> Path:
@@ -90,3 +92,26 @@ def test_a_trace_that_is_none_is_a_usage_error(tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
     path.write_text("{}\n")
     assert invoke("--trace", path).exit_code == click.UsageError.exit_code
+
+
+@pytest.mark.parametrize(
+    "row, options, said",
+    [
+        ("", [], "no requests"),
+        ('{"timestamp": -1, "input_length": 9, "output_length": 1, "hash_ids": [1]}', [], "cannot be read"),
+        ('{"timestamp": 1, "input_length": 9, "output_length": 1, "hash_ids": []}', [], "cannot be read"),
+        (ROW, ["--load", "nan"], "nan"),
+        (ROW, ["--load", "1e-300"], "range"),
+        (ROW, ["--prefill", "1000000"], "range"),
+        (ROW, ["--cache-tokens", "-5"], "range"),
+        (ROW, ["--cache-tokens", "5"], "has 601 tokens"),
+        (ROW, ["--colocated", "2", "--prefill", "1"], "excludes"),
+        (ROW, ["--json", "/nowhere/at/all.json"], "no folder"),
+        (ROW, ["--plot", "x.txt"], ".png"),
+    ],
+)
+def test_bad_input_is_said_before_any_work(tmp_path: Path, row: str, options: list[str], said: str) -> None:
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text(row)
+    result = CliRunner().invoke(simulate, ["--trace", str(trace), *options])
+    assert result.exit_code == 2 and said in result.output, result.output
