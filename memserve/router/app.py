@@ -33,6 +33,7 @@ from memserve.config import ServeConfig, WorkerConfig
 from memserve.errors import ConfigError
 from memserve.model_config import default_sampling, load_model_config
 from memserve.model_files import resolve_model, resolve_tokenizer, served_model_name
+from memserve.router.calibration import calibration_folder, cost_models
 from memserve.router.chat_template import ChatTemplate
 from memserve.router.connections import bounded, max_connections
 from memserve.router.dispatcher import Dispatcher, DispatcherLimits
@@ -158,7 +159,10 @@ async def serve(run: Run, sock: socket.socket, console: Console) -> int:
     background = [asyncio.create_task(_every(TICK_S, engine.tick))]
     try:
         await http.start(sock)
+        engine.is_calibrating = config.policy == "prompt-tree"
         if not await start_workers(supervisor, stop, display):
+            return INTERRUPTED
+        if engine.is_calibrating and not await stop.or_first(_calibrate(engine, scheduler, run)):
             return INTERRUPTED
         gc.collect()
         gc.freeze()  # modules and tables stay: collections need not walk them while requests stream
@@ -181,6 +185,11 @@ async def serve(run: Run, sock: socket.socket, console: Console) -> int:
         await stop_workers(supervisor, stop)
         if relay is not None:
             relay.close()
+
+
+async def _calibrate(engine: ServingEngine, scheduler: GlobalScheduler, run: Run) -> None:
+    """Let the scheduler predict by this machine's own figures: measured now, or at an earlier start."""
+    scheduler.use(await cost_models(engine, run.plan, calibration_folder(run.config.calibration)))
 
 
 class HttpSite:
