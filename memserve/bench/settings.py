@@ -3,7 +3,9 @@
 Each setting is a command line of `memserve serve` on the same cores with the same model and, by default, the
 same number of workers: as many do both as there are of prefill and decode workers together. The server shares
 the cores out evenly and pins the workers, so equal numbers have equal threads each. Fewer colocated workers
-(`--colocated 1`) have more threads each, and one cache instead of several.
+(`--colocated 1`) have more threads each, and one cache instead of several. Disaggregated, every prompt goes
+to a prefill worker, as in the paper, however short it is (`least-load`); colocated with caching a prompt goes
+where it is cached (the default policy), which is the best that can be done there.
 """
 
 from __future__ import annotations
@@ -20,10 +22,16 @@ class Setting(NamedTuple):
 
 COLOCATED = Setting("PD-colocated", "--colocated {colocated} --caching off")
 COLOCATED_CACHING = Setting("PD-colocated, caching", "--colocated {colocated} --caching full")
-BASIC = Setting("PD-Basic", "--prefill {prefill} --decode {decode} --caching off")
-CACHING_1 = Setting("PD-Caching-1", "--prefill {prefill} --decode {decode} --caching prefill")
-CACHING_2 = Setting("PD-Caching-2", "--prefill {prefill} --decode {decode} --caching both")
-CACHING_3 = Setting("PD-Caching-3", "--prefill {prefill} --decode {decode} --caching full")
+BASIC = Setting("PD-Basic", "--prefill {prefill} --decode {decode} --policy least-load --caching off")
+CACHING_1 = Setting(
+    "PD-Caching-1", "--prefill {prefill} --decode {decode} --policy least-load --caching prefill"
+)
+CACHING_2 = Setting(
+    "PD-Caching-2", "--prefill {prefill} --decode {decode} --policy least-load --caching both"
+)
+CACHING_3 = Setting(
+    "PD-Caching-3", "--prefill {prefill} --decode {decode} --policy least-load --caching full"
+)
 
 SETTINGS = (COLOCATED, COLOCATED_CACHING, BASIC, CACHING_1, CACHING_2, CACHING_3)
 # Each against the other, in the paper's order: what disaggregation does, what caching adds to it, and what

@@ -171,7 +171,10 @@ def test_verdicts_and_cells() -> None:
 def test_settings_are_command_lines_of_the_server() -> None:
     lines = [command(setting, Workers(), "--dtype float32") for setting in settings.SETTINGS]
     assert lines[0] == "memserve serve --colocated 2 --caching off --dtype float32"
-    assert lines[-1] == "memserve serve --prefill 1 --decode 1 --caching full --dtype float32"
+    assert (
+        lines[-1]
+        == "memserve serve --prefill 1 --decode 1 --policy least-load --caching full --dtype float32"
+    )
     assert command(settings.COLOCATED, Workers(3, 4)).split()[3] == "7"
     assert command(settings.COLOCATED, Workers(3, 4, 1)).split()[3] == "1"
     for line in lines:
