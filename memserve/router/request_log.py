@@ -15,7 +15,7 @@ from memserve.messages import CachedTokens
 from memserve.router.hindsight import Hindsight
 from memserve.router.policies.decision import Decision
 
-MAX_REQUESTS = 2000
+MAX_REQUESTS = 500
 # Of one request; a request that is replayed again and again keeps its first ones.
 _MAX_HAPPENINGS = 64
 
