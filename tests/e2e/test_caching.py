@@ -23,9 +23,8 @@ SETTINGS = {
     "off": ("--caching", "off"),
     "prefill": ("--caching", "prefill"),
     "both": ("--caching", "both"),
-    "full": ("--caching", "full"),
+    "full": ("--caching", "full", "--transfer", "layer", "--max-batch-tokens", "80"),
     "colocated": ("--colocated", "1"),
-    "full, by layer": ("--caching", "full", "--transfer", "layer", "--max-batch-tokens", "80"),
     "full, over gloo": ("--transport", "torch_distributed", "--max-batch-tokens", "80"),
     "full, in chunks": ("--caching", "full", "--transfer", "chunk", "--max-batch-tokens", "80"),
 }
@@ -143,11 +142,12 @@ def test_cached_lengths_salts_and_logprobs(
     assert ask(server, base, 5, logprobs=1, echo=True).num_cached == 0
 
 
+@pytest.mark.parametrize("host", [(), ("--host-memory", "4MiB")], ids=["evicts", "swaps"])
 def test_a_pool_twenty_times_too_small(
-    start: Callable[..., Server], random_model: Path, without_caching: Server
+    host: tuple[str, ...], start: Callable[..., Server], random_model: Path, without_caching: Server
 ) -> None:
-    """It evicts, preempts and finishes everything, with the output it has alone."""
-    options = ("--prefill-device-memory", "600KiB", "--decode-device-memory", "600KiB")
+    """It evicts or swaps, preempts and finishes everything, with the output it has alone."""
+    options = ("--prefill-device-memory", "600KiB", "--decode-device-memory", "600KiB", *host)
     server = start("--model", str(random_model), "--dtype", "float32", "--max-model-len", "400", *options)
     for number in range(30):
         prompt = user_says(number % 12, 100 + 5 * (number % 12))
@@ -155,9 +155,10 @@ def test_a_pool_twenty_times_too_small(
         assert turn.token_ids == ask(without_caching, prompt, 10).token_ids
         assert turn.num_cached <= len(prompt) - 1
     server.wait_idle()
+    assert (counter(server, "memserve_swapped_in_blocks_total") > 0) == bool(host)
 
 
-@pytest.mark.parametrize("setting", ["full", "full, by layer", "full, over gloo", "colocated"])
+@pytest.mark.parametrize("setting", ["full", "full, over gloo", "colocated"])
 def test_a_burst_on_a_cold_prefix_computes_it_once(
     setting: str, start: Callable[..., Server], random_model: Path, without_caching: Server
 ) -> None:
