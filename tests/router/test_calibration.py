@@ -245,6 +245,13 @@ def the_model(workers: Workers) -> CostModel:
     return make_model(workers.plan[0], TRUTH)
 
 
+@pytest.fixture
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process always had a core, however busy the machine is: no repeat is made in hope of a quiet one."""
+    monkeypatch.setattr(measured_worker, "read_waits", lambda: {"1": 0.0})
+
+
+@pytest.mark.usefixtures("quiet")
 async def test_points_are_of_real_prefills() -> None:
     workers = Workers("prefill-0")
     worker, predictor = Worker(workers.engine, workers.plan[0]), Predictor(the_model(workers))
