@@ -60,14 +60,14 @@ from memserve.router.events import (
     WorkerDown,
     WorkerUp,
 )
-from memserve.router.fair_queue import FairQueue
 from memserve.router.fleet import Fleet, Seat
-from memserve.router.global_scheduler import GlobalScheduler
-from memserve.router.kept_kv import SentPullBack, pull_back, what_is_left
-from memserve.router.policies.decision import Decision
-from memserve.router.policy import Placement, WorkerView, blocks_for, choose_decode
 from memserve.router.request_log import Happening, RequestLog
 from memserve.router.request_state import DepartureRate, Origin, Phase, RequestState, StoredBlocks
+from memserve.router.scheduling.fair_queue import FairQueue
+from memserve.router.scheduling.global_scheduler import GlobalScheduler
+from memserve.router.scheduling.kept_kv import SentPullBack, pull_back, what_is_left
+from memserve.router.scheduling.policies.decision import Decision
+from memserve.router.scheduling.policy import Placement, WorkerView, blocks_for, choose_decode
 
 logger = logging.getLogger(__name__)
 

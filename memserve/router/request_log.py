@@ -12,8 +12,8 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from memserve.messages import CachedTokens
-from memserve.router.hindsight import Hindsight
-from memserve.router.policies.decision import Decision
+from memserve.router.scheduling.hindsight import Hindsight
+from memserve.router.scheduling.policies.decision import Decision
 
 MAX_REQUESTS = 500
 # Of one request; a request that is replayed again and again keeps its first ones.
