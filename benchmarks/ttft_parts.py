@@ -1,6 +1,6 @@
-"""Where the time to the first token goes, disaggregated and colocated: the same sessions through each, by turns.
+"""Where the time to the first token goes, disaggregated and colocated: the same sessions through each.
 
-    python benchmarks/ttft_parts.py SESSIONS_FOLDER --sessions 12 --rate 3 [--max-prompt-tokens 1500] [--rounds 3]
+    python benchmarks/ttft_parts.py FOLDER --sessions 12 --rate 3 [--max-prompt-tokens 1500] [--rounds 3]
 
 Of every request the server tells what happened when (GET /v1/requests/{id}); the parts of the mean are
 
@@ -25,7 +25,6 @@ from statistics import fmean, median
 from typing import Any
 
 import click
-
 from rig import BUNDLED_MODEL, server
 
 FLEETS = {
