@@ -111,6 +111,7 @@ class FakeServer:
             else body["prompt"]
             if isinstance(body["prompt"], str)
             else tuple(body["prompt"])
+        )
         seen = Seen(prompt, body, at, request.headers.get("x-session-id"))
         if self.keep:
             self.seen.append(seen)
