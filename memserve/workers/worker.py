@@ -28,6 +28,7 @@ from memserve.messages import (
     Decode,
     Failed,
     FinishReason,
+    Load,
     Measure,
     Offer,
     Output,
@@ -66,6 +67,8 @@ ARRIVAL_LOOKS = 9
 ARRIVAL_LOOK_S = 0.00025
 # How often within a time to live it is looked what is over it.
 EXPIRY_LOOKS = 4
+# A worker that has had nothing to do for so long says what its load is.
+REST_S = 0.02
 
 
 class Worker:
@@ -99,6 +102,7 @@ class Worker:
         self._arrivals = 0
         self._stopping = False
         self._expires_at = 0.0
+        self._told_load = Load()
 
     # --- the loop ---
 
@@ -107,8 +111,20 @@ class Worker:
         while not self._stopping:
             if not self.step() and not self._stopping:
                 self._receive_grants()
-                ttl_s = self._config.cache_ttl_s
-                doorbell.wait(None if ttl_s is None else ttl_s / EXPIRY_LOOKS)
+                self._rest(doorbell)
+
+    def _rest(self, doorbell: Doorbell) -> None:
+        """Sleep until there is something to do. What came of the last steps is told after a moment of rest,
+        not only with the next heartbeat: where blocks are free again, requests may be waiting for them.
+        """
+        if self.gauges.load() != self._told_load:
+            if doorbell.wait(REST_S):
+                return
+            beat = self.gauges.heartbeat()
+            self._told_load = beat.load
+            self._channel.send(beat)
+        ttl_s = self._config.cache_ttl_s
+        doorbell.wait(None if ttl_s is None else ttl_s / EXPIRY_LOOKS)
 
     def step(self) -> bool:
         """One turn of the loop. False = there is nothing to do until the doorbell rings."""
@@ -144,6 +160,10 @@ class Worker:
                 return True  # one that could not begin has ended already, and rings no bell
             return self._scheduler.is_stuck and self._pulls.make_room()
         self._publisher.announce(plan.chunks)
+        now = self._clock()
+        for request, _ in plan.chunks:
+            if request.began_at is None:
+                request.began_at = now
         self.gauges.begin_step()
         drawn = self._executor.execute(plan.chunks)
         step_ms = self.gauges.count_step(plan.chunks)
@@ -368,7 +388,8 @@ class Worker:
                     logprobs=logprobs,
                     prompt_logprobs=prompt_logprobs,
                     finish_reason=reason,
-                    cached=request.take_cached(),
+                    cached=(cached := request.take_cached()),
+                    computing_ms=None if cached is None else self._computing_ms(request),
                 )
             )
         if outputs:
@@ -412,12 +433,17 @@ class Worker:
             finish_reason=reason,
             offer=offer,
             load=self.gauges.load(),
+            computing_ms=self._computing_ms(request),
         )
         try:
             self._channel.send(message)
         except MessageTooLong as error:
             self._release(request.request_id, request.attempt)
             self._tell_failed(request.request_id, request.attempt, f"its answer is too long: {error}")
+
+    def _computing_ms(self, request: Request) -> float:
+        assert request.began_at is not None
+        return (self._clock() - request.began_at) * 1e3
 
     # --- ends ---
 
