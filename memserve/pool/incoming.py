@@ -98,22 +98,25 @@ def begin_transfer(pool: Pool, offered: Transfer, spare: int) -> Incoming:
 def _with_insert(pool: Pool, offered: Transfer, spare: int) -> Incoming:
     refs, step = offered.refs, TOKEN_BYTES * pool.block_size
     num_blocks = len(offered.tokens) // step
-    found = pool.match(offered.tokens, offered.salt)
-    num_here = found.num_tokens // pool.block_size
-    num_lacking = num_blocks - num_here
     failure: str | None = None
     if offered.first_block + len(refs.blocks) != num_blocks:
         failure = f"{len(refs.blocks)} blocks from {offered.first_block} for {num_blocks}"
-    elif num_here < offered.first_block:
-        failure = "the prefix before it is no longer cached"
-    elif spare and len(found.host_blocks):
+    elif spare and len(pool.match(offered.tokens, offered.salt).host_blocks):
         failure = "the prefix before it is swapped out"  # too cold to push others out for
-    elif num_lacking and pool.num_available - num_lacking < spare:
-        failure = "no room"
     if failure is not None:
         return Incoming(None, _nothing, failure)
     table = pool.acquire(offered.tokens, offered.salt)
-    num_shared = table.num_shared
+    num_shared = (
+        table.num_shared
+    )  # of a swapped out prefix perhaps less than is cached: what there is room for
+    num_lacking = num_blocks - num_shared
+    if num_shared < offered.first_block:
+        failure = "the prefix before it is no longer cached"
+    elif num_lacking and pool.num_available - num_lacking < spare:
+        failure = "no room"
+    if failure is not None:
+        pool.release(table)
+        return Incoming(None, _nothing, failure)
 
     def finish(num_verified: int, num_bytes: int, failure: str | None) -> Received:
         stop = num_shared + num_verified
@@ -124,7 +127,7 @@ def _with_insert(pool: Pool, offered: Transfer, spare: int) -> Incoming:
 
     if num_shared == num_blocks:
         return Incoming(None, finish)
-    ids = pool.alloc_mem(num_blocks - num_shared)
+    ids = pool.alloc_mem(num_lacking)
     assert ids is not None
     table.append(ids)
     return Incoming(pool.fetch(tail(refs, num_shared - offered.first_block), ids), finish)

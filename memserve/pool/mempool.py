@@ -142,9 +142,13 @@ class MemPool:
         """
         if tier is Tier.HOST:
             return self._alloc_host(num_blocks)
+        ids = self._allocator.allocate(num_blocks)
+        if ids is not None or self._index is None:
+            return ids
         num_lacking = num_blocks - self._allocator.num_free
-        if num_lacking > 0 and self._index is not None and num_lacking <= self._index.num_evictable:
-            self._evict(num_lacking)
+        if num_lacking > self._index.num_evictable:
+            return None
+        self._evict(num_lacking)
         return self._allocator.allocate(num_blocks)
 
     def free_mem(self, ids: ArrayLike, tier: Tier = Tier.DEVICE) -> None:
