@@ -111,9 +111,7 @@ class _Receiver:
         times = [(copy(count), self._memcpy(self._ours, self._theirs, count)) for _ in range(1 + num_repeats)]
         return _row(mode, layout, count, times[1:])
 
-    def gloo_row(
-        self, layout: str, count: int, num_repeats: int, copy: Callable[[int], float]
-    ) -> CopyRow:
+    def gloo_row(self, layout: str, count: int, num_repeats: int, copy: Callable[[int], float]) -> CopyRow:
         """As `row`, and beside a bare send and recv."""
         times, bare_times = [], []
         for _ in range(1 + num_repeats):

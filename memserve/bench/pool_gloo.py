@@ -36,10 +36,10 @@ class BareGloo:
         """Send contiguous bytes, and wait."""
         import torch
 
-        self._group.send([torch.from_numpy(data)], self._other, 0).wait()
+        self._group.send([torch.from_numpy(data)], self._other, 0).wait()  # type: ignore[attr-defined]
 
     def recv(self, data: NDArray[np.uint8]) -> None:
         """Receive as many contiguous bytes, and wait."""
         import torch
 
-        self._group.recv([torch.from_numpy(data)], self._other, 0).wait()
+        self._group.recv([torch.from_numpy(data)], self._other, 0).wait()  # type: ignore[attr-defined]

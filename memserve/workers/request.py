@@ -31,6 +31,7 @@ from memserve.messages import (
     unpack_tokens,
 )
 from memserve.pool.block_table import BlockTable
+from memserve.pool.pending import Pending
 
 
 class RequestKind(Enum):
@@ -59,6 +60,8 @@ class Request:
     prompt. `prompt_logprobs` collects what is reported with the first token, and is None if nothing is
     (any more). `cached`: the tokens found in the pool when the request was first admitted, and pulled for it
     (None before).
+    `pending` is a pull that brings them for one that is not here yet; who waits for a pull does so until
+    `patience_ends`.
     `offer` is KV to be pulled; None when there is none, or no longer. `leader` computes or pulls the first
     `num_common_tokens` of a waiting request, which is admitted when they are there; it was the
     `num_follows`th such. `tell_blocks`: the router
@@ -83,6 +86,8 @@ class Request:
     _tells_cached: bool = True
     table: BlockTable = field(default_factory=BlockTable)
     leader: Request | None = None
+    pending: Pending | None = None
+    patience_ends: float = 0.0
     num_common_tokens: int = 0
     num_follows: int = 0
     tell_blocks: bool = False
