@@ -164,6 +164,17 @@ class Request:
         self.num_tokens += 1
         self.output_ids.append(token_id)
 
+    def extend(self, token_ids: NDArray[np.int32]) -> None:
+        """Take several drawn tokens at once."""
+        end = self.num_tokens + len(token_ids)
+        if end > len(self._tokens):
+            grown = np.empty(max(64, 2 * end), np.int32)
+            grown[: self.num_tokens] = self._tokens[: self.num_tokens]
+            self._tokens = grown
+        self._tokens[self.num_tokens : end] = token_ids
+        self.num_tokens = end
+        self.output_ids.extend(token_ids.tolist())
+
     def finish_reason(self, max_model_len: int) -> FinishReason | None:
         """Whether the last drawn token ends the request. All attempts count: from the prompt's end."""
         num_output = len(self.output_ids)
