@@ -116,8 +116,9 @@ def _scan_kernel(
         tl.store(sums_ptr + place, tl.sum(sums, axis=0))
         state = _row_state(tl.load(seeds_ptr + row), tl.load(positions_ptr + row))
         # Counters: the columns first, then the blocks, so that no hash is used twice.
-        times = _exponential(state, (vocab_size + blocks).to(tl.int64)) / tl.where(sums > 0, sums, 1.0)
-        keys = tl.where(sums > 0, tl.log(times) - shift, float("inf"))
+        races = (sums > 0) & (sums < float("inf"))
+        times = _exponential(state, (vocab_size + blocks).to(tl.int64)) / tl.where(races, sums, 1.0)
+        keys = tl.where(races, tl.log(times) - shift, float("inf"))
         key = tl.min(keys, axis=0)
         tl.store(keys_ptr + place, key)
         tl.store(fastest_ptr + place, tl.min(tl.where(keys == key, blocks, num_blocks), axis=0))
