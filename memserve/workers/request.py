@@ -31,6 +31,7 @@ from memserve.messages import (
     unpack_tokens,
 )
 from memserve.pool.block_table import BlockTable
+from memserve.pool.pending import Pending
 
 
 class RequestKind(Enum):
@@ -60,6 +61,8 @@ class Request:
     (any more). `cached`: the tokens found in the pool when the request was first admitted, and pulled for it
     (None before).
     `began_at`: when its first step began.
+    `pending` is a pull that brings them for one that is not here yet; who waits for a pull does so until
+    `patience_ends`.
     `offer` is KV to be pulled; None when there is none, or no longer. `leader` computes or pulls the first
     `num_common_tokens` of a waiting request, which is admitted when they are there; it was the
     `num_follows`th such. `tell_blocks`: the router
@@ -85,6 +88,8 @@ class Request:
     _tells_cached: bool = True
     table: BlockTable = field(default_factory=BlockTable)
     leader: Request | None = None
+    pending: Pending | None = None
+    patience_ends: float = 0.0
     num_common_tokens: int = 0
     num_follows: int = 0
     tell_blocks: bool = False

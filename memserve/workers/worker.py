@@ -54,6 +54,7 @@ from memserve.workers.executor import Executor
 from memserve.workers.gauges import Gauges
 from memserve.workers.handoff import OfferBook, Pulls
 from memserve.workers.measurer import Measurer
+from memserve.workers.patience import Patience
 from memserve.workers.publisher import Publisher
 from memserve.workers.pull_backs import PullBacks
 from memserve.workers.request import Request, RequestKind, RequestState
@@ -90,9 +91,16 @@ class Worker:
         self._executor = Executor(runner, pool)
         self._publisher = Publisher(pool, channel.send, by_layer=config.device == "cpu")
         self._clock = clock
-        self._scheduler = Scheduler(pool, config.block_size, config.max_running, caches=config.caches)
         self.budget = StepBudget(config.max_batch_tokens, config.max_step_ms, pair_cost(config.model))
-        self._pulls = Pulls(pool, config.block_size, caches=config.caches)
+        self._patience = Patience(self.budget)
+        self._scheduler = Scheduler(
+            pool,
+            config.block_size,
+            config.max_running,
+            caches=config.caches,
+            patience=self._patience.seconds,
+        )
+        self._pulls = Pulls(pool, config.block_size)
         self._pull_backs = PullBacks(pool, config.instance)
         self._cache_admin = CacheAdmin(pool)
         self._measurer = Measurer(config, pool, runner)
@@ -118,13 +126,23 @@ class Worker:
         not only with the next heartbeat: where blocks are free again, requests may be waiting for them.
         """
         if self.gauges.load() != self._told_load:
-            if doorbell.wait(REST_S):
+            if doorbell.wait(REST_S if self._rest_s is None else min(REST_S, self._rest_s)):
                 return
             beat = self.gauges.heartbeat()
             self._told_load = beat.load
             self._channel.send(beat)
-        ttl_s = self._config.cache_ttl_s
-        doorbell.wait(None if ttl_s is None else ttl_s / EXPIRY_LOOKS)
+        doorbell.wait(self._rest_s)
+
+    @property
+    def _rest_s(self) -> float | None:
+        """How long the loop may sleep at most."""
+        rests: list[float] = []
+        if self._config.cache_ttl_s is not None:
+            rests.append(self._config.cache_ttl_s / EXPIRY_LOOKS)
+        patience_ends = self._scheduler.patience_ends
+        if patience_ends is not None:
+            rests.append(max(0.0, patience_ends - self._clock()))
+        return min(rests, default=None)
 
     def step(self) -> bool:
         """One turn of the loop. False = there is nothing to do until the doorbell rings."""
@@ -145,7 +163,7 @@ class Worker:
             return True
         self._expire()
         tally = self.budget.open()
-        plan = self._scheduler.schedule(tally)
+        plan = self._scheduler.schedule(tally, self._clock())
         self._publisher.tell_removed()  # before it is told what is in those blocks now
         for request, reason in plan.refused:
             self._fail(request, reason)
@@ -205,6 +223,8 @@ class Worker:
         """Pulls that ended: their requests run from now on."""
         arrived: list[Request] = []
         for request, num_tokens, pulled in self._pulls.poll():
+            if pulled.failure is None:
+                self._patience.observe(pulled.num_tokens - pulled.num_cached_tokens, pulled.pull_ms)
             self._scheduler.pulled(request, num_tokens)
             self._publisher.publish(request)
             self._publisher.tell(request)
