@@ -2,13 +2,13 @@
 
     python benchmarks/simulation.py [--prefill 1] [--decode 1] [--workload "WORDS OF bench serve"]…
 
-For each workload a server with the bundled model is loaded by `memserve bench serve`; then the report of that run
-is simulated with the cost model that the server itself has measured, and mean TTFT, JCT and cached tokens are put
-side by side. What HTTP and tokenising add to a request is no part of the cost model: it is measured here, by
-requests one at a time before all else (their TTFT less what the model says), and added as a constant.
+For each workload a server with the bundled model is loaded by `memserve bench serve`; then the report of that
+run is simulated with the cost model that the server itself has measured, and mean TTFT, JCT and cached tokens
+are put side by side. What HTTP and tokenising add to a request is no part of the cost model: it is measured
+here, by requests one at a time before all else (TTFT less what the model says), and added as a constant.
 
-It needs a machine with nothing else to do. The load should leave the workers idle half of the time: how busy the
-simulated prefill workers were is printed too.
+It needs a machine with nothing else to do. The load should leave the workers idle half of the time: how busy
+the simulated prefill workers were is printed too.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from memserve.simulate.traces import read_trace
 
 ALONE = "random --sessions 40 --input-tokens 256 --output-tokens 8 --concurrency 1 --warmup 8"
 WORKLOADS = (
-    "loogle-like --sessions 16 --max-prompt-tokens 1500 --max-output-tokens 32 --rate 2 --warmup 4",
-    "react-like --sessions 16 --max-prompt-tokens 1500 --max-output-tokens 32 --rate 3 --warmup 4",
-    "sharegpt-like --sessions 16 --max-prompt-tokens 1500 --max-output-tokens 64 --rate 3 --warmup 4",
+    "loogle-like --sessions 24 --max-prompt-tokens 1500 --max-output-tokens 32 --rate 6 --warmup 4",
+    "react-like --sessions 24 --max-prompt-tokens 1500 --max-output-tokens 32 --rate 8 --warmup 4",
+    "sharegpt-like --sessions 24 --max-prompt-tokens 1500 --max-output-tokens 64 --rate 8 --warmup 4",
 )
 
 
@@ -79,7 +79,7 @@ def pool_tokens(url: str, block_size: int = 16) -> int:
     """KV that a worker's pool holds: the smallest."""
     with urllib.request.urlopen(f"{url}/v1/workers", timeout=10) as answer:
         workers = json.load(answer)["data"]
-    return min(int(worker["num_blocks"]) for worker in workers) * block_size
+    return min(int(worker["load"]["num_blocks"]) for worker in workers) * block_size
 
 
 def calibrated(folder: Path) -> CostModel:

@@ -132,8 +132,8 @@ def simulate(
     """
     import msgspec
 
-    from memserve.simulate.report import table
     from memserve.simulate.report import simulate as run
+    from memserve.simulate.report import table
     from memserve.simulate.simulation import Setup
 
     # pulls that come too late are part of what is simulated, and counted
