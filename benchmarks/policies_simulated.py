@@ -6,7 +6,7 @@ loads and cache sizes.
 Two tables. The first has each policy's mean and P99 TTFT with pools that hold all that is reused. The second
 has by how much the mean TTFT of prompt-tree exceeds the bound's (its regret) as pools shrink: a size of 1 is
 a fleet whose prefill workers together hold all that the workload ever computes (the working set) once, with
-no room for anything that runs. Pools too small for four of the longest requests are left out. Simulated time,
+no room for anything that runs. Pools too small to run eight requests are left out. Simulated time,
 so the machine's load does not matter; it takes some ten minutes on one core.
 """
 
@@ -37,7 +37,7 @@ OTHERS = POLICIES[:-1]
 LOADS = (0.5, 0.7)
 SIZES = (0.25, 0.5, 1.0, 2.0)
 AMPLE = 4.0
-LEAST_REQUESTS = 4
+LEAST_REQUESTS = 8
 
 
 class Job(NamedTuple):
@@ -74,28 +74,28 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
         return next(report for report in self.reports if report.policy == policy)
 
 
-def working_set(trace: Trace) -> tuple[int, int]:
-    """Tokens that a cache without bounds would hold in the end, and those of the longest request."""
+def working_set(trace: Trace) -> int:
+    """Tokens that a cache without bounds would hold in the end."""
     clients, cache = Clients(trace), InfiniteCache(trace.block_size)
-    num_tokens = longest = 0
+    num_tokens = 0
     for _, session in clients.arrivals():
         question: Question | None = clients.begin(session)
         while question is not None:
             ids = np.concatenate([question.prompt, question.answer]).astype(np.int64)
-            longest = max(longest, len(ids))
             whole = ids[: (len(ids) - 1) // trace.block_size * trace.block_size]
             num_tokens += len(whole) - min(len(whole), cache.match(np.append(whole, 0)))
             cache.insert(whole)
             then = clients.answered(question)
             question = then[1] if then is not None and isinstance(then[1], Question) else None
-    return num_tokens, longest
+    return num_tokens
 
 
 def rows_of(folder: Path, job: Job, model_name: str) -> Iterator[Row]:
     """A workload at every load: all policies with ample pools, prompt-tree and the bound with smaller."""
     model = BUILT_IN[model_name]()
     trace = read_trace(folder / job.path, limit=job.limit)
-    num_tokens, longest = working_set(trace)
+    num_tokens, lengths = working_set(trace), [sum(pair) for pair in trace.lengths()]
+    least = max(max(lengths) + trace.block_size, LEAST_REQUESTS * sum(lengths) // len(lengths))
     name = job.path.split("/")[-1].split(".")[0]
     for load in LOADS:
         loaded = at_load(trace, model, job.num_workers, load)
@@ -103,8 +103,8 @@ def rows_of(folder: Path, job: Job, model_name: str) -> Iterator[Row]:
         for size in (*SIZES, AMPLE):
             cache_tokens = round(size * num_tokens / job.num_workers)
             if size == AMPLE:
-                cache_tokens = max(cache_tokens, LEAST_REQUESTS * longest)
-            elif cache_tokens < LEAST_REQUESTS * longest:
+                cache_tokens = max(cache_tokens, 4 * least)
+            elif cache_tokens < least:
                 continue
             setup = Setup(model, job.num_workers, job.num_workers, cache_tokens=cache_tokens)
             policies = POLICIES if size == AMPLE else POLICIES[-1:]

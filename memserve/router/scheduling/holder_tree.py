@@ -53,14 +53,12 @@ class HolderTree:
 
     Args:
         block_size: tokens a block.
-        ids_per_block: ids that stand for a block in a sequence, where they are not its tokens (a trace may
-            have one for each block).
     """
 
-    def __init__(self, block_size: int, ids_per_block: int | None = None) -> None:
+    def __init__(self, block_size: int) -> None:
         self.block_size = block_size
         self.num_blocks = 0  # summed over holders
-        self._tree: RadixTree[Held] = RadixTree(ids_per_block or block_size, _new_root, _split_held)
+        self._tree: RadixTree[Held] = RadixTree(block_size, _new_root, _split_held)
         self.block_bytes = self._tree.block_bytes
         self._nodes: list[Node | None] = [None]  # by slot; NO_SLOT is nobody's
         self._free_slots: list[int] = []

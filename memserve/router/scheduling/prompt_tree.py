@@ -50,16 +50,13 @@ class PromptTree:
         block_size: tokens a block, the same on all instances.
         max_blocks: bound on blocks, counted once for each holder.
         ttl_s: what was neither told nor used for so long is not believed any more.
-        ids_per_block: see `HolderTree`.
     """
 
-    def __init__(
-        self, block_size: int, max_blocks: int, ttl_s: float = 1800.0, *, ids_per_block: int | None = None
-    ) -> None:
+    def __init__(self, block_size: int, max_blocks: int, ttl_s: float = 1800.0) -> None:
         self.block_size = block_size
         self.max_blocks = max_blocks
         self.ttl_s = ttl_s
-        self.nodes = HolderTree(block_size, ids_per_block)
+        self.nodes = HolderTree(block_size)
         self._live: dict[str, Life] = {}
         self._lost: dict[str, list[Life]] = {}
 
