@@ -28,6 +28,7 @@ from memserve.messages import (
     Decode,
     Failed,
     FinishReason,
+    Load,
     Measure,
     Offer,
     Output,
@@ -67,6 +68,8 @@ ARRIVAL_LOOKS = 9
 ARRIVAL_LOOK_S = 0.00025
 # How often within a time to live it is looked what is over it.
 EXPIRY_LOOKS = 4
+# A worker that has had nothing to do for so long says what its load is.
+REST_S = 0.02
 
 
 class Worker:
@@ -107,6 +110,7 @@ class Worker:
         self._arrivals = 0
         self._stopping = False
         self._expires_at = 0.0
+        self._told_load = Load()
 
     # --- the loop ---
 
@@ -115,7 +119,19 @@ class Worker:
         while not self._stopping:
             if not self.step() and not self._stopping:
                 self._receive_grants()
-                doorbell.wait(self._rest_s)
+                self._rest(doorbell)
+
+    def _rest(self, doorbell: Doorbell) -> None:
+        """Sleep until there is something to do. What came of the last steps is told after a moment of rest,
+        not only with the next heartbeat: where blocks are free again, requests may be waiting for them.
+        """
+        if self.gauges.load() != self._told_load:
+            if doorbell.wait(REST_S if self._rest_s is None else min(REST_S, self._rest_s)):
+                return
+            beat = self.gauges.heartbeat()
+            self._told_load = beat.load
+            self._channel.send(beat)
+        doorbell.wait(self._rest_s)
 
     @property
     def _rest_s(self) -> float | None:
@@ -162,6 +178,10 @@ class Worker:
                 return True  # one that could not begin has ended already, and rings no bell
             return self._scheduler.is_stuck and self._pulls.make_room()
         self._publisher.announce(plan.chunks)
+        now = self._clock()
+        for request, _ in plan.chunks:
+            if request.began_at is None:
+                request.began_at = now
         self.gauges.begin_step()
         drawn = self._executor.execute(plan.chunks)
         step_ms = self.gauges.count_step(plan.chunks)
@@ -388,7 +408,8 @@ class Worker:
                     logprobs=logprobs,
                     prompt_logprobs=prompt_logprobs,
                     finish_reason=reason,
-                    cached=request.take_cached(),
+                    cached=(cached := request.take_cached()),
+                    computing_ms=None if cached is None else self._computing_ms(request),
                 )
             )
         if outputs:
@@ -432,12 +453,17 @@ class Worker:
             finish_reason=reason,
             offer=offer,
             load=self.gauges.load(),
+            computing_ms=self._computing_ms(request),
         )
         try:
             self._channel.send(message)
         except MessageTooLong as error:
             self._release(request.request_id, request.attempt)
             self._tell_failed(request.request_id, request.attempt, f"its answer is too long: {error}")
+
+    def _computing_ms(self, request: Request) -> float:
+        assert request.began_at is not None
+        return (self._clock() - request.began_at) * 1e3
 
     # --- ends ---
 
