@@ -18,6 +18,7 @@ from memserve.pool.allocator import BlockAllocator, BlockIds
 from memserve.pool.block_table import BlockTable
 from memserve.pool.incoming import Incoming, begin_transfer
 from memserve.pool.index import Index, Match
+from memserve.pool.pending import Pending, PendingBook
 from memserve.pool.removals import RemovalLog
 from memserve.pool.transports.base import Pull
 
@@ -64,9 +65,17 @@ class ModelledPool:
         storage: shared with others or not.
         clock: seconds, for the order of eviction.
         fetch: begins a copy of blocks of another instance.
+        wake: the worker is to look again.
     """
 
-    def __init__(self, instance: str, storage: Storage, clock: Callable[[], float], fetch: Fetch) -> None:
+    def __init__(
+        self,
+        instance: str,
+        storage: Storage,
+        clock: Callable[[], float],
+        fetch: Fetch,
+        wake: Callable[[], None],
+    ) -> None:
         self.storage = storage
         self.progress = StepCount()
         self._instance = instance
@@ -74,6 +83,7 @@ class ModelledPool:
         self._removals = RemovalLog(self._addresses)
         self._clock = clock
         self._fetch = fetch
+        self._pending = PendingBook(wake)
 
     @property
     def num_blocks(self) -> int:
@@ -108,6 +118,14 @@ class ModelledPool:
         """The longest cached prefix; counts as a use."""
         prefix = self.storage.index.match(salt, tokens, self._clock())
         return Match(prefix.num_blocks * self.block_size, *prefix.blocks())
+
+    def expect(self, tokens: bytes, salt: str) -> Pending:
+        """Blocks of `tokens` are being pulled, until the caller ends the entry."""
+        return self._pending.expect(tokens, salt)
+
+    def pending(self, tokens: bytes, salt: str) -> Pending | None:
+        """What is expected of `tokens`."""
+        return self._pending.best(tokens, salt)
 
     def acquire(self, tokens: bytes, salt: str) -> BlockTable:
         """A table that begins with what is cached of `tokens`, kept until `release`."""
