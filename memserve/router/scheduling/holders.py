@@ -46,6 +46,10 @@ class Addresses(NamedTuple):
         tiers = np.full(len(blocks), refs.tier, dtype=np.uint8)
         return cls(blocks, tiers, np.asarray(refs.generations, dtype=np.int64))
 
+    def first(self, num_blocks: int) -> Addresses:
+        """Of the first blocks, at most so many."""
+        return Addresses(self.blocks[:num_blocks], self.tiers[:num_blocks], self.generations[:num_blocks])
+
     def codes(self) -> Codes:
         """One number a block."""
         # seen as unsigned, a negative number is larger than all others
