@@ -65,7 +65,7 @@ class ModelledPool:
         storage: shared with others or not.
         clock: seconds, for the order of eviction.
         fetch: begins a copy of blocks of another instance.
-        wake: the worker is to look again.
+        wake: has the worker look again, as something that it waited for is over.
     """
 
     def __init__(
@@ -119,14 +119,6 @@ class ModelledPool:
         prefix = self.storage.index.match(salt, tokens, self._clock())
         return Match(prefix.num_blocks * self.block_size, *prefix.blocks())
 
-    def expect(self, tokens: bytes, salt: str) -> Pending:
-        """Blocks of `tokens` are being pulled, until the caller ends the entry."""
-        return self._pending.expect(tokens, salt)
-
-    def pending(self, tokens: bytes, salt: str) -> Pending | None:
-        """What is expected of `tokens`."""
-        return self._pending.best(tokens, salt)
-
     def acquire(self, tokens: bytes, salt: str) -> BlockTable:
         """A table that begins with what is cached of `tokens`, kept until `release`."""
         prefix = self.storage.index.match(salt, tokens, self._clock())
@@ -151,6 +143,14 @@ class ModelledPool:
         if table.lock is not None:
             self.storage.index.unlock(table.lock)
             table.lock = None
+
+    def expect(self, tokens: bytes, salt: str) -> Pending:
+        """Blocks of `tokens` are being pulled, until the caller ends the entry."""
+        return self._pending.expect(tokens, salt)
+
+    def pending(self, tokens: bytes, salt: str) -> Pending | None:
+        """What is expected of `tokens` by a pull under way."""
+        return self._pending.best(tokens, salt)
 
     def addresses(self, ids: ArrayLike) -> BlockRefs:
         """Where blocks can be pulled from."""

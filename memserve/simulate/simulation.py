@@ -180,7 +180,7 @@ class Simulation:
             return copy
 
         def wake() -> None:
-            self._at(self.now, self.workers[name].wake)
+            self._at(self._clock(), self.workers[name].wake)
 
         return ModelledWorker(
             name,
