@@ -86,7 +86,6 @@ CASES = [
     ("llama_mqa_biases", 4),
     ("llama_mha_tied_head80", 16),
     ("mistral_window", 1),
-    ("mistral_window", 4),
     ("qwen2_window", 16),
     ("qwen3", 4),
 ]
