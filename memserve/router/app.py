@@ -19,7 +19,7 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,24 +33,25 @@ from memserve.config import ServeConfig, WorkerConfig
 from memserve.errors import ConfigError
 from memserve.model_config import default_sampling, load_model_config
 from memserve.model_files import resolve_model, resolve_tokenizer, served_model_name
-from memserve.router.calibration import calibration_folder, cost_models
-from memserve.router.chat_template import ChatTemplate
-from memserve.router.connections import bounded, max_connections
+from memserve.router.calibration.models import calibration_folder, cost_models
 from memserve.router.dispatcher import Dispatcher, DispatcherLimits
 from memserve.router.display import Display, log_through, print_plain
 from memserve.router.engine import TICK_S, ServingEngine
-from memserve.router.global_scheduler import GlobalScheduler
-from memserve.router.limits import HttpLimits
-from memserve.router.log_relay import LogRelay
-from memserve.router.machine import read_machine
-from memserve.router.memory import plan_workers
+from memserve.router.http.connections import bounded, max_connections
+from memserve.router.http.limits import HttpLimits
+from memserve.router.http.served_model import ServedModel
+from memserve.router.http.server import create_app
 from memserve.router.request_seeds import RequestSeeds
-from memserve.router.served_model import ServedModel
-from memserve.router.server import create_app
-from memserve.router.supervisor import Supervisor
-from memserve.router.token_history import TokenHistory
-from memserve.router.tokenizer import Tokenizer
-from memserve.router.transports import GLOO_NOTICE, peers_of, transfer_mode, uses_gloo
+from memserve.router.scheduling.global_scheduler import GlobalScheduler
+from memserve.router.supervision.log_relay import LogRelay
+from memserve.router.supervision.machine import read_machine
+from memserve.router.supervision.memory import plan_workers
+from memserve.router.supervision.supervisor import Supervisor
+from memserve.router.supervision.transports import GLOO_NOTICE, peers_of, transfer_mode, uses_gloo
+from memserve.router.supervision.worker_process import WORKER_COMMAND
+from memserve.router.text.chat_template import ChatTemplate
+from memserve.router.text.token_history import TokenHistory
+from memserve.router.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -131,8 +132,13 @@ def bind(host: str, port: int) -> socket.socket:
     return sock
 
 
-async def serve(run: Run, sock: socket.socket, console: Console) -> int:
-    """Everything after `resolve`, inside the loop; the process's exit status. Raises StartupError."""
+async def serve(
+    run: Run, sock: socket.socket, console: Console, *, worker_command: Sequence[str] = WORKER_COMMAND
+) -> int:
+    """Everything after `resolve`, inside the loop; the process's exit status. Raises StartupError.
+
+    `worker_command`: what the supervisor starts, for measurements of the router alone.
+    """
     config = run.config
     transfer = transfer_mode(config, run.plan)
     if uses_gloo(run.plan):
@@ -152,7 +158,8 @@ async def serve(run: Run, sock: socket.socket, console: Console) -> int:
     scheduler = GlobalScheduler(config.policy, seed=config.seed or 0, reach=reach)
     engine = ServingEngine(Dispatcher(limits, scheduler), run.plan, on_progress=display.on_progress)
     relay = LogRelay(partial(print_plain, console)) if console.is_terminal else None
-    supervisor = Supervisor(run.plan, config, engine, stderr=None if relay is None else relay.write_fd)
+    stderr = None if relay is None else relay.write_fd
+    supervisor = Supervisor(run.plan, config, engine, command=worker_command, stderr=stderr)
     engine.connect(supervisor.send)
     stop = StopSignals()
     http = HttpSite(engine, run.model, HttpLimits.for_queue(config.max_waiting))

@@ -1,0 +1,159 @@
+"""What a prompt tree's nodes own: which lives of which instances hold how much of an edge, and where.
+
+A `Life` is one incarnation of an instance, with two tables by block: the node that the block is in, and its
+generation. So an address without tokens (`Removed`) finds its place, and an address costs 4 bytes in a node
+and 12 in the tables.
+
+A block of a life is one number in a node, its *code*: block * 2 + tier; UNKNOWN where it is believed to
+be there, but nobody has told its address. Nodes are many and short, so they hold codes as packed bytes, a
+third of a NumPy array's size, and holders in a tuple: most have one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memserve.messages import BlockRefs, Tier
+
+Codes = NDArray[np.int32]
+Generations = NDArray[np.int64]
+
+UNKNOWN = -1
+CODE_BYTES = 4
+# No other four bytes in a row look like it: the highest byte of a code is below 0x80.
+PACKED_UNKNOWN = b"\xff" * CODE_BYTES
+MAX_BLOCK = 2**30
+NO_SLOT = 0
+_NO_CODES: Codes = np.empty(0, dtype=np.int32)
+_NO_GENERATIONS: Generations = np.empty(0, dtype=np.int64)
+
+
+class Addresses(NamedTuple):
+    """Where consecutive blocks of a sequence lie on one life of an instance: parallel arrays."""
+
+    blocks: NDArray[np.int64]
+    tiers: NDArray[np.uint8]
+    generations: Generations
+
+    @classmethod
+    def of(cls, refs: BlockRefs) -> Addresses:
+        """The same without the common part."""
+        blocks = np.asarray(refs.blocks, dtype=np.int64)
+        tiers = np.full(len(blocks), refs.tier, dtype=np.uint8)
+        return cls(blocks, tiers, np.asarray(refs.generations, dtype=np.int64))
+
+    def codes(self) -> Codes:
+        """One number a block."""
+        # seen as unsigned, a negative number is larger than all others
+        assert not len(self.blocks) or self.blocks.view(np.uint64).max() < MAX_BLOCK
+        return (self.blocks * 2 + self.tiers).astype(np.int32)
+
+    def refs(self, instance: str, incarnation: int) -> tuple[BlockRefs, ...]:
+        """As on the wire: one for each run of blocks in the same tier."""
+        cuts = np.flatnonzero(np.diff(self.tiers)) + 1
+        bounds = [0, *cuts.tolist(), len(self.blocks)]
+        return tuple(
+            BlockRefs(
+                instance,
+                incarnation,
+                Tier(int(self.tiers[start])),
+                tuple(self.blocks[start:end].tolist()),
+                tuple(self.generations[start:end].tolist()),
+            )
+            for start, end in zip(bounds, bounds[1:], strict=False)
+            if end > start
+        )
+
+
+@dataclass(slots=True, eq=False)
+class Life:
+    """One incarnation of an instance. `slots[code]`: which node of the tree a block is in (NO_SLOT: none);
+    `generations[code]`: its generation there. `num_host` of its blocks are in the host tier.
+    """
+
+    instance: str
+    incarnation: int
+    is_lost: bool = False
+    num_host: int = 0
+    slots: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, dtype=np.int32), repr=False)
+    generations: Generations = field(default_factory=lambda: np.zeros(0, dtype=np.int64), repr=False)
+
+    def reserve(self, codes: Codes) -> None:
+        """Make the tables long enough for these blocks."""
+        needed = int(codes.max()) + 1 if len(codes) else 0
+        if needed > len(self.slots):
+            size = max(needed, len(self.slots) * 5 // 4, 256)
+            self.slots = np.concatenate([self.slots, np.zeros(size - len(self.slots), dtype=np.int32)])
+            more = np.zeros(size - len(self.generations), dtype=np.int64)
+            self.generations = np.concatenate([self.generations, more])
+
+
+@dataclass(slots=True, eq=False)
+class Span:
+    """What a life holds of an edge: its first blocks, `packed` codes. `seen_at`: when it was last told or
+    expected.
+    """
+
+    life: Life
+    packed: bytes
+    seen_at: float
+    num_host: int = 0
+
+    @property
+    def num_blocks(self) -> int:
+        """How many."""
+        return len(self.packed) // CODE_BYTES
+
+    @property
+    def codes(self) -> Codes:
+        """A view that cannot be written to."""
+        return np.frombuffer(self.packed, dtype=np.int32)
+
+
+@dataclass(slots=True, eq=False)
+class Held:
+    """What a node owns: a span for each holder. `slot` is its number in the tree, `candidate_at` the time
+    with which it stands among the candidates for eviction, `root_of` a root's namespace.
+    """
+
+    spans: tuple[Span, ...]
+    last_used: float
+    slot: int = NO_SLOT
+    candidate_at: float | None = None
+    root_of: str | None = None
+
+    def span_of(self, life: Life) -> Span | None:
+        """What a life holds of the edge."""
+        for span in self.spans:
+            if span.life is life:
+                return span
+        return None
+
+
+class Holding(NamedTuple):
+    """How much of a matched prefix one life holds: `num_tokens` from the start, `num_host_tokens` of them in
+    the host tier.
+    """
+
+    life: Life
+    num_tokens: int
+    num_host_tokens: int
+
+
+def num_in_host(codes: Codes) -> int:
+    """How many of the blocks are known to be in the host tier."""
+    return int(np.count_nonzero((codes & 1) & (codes >= 0)))
+
+
+def no_codes() -> Codes:
+    """An empty array, shared: never written to."""
+    return _NO_CODES
+
+
+def no_generations() -> Generations:
+    """An empty array, shared: never written to."""
+    return _NO_GENERATIONS
