@@ -83,7 +83,7 @@ class Rig:
             count = len(prompt) // (4 * BLOCK_SIZE) - first
             blocks = np.arange(taken[name], taken[name] + count)
             taken[name] += count
-            told = Addresses(blocks, np.zeros(count, np.uint8), np.ones(count, np.int64))
+            told = Addresses.at(blocks, np.zeros(count, np.uint8), np.ones(count, np.int64))
             tree.hold(name, 1, "", prompt, 0.0, first_block=first, addresses=told)
         return tree
 

@@ -61,7 +61,7 @@ class ModelledCache:
         return known, self._addresses(blocks), gone
 
     def _addresses(self, blocks: np.ndarray) -> Addresses:
-        return Addresses(blocks, np.zeros(len(blocks), dtype=np.uint8), self._generations[blocks])
+        return Addresses.at(blocks, np.zeros(len(blocks), dtype=np.uint8), self._generations[blocks])
 
 
 @dataclass(slots=True, eq=False)

@@ -19,6 +19,9 @@ from memserve.router.http.validation import ChoicePlan
 from memserve.router.text.stop import StopMatcher
 from memserve.router.text.tokenizer import Tokenizer
 
+# More than any decoder looks at.
+_CONTEXT_TOKENS = 8
+
 
 class TokenEntry(NamedTuple):
     """A token with what the client asked to know of it. `logprobs` is None for the first token of a prompt.
@@ -194,7 +197,7 @@ class Choice:
 
 def _context(plan: ChoicePlan, tokenizer: Tokenizer) -> list[int] | None:
     """What the output's text follows; None where it begins the text, the prompt being bos or so alone."""
-    token_ids: list[int] = plan.prompt.token_ids.tolist()
-    if plan.skip_special_tokens and tokenizer.special_ids.issuperset(token_ids):
-        return None
-    return token_ids[-8:]
+    token_ids = plan.prompt.token_ids
+    end: list[int] = token_ids[-_CONTEXT_TOKENS:].tolist()
+    is_special = plan.skip_special_tokens and tokenizer.special_ids.issuperset(end)
+    return None if is_special and tokenizer.special_ids.issuperset(token_ids.tolist()) else end

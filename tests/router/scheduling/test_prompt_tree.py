@@ -21,7 +21,7 @@ def key_of(tokens: list[int]) -> bytes:
 
 
 def addresses(blocks: list[int], tier: Tier = Tier.DEVICE, generation: int = 1) -> Addresses:
-    return Addresses(
+    return Addresses.at(
         np.asarray(blocks, dtype=np.int64),
         np.full(len(blocks), tier, dtype=np.uint8),
         np.full(len(blocks), generation, dtype=np.int64),
@@ -169,7 +169,7 @@ class PromptTreeMachine(RuleBasedStateMachine):
         self.now += 1
         first = data.draw(st.integers(0, len(prefixes)))
         places = self.fresh(instance, len(prefixes) - first, tier, data)
-        told = Addresses(
+        told = Addresses.at(
             np.asarray([p[0] for p in places], dtype=np.int64),
             np.asarray([p[1] for p in places], dtype=np.uint8),
             np.asarray([p[2] for p in places], dtype=np.int64),
@@ -199,7 +199,7 @@ class PromptTreeMachine(RuleBasedStateMachine):
     def removed(self, instance: str, blocks: list[int], tier: int) -> None:
         incarnation = self.live.get(instance, 0)
         generations = [self.generations.get((instance, block * 2 + tier), 0) for block in blocks]
-        gone = Addresses(
+        gone = Addresses.at(
             np.asarray(blocks, dtype=np.int64),
             np.full(len(blocks), tier, dtype=np.uint8),
             np.asarray(generations, dtype=np.int64),
@@ -265,7 +265,8 @@ class PromptTreeMachine(RuleBasedStateMachine):
                 after = places[first:]
                 known = after[: after.index(None)] if None in after else after
                 told = self.tree.addresses(found, holding.life, first)
-                assert list(zip(*(column.tolist() for column in told), strict=True)) == known
+                columns = (told.blocks, told.tiers, told.generations)
+                assert list(zip(*(column.tolist() for column in columns), strict=True)) == known
                 if first == 0:
                     assert self.tree.num_known_tokens(found, holding.life) == len(known) * self.block_size
 
@@ -300,7 +301,7 @@ def test_life_of_a_prefix() -> None:
         BlockRefs("p0", 1, Tier.DEVICE, (3,), (1,)),
         BlockRefs("p0", 1, Tier.HOST, (5, 6), (9, 9)),
     )
-    assert Addresses.of(refs[1]).codes().tolist() == [11, 13]
+    assert Addresses.of(refs[1]).codes.tolist() == [11, 13]
     # 3. a removal of another generation changes nothing; the right one takes what follows along
     tree.remove_blocks("p0", 1, addresses([3], generation=2))
     assert tree.match("", prompt, 1.0).live["p0"].num_tokens == 16
