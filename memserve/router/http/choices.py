@@ -89,14 +89,14 @@ class Choice:
         if self.plan.hide_output:
             self.finish_reason = FinishReason.LENGTH
             return
-        last = len(delta.token_ids) - 1
+        reason, last = delta.finish_reason, len(delta.token_ids) - 1
         for i, token_id in enumerate(delta.token_ids):
             logprobs = delta.logprobs[i] if delta.logprobs is not None else None
-            ends_here = delta.finish_reason is FinishReason.STOP and i == last and token_id in self._stop_ids
+            ends_here = reason is not None and i == last and self._is_hidden(token_id, reason)
             if self._push_token(token_id, logprobs, hidden=ends_here):
                 return
-        if delta.finish_reason is not None:
-            self._end(delta.finish_reason)
+        if reason is not None:
+            self._end(reason)
 
     def take(self) -> ChoiceUpdate | None:
         """What may be shown and was not taken yet; None if there is nothing. The end is told once."""
@@ -126,6 +126,10 @@ class Choice:
         """All that was drawn, and the text that it became, echo apart; only for a prompt with a `reading`."""
         assert self._keeps
         return self._drawn, "".join(self._said)
+
+    def _is_hidden(self, last_id: int, reason: FinishReason) -> bool:
+        """Whether the last token is a stop token, which is counted but not shown."""
+        return reason is FinishReason.STOP and last_id in self._stop_ids
 
     def _push_token(self, token_id: int, logprobs: TokenLogprobs | None, *, hidden: bool) -> bool:
         """One token; True if a stop string ended the choice with it."""
