@@ -10,12 +10,34 @@ Blocks are told under the ids that they have in the index, so publishing comes f
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
-from memserve.messages import Removed, Stored
+from numpy.typing import ArrayLike
+
+from memserve.messages import BlockRefs, Removed, Stored
 from memserve.model_config import blocks_for
-from memserve.pool.mempool import MemPool
+from memserve.pool.block_table import BlockTable
 from memserve.workers.request import Request
 from memserve.workers.steps import Chunk
+
+
+class Progress(Protocol):
+    """See `pool.arena.Progress`."""
+
+    @property
+    def count(self) -> int: ...
+
+
+class Pool(Protocol):
+    """What is needed of a `MemPool`."""
+
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def progress(self) -> Progress: ...
+    def publish(self, table: BlockTable, tokens: bytes, /) -> None: ...
+    def addresses(self, ids: ArrayLike, /) -> BlockRefs: ...
+    def take_removed(self) -> list[Removed]: ...
 
 
 class Publisher:
@@ -28,7 +50,7 @@ class Publisher:
             enqueued; if not, nothing is announced, and blocks are told when they are complete.
     """
 
-    def __init__(self, pool: MemPool, send: Callable[[Stored | Removed], None], *, by_layer: bool) -> None:
+    def __init__(self, pool: Pool, send: Callable[[Stored | Removed], None], *, by_layer: bool) -> None:
         self._by_layer = by_layer
         self._pool = pool
         self._send = send

@@ -28,6 +28,7 @@ from memserve.messages import (
     Decode,
     Failed,
     FinishReason,
+    Load,
     Measure,
     Offer,
     Output,
@@ -53,6 +54,7 @@ from memserve.workers.executor import Executor
 from memserve.workers.gauges import Gauges
 from memserve.workers.handoff import OfferBook, Pulls
 from memserve.workers.measurer import Measurer
+from memserve.workers.patience import Patience
 from memserve.workers.publisher import Publisher
 from memserve.workers.pull_backs import PullBacks
 from memserve.workers.request import Request, RequestKind, RequestState
@@ -66,6 +68,8 @@ ARRIVAL_LOOKS = 9
 ARRIVAL_LOOK_S = 0.00025
 # How often within a time to live it is looked what is over it.
 EXPIRY_LOOKS = 4
+# A worker that has had nothing to do for so long says what its load is.
+REST_S = 0.02
 
 
 class Worker:
@@ -87,9 +91,16 @@ class Worker:
         self._executor = Executor(runner, pool)
         self._publisher = Publisher(pool, channel.send, by_layer=config.device == "cpu")
         self._clock = clock
-        self._scheduler = Scheduler(pool, config.block_size, config.max_running, caches=config.caches)
         self.budget = StepBudget(config.max_batch_tokens, config.max_step_ms, pair_cost(config.model))
-        self._pulls = Pulls(pool, config.block_size, caches=config.caches)
+        self._patience = Patience(self.budget)
+        self._scheduler = Scheduler(
+            pool,
+            config.block_size,
+            config.max_running,
+            caches=config.caches,
+            patience=self._patience.seconds,
+        )
+        self._pulls = Pulls(pool, config.block_size)
         self._pull_backs = PullBacks(pool, config.instance)
         self._cache_admin = CacheAdmin(pool)
         self._measurer = Measurer(config, pool, runner)
@@ -99,6 +110,7 @@ class Worker:
         self._arrivals = 0
         self._stopping = False
         self._expires_at = 0.0
+        self._told_load = Load()
 
     # --- the loop ---
 
@@ -107,8 +119,30 @@ class Worker:
         while not self._stopping:
             if not self.step() and not self._stopping:
                 self._receive_grants()
-                ttl_s = self._config.cache_ttl_s
-                doorbell.wait(None if ttl_s is None else ttl_s / EXPIRY_LOOKS)
+                self._rest(doorbell)
+
+    def _rest(self, doorbell: Doorbell) -> None:
+        """Sleep until there is something to do. What came of the last steps is told after a moment of rest,
+        not only with the next heartbeat: where blocks are free again, requests may be waiting for them.
+        """
+        if self.gauges.load() != self._told_load:
+            if doorbell.wait(REST_S if self._rest_s is None else min(REST_S, self._rest_s)):
+                return
+            beat = self.gauges.heartbeat()
+            self._told_load = beat.load
+            self._channel.send(beat)
+        doorbell.wait(self._rest_s)
+
+    @property
+    def _rest_s(self) -> float | None:
+        """How long the loop may sleep at most."""
+        rests: list[float] = []
+        if self._config.cache_ttl_s is not None:
+            rests.append(self._config.cache_ttl_s / EXPIRY_LOOKS)
+        patience_ends = self._scheduler.patience_ends
+        if patience_ends is not None:
+            rests.append(max(0.0, patience_ends - self._clock()))
+        return min(rests, default=None)
 
     def step(self) -> bool:
         """One turn of the loop. False = there is nothing to do until the doorbell rings."""
@@ -129,7 +163,7 @@ class Worker:
             return True
         self._expire()
         tally = self.budget.open()
-        plan = self._scheduler.schedule(tally)
+        plan = self._scheduler.schedule(tally, self._clock())
         self._publisher.tell_removed()  # before it is told what is in those blocks now
         for request, reason in plan.refused:
             self._fail(request, reason)
@@ -144,6 +178,10 @@ class Worker:
                 return True  # one that could not begin has ended already, and rings no bell
             return self._scheduler.is_stuck and self._pulls.make_room()
         self._publisher.announce(plan.chunks)
+        now = self._clock()
+        for request, _ in plan.chunks:
+            if request.began_at is None:
+                request.began_at = now
         self.gauges.begin_step()
         drawn = self._executor.execute(plan.chunks)
         step_ms = self.gauges.count_step(plan.chunks)
@@ -185,6 +223,8 @@ class Worker:
         """Pulls that ended: their requests run from now on."""
         arrived: list[Request] = []
         for request, num_tokens, pulled in self._pulls.poll():
+            if pulled.failure is None:
+                self._patience.observe(pulled.num_tokens - pulled.num_cached_tokens, pulled.pull_ms)
             self._scheduler.pulled(request, num_tokens)
             self._publisher.publish(request)
             self._publisher.tell(request)
@@ -368,7 +408,8 @@ class Worker:
                     logprobs=logprobs,
                     prompt_logprobs=prompt_logprobs,
                     finish_reason=reason,
-                    cached=request.take_cached(),
+                    cached=(cached := request.take_cached()),
+                    computing_ms=None if cached is None else self._computing_ms(request),
                 )
             )
         if outputs:
@@ -412,12 +453,17 @@ class Worker:
             finish_reason=reason,
             offer=offer,
             load=self.gauges.load(),
+            computing_ms=self._computing_ms(request),
         )
         try:
             self._channel.send(message)
         except MessageTooLong as error:
             self._release(request.request_id, request.attempt)
             self._tell_failed(request.request_id, request.attempt, f"its answer is too long: {error}")
+
+    def _computing_ms(self, request: Request) -> float:
+        assert request.began_at is not None
+        return (self._clock() - request.began_at) * 1e3
 
     # --- ends ---
 
