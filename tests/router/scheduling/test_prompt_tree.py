@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -362,3 +363,20 @@ def _insert_at_random(block_size: int, num_inserts: int, max_blocks: int) -> Non
         most = max(most, len(tree.nodes.candidates))
     assert most <= 2 * max_blocks + 64 and len(list(tree.nodes)) <= max_blocks
     assert_sound(tree)
+
+
+@pytest.mark.parametrize(("num_blocks", "most_bytes"), [(1, 600), (2, 400), (100, 60)])
+def test_what_a_block_takes_beside_its_token_ids(num_blocks: int, most_bytes: int) -> None:
+    """Short edges pay for their nodes, long ones for their addresses: 4 bytes, and 12 to 30 in the tables."""
+    rng, count = np.random.default_rng(0), 4000 // num_blocks
+    tracemalloc.start()
+    tree = PromptTree(16, max_blocks=10**6)
+    tree.join("a", 1)
+    for number in range(count):
+        tokens = rng.integers(0, 32_000, num_blocks * 16).astype("<i4").tobytes()
+        told = addresses(list(range(number * num_blocks, (number + 1) * num_blocks)))
+        tree.hold("a", 1, "", tokens, 0.0, addresses=told)
+    held = tracemalloc.get_traced_memory()[0] - sum(len(node.key) for node in tree.nodes)
+    tracemalloc.stop()
+    assert tree.num_blocks == count * num_blocks
+    assert held / tree.num_blocks <= most_bytes
