@@ -310,13 +310,14 @@ class GlobalScheduler:
         num_tokens = len(request.tokens)
         num_new = request.num_decode_tokens - num_tokens
         views = [worker.view for worker in self._workers.values()]
-        prefill = [view for view in views if view.role is Role.PREFILL]
-        decode = [view for view in views if view.role is Role.DECODE]
-        if not (prefill and decode):
+        prefill, decode = Role.PREFILL, Role.DECODE
+        prefills = [view for view in views if view.role is prefill]
+        decodes = [view for view in views if view.role is decode]
+        if not (prefills and decodes):
             return any(view.has_room(num_tokens, num_new) for view in views)
-        if not any(view.has_room(num_tokens, 0) for view in prefill):
+        if not any(view.has_room(num_tokens, 0) for view in prefills):
             return False
-        return num_new <= 1 or any(view.has_room(num_tokens, num_new) for view in decode)
+        return num_new <= 1 or any(view.has_room(num_tokens, num_new) for view in decodes)
 
     def _tree(self, role: Role, block_size: int) -> PromptTree:
         tree = self._trees.get(role)

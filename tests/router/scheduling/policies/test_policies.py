@@ -57,7 +57,7 @@ class Trees:
     def hold(self, name: str, tokens: bytes, num_host: int = 0) -> None:
         count = len(tokens) // 4 // BLOCK_SIZE
         tiers = np.array([Tier.DEVICE] * (count - num_host) + [Tier.HOST] * num_host, dtype=np.uint8)
-        told = Addresses(np.arange(count), tiers, np.ones(count, dtype=np.int64))
+        told = Addresses.at(np.arange(count), tiers, np.ones(count, dtype=np.int64))
         for tree in (self.prefill, self.decode):
             tree.hold(name, 1, "", tokens, 0.0, addresses=told)
 
