@@ -343,6 +343,14 @@ def test_decode_goes_where_least_must_move_unless_it_is_crowded() -> None:
     assert decision.placement.decode == "d2"
 
 
+def test_prompts_that_a_decode_worker_was_given_lately_do_not_crowd_the_others() -> None:
+    candidates = fleet(1, 2)
+    trees, prompt = Trees(candidates), tokens_of(0, 1600)
+    candidates["d1"].view.recent_ms = 500.0
+    candidates["d2"].view.num_decoding = 1  # a step of 1.2 ms in place of 1.1, with one that waits for it
+    assert decide("prompt-tree", candidates, trees.ask(prompt)).placement.decode == "d1"
+
+
 def test_a_short_prompt_stays_on_a_warm_decode_worker() -> None:
     candidates = fleet(1, 1)
     trees, prompt = Trees(candidates), tokens_of(0, 1610)
