@@ -157,8 +157,9 @@ def _least(costs: Sequence[float], rng: random.Random) -> int:
 
 
 def _split(candidates: Sequence[Candidate]) -> tuple[list[Candidate], list[Candidate]]:
-    prefills = [candidate for candidate in candidates if candidate.view.role is Role.PREFILL]
-    return prefills, [candidate for candidate in candidates if candidate.view.role is Role.DECODE]
+    prefill, decode = Role.PREFILL, Role.DECODE  # once: the look-up takes longer than the comparison
+    prefills = [candidate for candidate in candidates if candidate.view.role is prefill]
+    return prefills, [candidate for candidate in candidates if candidate.view.role is decode]
 
 
 def _with_room(candidates: Sequence[Candidate], num_tokens: int, num_new_tokens: int) -> list[Candidate]:
