@@ -187,7 +187,7 @@ def test_it_needs_no_torch() -> None:
 def test_prompt_tree_beats_the_others_and_nears_the_bound() -> None:
     quick = Link(0.1, 1e7)
     model = msgspec.structs.replace(MODEL, links=Links(from_device=quick, from_host=quick, swap_in=quick))
-    trace = conversations(60, 6, 0.06)
+    trace = conversations(40, 5, 0.06)
     setup = Setup(model, 4, 4, cache_tokens=40_000)
     reports = {policy: simulate(replace(setup, policy=policy), trace) for policy in POLICY_NAMES}
     bound = simulate(replace(setup, is_ideal=True), trace)
