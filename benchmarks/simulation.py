@@ -4,8 +4,9 @@
 
 For each workload a server with the bundled model is loaded by `memserve bench serve`; then the report of that
 run is simulated with the cost model that the server itself has measured, and mean TTFT, JCT and cached tokens
-are put side by side. What HTTP and tokenising add to a request is no part of the cost model: it is measured
-here, by requests one at a time before all else (TTFT less what the model says), and added as a constant.
+are put side by side. Two constants are no part of the cost model: what HTTP and tokenising add to a request,
+and what telling a token adds to a step. They are measured here, by requests one at a time before all else
+(their medians less what the model says), printed, and added.
 
 It needs a machine with nothing else to do. The load should leave the workers idle half of the time: how busy
 the simulated prefill workers were is printed too.
@@ -35,7 +36,7 @@ from memserve.simulate.report import simulate
 from memserve.simulate.simulation import Setup, Simulation
 from memserve.simulate.traces import read_trace
 
-ALONE = "random --sessions 40 --input-tokens 256 --output-tokens 8 --concurrency 1 --warmup 8"
+ALONE = "random --sessions 40 --input-tokens 256 --output-tokens 32 --concurrency 1 --warmup 8"
 WORKLOADS = (
     "loogle-like --sessions 24 --max-prompt-tokens 1500 --max-output-tokens 32 --rate 6 --warmup 4",
     "react-like --sessions 24 --max-prompt-tokens 1500 --max-output-tokens 32 --rate 8 --warmup 4",
@@ -63,16 +64,28 @@ def measure(url: str, words: str, report: Path) -> Figures:
     return Figures(summary.ttft.mean, summary.jct.mean, summary.cached_ratio or 0.0)
 
 
-def overhead_ms(setup: Setup, report: Path) -> float:
-    """What a request takes beside what the model knows: the median difference of those sent one at a time."""
-    records = msgspec.json.decode(report.read_bytes(), type=File).report.requests
-    measured = {
-        record.session: (record.chunk_times[0] - (record.sent_at or 0.0)) * 1e3
-        for record in records
-        if record.chunk_times
-    }
-    simulated = {outcome.session: outcome.ttft_ms for outcome in Simulation(setup, read_trace(report)).run()}
-    return max(0.0, statistics.median(measured[name] - simulated[name] for name in measured))
+def with_overheads(setup: Setup, report: Path) -> tuple[Setup, float]:
+    """The setup with what the model does not know, learned from requests sent one at a time; and what was
+    added to each step, in ms.
+    """
+    file = msgspec.json.decode(report.read_bytes(), type=File)
+    done = [record for record in file.report.requests if len(record.chunk_times) > 1]
+    ttft_ms = statistics.median((r.chunk_times[0] - (r.sent_at or 0.0)) * 1e3 for r in done)
+    tpot_ms = statistics.median(
+        (r.chunk_times[-1] - r.chunk_times[1]) * 1e3 / (r.output_tokens - 2) for r in done
+    )
+
+    def simulated(setup: Setup) -> tuple[float, float]:
+        outcomes = Simulation(setup, read_trace(report)).run()
+        # the first of them waits for the hand-over
+        tpots = [(o.jct_ms - o.ttft_ms) / (o.num_new_tokens - 1) for o in outcomes]
+        return statistics.median(o.ttft_ms for o in outcomes), statistics.median(tpots)
+
+    step_ms = max(0.0, tpot_ms - simulated(setup)[1])
+    operators = setup.model.operators
+    operators = msgspec.structs.replace(operators, fixed_ms=operators.fixed_ms + step_ms)
+    setup = replace(setup, model=msgspec.structs.replace(setup.model, operators=operators))
+    return replace(setup, overhead_ms=max(0.0, ttft_ms - simulated(setup)[0])), step_ms
 
 
 def pool_tokens(url: str, block_size: int = 16) -> int:
@@ -102,8 +115,8 @@ async def compare(args: argparse.Namespace, folder: Path) -> list[dict[str, obje
         setup = Setup(model, args.prefill, args.decode, cache_tokens=pool_tokens(url), max_running=64)
         alone = folder / "alone.json"
         await asyncio.to_thread(measure, url, ALONE, alone)
-        setup = replace(setup, overhead_ms=overhead_ms(setup, alone))
-        print(f"{model.name}: {setup.overhead_ms:.2f} ms a request beside the model")
+        setup, step_ms = with_overheads(setup, alone)
+        print(f"{model.name}: {setup.overhead_ms:.2f} ms a request, {step_ms:.2f} ms a step beside the model")
         print(f"{'':<16}{'TTFT ms':>22}{'JCT ms':>24}{'cached':>20}{'busy':>7}")
         for number, words in enumerate(args.workload or WORKLOADS):
             path = folder / f"report-{number}.json"
@@ -114,6 +127,7 @@ async def compare(args: argparse.Namespace, folder: Path) -> list[dict[str, obje
                 {
                     "workload": words,
                     "overhead_ms": setup.overhead_ms,
+                    "step_overhead_ms": step_ms,
                     "measured": measured._asdict(),
                     "simulated": simulated._asdict(),
                     "utilisation": report.utilisation,
