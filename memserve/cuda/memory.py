@@ -72,11 +72,7 @@ class DeviceMemory:
 
     def tensor(self, device: torch.device) -> torch.Tensor:
         """All of it as uint8 on `device`, which is `cuda:ordinal`. Not to be used after `close`."""
-        import torch
-
-        storage = torch._C._construct_storage_from_data_pointer(self.address, device, self.num_bytes)
-        empty = torch.empty(0, dtype=torch.uint8, device=device)
-        return empty.set_(storage, 0, (self.num_bytes,), (1,))
+        return tensor_at(self.address, self.num_bytes, device)
 
     def export(self) -> tuple[DeviceExport, int | None]:
         """What others open it with; a descriptor in it is the caller's. Raises CudaError."""
@@ -141,6 +137,15 @@ def open_exported(driver: CudaDriver, ordinal: int, export: DeviceExport, fd: in
     finally:
         driver.release(handle)  # the mapping keeps the memory
     return DeviceMemory(driver, ordinal, address, export.num_bytes, is_mapping=True, is_ours=False)
+
+
+def tensor_at(address: int, num_bytes: int, device: torch.device) -> torch.Tensor:
+    """Memory that somebody else keeps, as uint8 [num_bytes] on `device`, which must be able to address it."""
+    import torch
+
+    empty = torch.empty(0, dtype=torch.uint8, device=device)
+    storage = torch._C._construct_storage_from_data_pointer(address, empty.device, num_bytes)
+    return empty.set_(storage, 0, (num_bytes,), (1,))
 
 
 def ordinal_of(driver: CudaDriver, gpu: str) -> int | None:
