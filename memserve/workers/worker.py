@@ -144,6 +144,10 @@ class Worker:
                 return True  # one that could not begin has ended already, and rings no bell
             return self._scheduler.is_stuck and self._pulls.make_room()
         self._publisher.announce(plan.chunks)
+        now = self._clock()
+        for request, _ in plan.chunks:
+            if request.began_at is None:
+                request.began_at = now
         self.gauges.begin_step()
         drawn = self._executor.execute(plan.chunks)
         step_ms = self.gauges.count_step(plan.chunks)
@@ -368,7 +372,8 @@ class Worker:
                     logprobs=logprobs,
                     prompt_logprobs=prompt_logprobs,
                     finish_reason=reason,
-                    cached=request.take_cached(),
+                    cached=(cached := request.take_cached()),
+                    computing_ms=None if cached is None else self._computing_ms(request),
                 )
             )
         if outputs:
@@ -412,12 +417,17 @@ class Worker:
             finish_reason=reason,
             offer=offer,
             load=self.gauges.load(),
+            computing_ms=self._computing_ms(request),
         )
         try:
             self._channel.send(message)
         except MessageTooLong as error:
             self._release(request.request_id, request.attempt)
             self._tell_failed(request.request_id, request.attempt, f"its answer is too long: {error}")
+
+    def _computing_ms(self, request: Request) -> float:
+        assert request.began_at is not None
+        return (self._clock() - request.began_at) * 1e3
 
     # --- ends ---
 

@@ -114,6 +114,7 @@ class RequestList(msgspec.Struct, frozen=True):
 _STATES = {
     Happening.SUBMITTED: "waiting",
     Happening.PLACED: "prefilling",
+    Happening.COMPUTING: "prefilling",
     Happening.FIRST_TOKEN: "decoding",
     Happening.HANDED_OFF: "decoding",
     Happening.REPLAYED: "waiting",

@@ -156,9 +156,9 @@ class _Server:
         return _json(request_object(name, records))
 
     def _records_of(self, request_id: str) -> list[RequestRecord]:
-        """Of the sequences of one HTTP request; `_answer` makes their ids."""
-        of_this = re.compile(re.escape(request_id) + r"\.\d+-\d+")
-        records = self._engine.explain_all(f"{request_id}.")
+        """Of the sequences of one HTTP request, whose ids `_answer` makes; or of one sequence, by its own."""
+        of_this = re.compile(re.escape(request_id) + r"(\.\d+-\d+)?")
+        records = self._engine.explain_all(request_id)
         return [record for record in records if of_this.fullmatch(record.request_id)]
 
     async def list_requests(self, request: web.Request) -> web.Response:

@@ -792,13 +792,19 @@ async def test_where_a_request_goes_can_be_asked_for_and_is_told(serve: Serve, s
     log = server.engine.log
     log.submitted("mine.1-0", 5, now=100.0)
     log.placed("mine.1-0", decision, now=100.001)
-    log.first_token("mine.1-0", CachedTokens(16), now=100.012)
-    for name in ("mine", "cmpl-mine", "chatcmpl-mine"):
+    log.first_token("mine.1-0", CachedTokens(16), 100.012, 5.0)
+    for name in ("mine", "mine.1-0", "cmpl-mine", "chatcmpl-mine"):
         async with server.session.get(f"/v1/requests/{name}") as response:
             (choice,) = (await response.json())["choices"]
     assert choice["cached_tokens"] == {"device": 16, "host": 0, "pulled": 0, "pulled_from": None}
     assert choice["ttft_ms"] == 11.0
-    assert [event["event"] for event in choice["timeline"]] == ["submitted", "placed", "first_token"]
+    assert [event["at_ms"] for event in choice["timeline"]] == [0.0, 1.0, 7.0, 12.0]
+    assert [event["event"] for event in choice["timeline"]] == [
+        "submitted",
+        "placed",
+        "computing",
+        "first_token",
+    ]
     (told,) = choice["decisions"]
     assert (told["prefill"], told["decode"], told["predicted_ttft_ms"]) == ("prefill-0", "decode-0", 9.0)
     assert [each["chosen"] for each in told["prefill_candidates"]] == [True, False]
