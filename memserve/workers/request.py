@@ -31,6 +31,7 @@ from memserve.messages import (
     unpack_tokens,
 )
 from memserve.pool.block_table import BlockTable
+from memserve.pool.pending import Pending
 
 
 class RequestKind(Enum):
@@ -60,6 +61,8 @@ class Request:
     (any more). `cached`: the tokens found in the pool when the request was first admitted, and pulled for it
     (None before).
     `began_at`: when its first step began.
+    `pending` is a pull that brings them for one that is not here yet; who waits for a pull does so until
+    `patience_ends`.
     `offer` is KV to be pulled; None when there is none, or no longer. `leader` computes or pulls the first
     `num_common_tokens` of a waiting request, which is admitted when they are there; it was the
     `num_follows`th such. `tell_blocks`: the router
@@ -85,6 +88,8 @@ class Request:
     _tells_cached: bool = True
     table: BlockTable = field(default_factory=BlockTable)
     leader: Request | None = None
+    pending: Pending | None = None
+    patience_ends: float = 0.0
     num_common_tokens: int = 0
     num_follows: int = 0
     tell_blocks: bool = False
@@ -158,6 +163,17 @@ class Request:
         self._tokens[self.num_tokens] = token_id
         self.num_tokens += 1
         self.output_ids.append(token_id)
+
+    def extend(self, token_ids: NDArray[np.int32]) -> None:
+        """Take several drawn tokens at once."""
+        end = self.num_tokens + len(token_ids)
+        if end > len(self._tokens):
+            grown = np.empty(max(64, 2 * end), np.int32)
+            grown[: self.num_tokens] = self._tokens[: self.num_tokens]
+            self._tokens = grown
+        self._tokens[self.num_tokens : end] = token_ids
+        self.num_tokens = end
+        self.output_ids.extend(token_ids.tolist())
 
     def finish_reason(self, max_model_len: int) -> FinishReason | None:
         """Whether the last drawn token ends the request. All attempts count: from the prompt's end."""
