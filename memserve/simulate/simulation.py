@@ -179,10 +179,13 @@ class Simulation:
             self._at(copy.ends_at, self.workers[name].wake)
             return copy
 
+        def wake() -> None:
+            self._at(self._clock(), self.workers[name].wake)
+
         return ModelledWorker(
             name,
             self.setup.model,
-            ModelledPool(name, storage, self._clock, fetch),
+            ModelledPool(name, storage, self._clock, fetch, wake),
             self.setup.max_running,
             self._answers,
             partial(self._hear, name),
@@ -213,6 +216,8 @@ class Simulation:
 
     def _ask(self, question: Question) -> None:
         """The client sends it; the router has it a little later."""
+        if self.now > self._trace.duration_s:
+            return
         request_id = str(question.number)
         self._asked[request_id] = _Asked(question, self.now)
         self._answers[request_id] = question.answer
