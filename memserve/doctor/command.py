@@ -51,7 +51,10 @@ def examine(*, seed: int, with_kernels: bool) -> Iterator[Finding]:
     from memserve.router.supervision.machine import read_machine
 
     machine = read_machine()
-    yield from check_host(machine)
+    on_host = list(check_host(machine))
+    yield from on_host
+    if any(each.name == "packages" and each.verdict is Verdict.BAD for each in on_host):
+        return  # without torch there is nothing else to try
     found = list(check_gpus())
     yield from found
     has_driver = not any(each.name == "driver" for each in found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import resource
 
@@ -128,3 +129,12 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown.exit_code == 1
     assert [finding["verdict"] for finding in told["findings"]] == ["good", "good", "bad"]
     assert told["summary"][0].startswith("On the CPU a colocated worker runs")
+
+
+def test_without_torch_nothing_else_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", none)
+    findings = list(command.examine(seed=0, with_kernels=True))
+    assert verdicts(findings)["packages"] is BAD and {each.section for each in findings} == {"machine"}
