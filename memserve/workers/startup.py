@@ -2,7 +2,8 @@
 
 On a CPU the arena and the weights are memfds that come as grants; the one worker that is sent no manifest
 lays the weights out for all and says so (`Loaded`), and from then on everybody, it included, maps them
-read-only. On CUDA a worker loads its own and sizes its pool by what is then free.
+read-only. On CUDA a worker loads its own, sizes its pool by what is then free, makes it and exports it
+(gpu_arena.py).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from memserve.memfd import map_bytes
 from memserve.messages import (
     ArenaGrant,
     Decode,
+    DeviceGrant,
     Init,
     Loaded,
     Loading,
@@ -41,14 +43,18 @@ from memserve.models.weights import Weights, load_weights_to_device, map_weights
 from memserve.pool.arena import Arena, ArenaFds
 from memserve.pool.eviction import least_frequently_used, least_recently_used
 from memserve.pool.mempool import MemPool
+from memserve.pool.pinned import CudaPins
 from memserve.pool.retention import HostArena, Retention
 from memserve.pool.transports.by_peer import PeerTransfer
+from memserve.pool.transports.cuda_ipc import CudaTransfer
+from memserve.pool.transports.device_sources import Gpu
 from memserve.pool.transports.shm import ShmTransfer
 from memserve.pool.transports.torch_distributed import TorchPool
 from memserve.step_memory import cuda_pool_blocks, cuda_step_bytes
 from memserve.torch_dtypes import TORCH_DTYPES
 from memserve.workers.budget import StepBudget
 from memserve.workers.channel import Channel, Doorbell, GrantSocket, ReceivedGrant, SocketChannel
+from memserve.workers.gpu_arena import export_arena, gpu_of, make_arena
 from memserve.workers.request import Request
 from memserve.workers.runner import ModelRunner
 from memserve.workers.steps import Chunk
@@ -78,8 +84,9 @@ def start(init: Init, channel: SocketChannel, grants: GrantSocket) -> tuple[Work
     team = _take_cores(config)
     granted = Grants(config, grants)
     weights, digest = _weights(init, channel, granted, device)
-    arena = _arena(config, geometry, granted, device)
-    host = _host_arena(config, geometry, granted)
+    gpu = gpu_of(config, device)
+    arena = _arena(init, geometry, granted, device, gpu)
+    host = _host_arena(config, geometry, granted, gpu)
     granted.close()
 
     doorbell = Doorbell()
@@ -90,9 +97,15 @@ def start(init: Init, channel: SocketChannel, grants: GrantSocket) -> tuple[Work
     if config.caches:
         rank = least_frequently_used if config.eviction == "lfu" else least_recently_used
         retention = Retention(identity, rank, host, tells_removals=True)
-    transfer = _transfer(init, arena, host, identity, doorbell.ring, every_core)
+    transfer = _transfer(init, arena, host, identity, doorbell.ring, every_core, gpu)
     pool = MemPool(
-        arena, config.instance, init.incarnation, doorbell.ring, retention=retention, transfer=transfer
+        arena,
+        config.instance,
+        init.incarnation,
+        doorbell.ring,
+        retention=retention,
+        transfer=transfer,
+        lanes=None if gpu is None else gpu.lanes,
     )
     transformer = Transformer(config.model, weights, config.max_model_len, device, dtype)
     runner = ModelRunner(transformer, pool.kv, config.block_size, pool.progress.advance)
@@ -106,6 +119,7 @@ def start(init: Init, channel: SocketChannel, grants: GrantSocket) -> tuple[Work
     # What lives now lives to the end: a collection that walks all of torch's objects would stall a step.
     gc.collect()
     gc.freeze()
+    export_arena(arena, grants)
     channel.send(
         Ready(
             num_blocks=arena.num_blocks,
@@ -133,14 +147,16 @@ def _keep_pages() -> None:
 
 
 class Grants:
-    """What a worker needs to start: its arenas and, on a CPU, the weights. Peers that came early wait."""
+    """What a worker needs to start: its arenas and, on a CPU, the weights; of an arena on a GPU the
+    generation table. Peers that came early wait.
+    """
 
     def __init__(self, config: WorkerConfig, source: GrantSocket) -> None:
         self.peers: list[ReceivedGrant] = []
         self._arenas: dict[Tier, ReceivedGrant] = {}
         self._weights: ReceivedGrant | None = None
         is_cpu = config.device == "cpu"
-        needed = {Tier.DEVICE} if is_cpu else set()
+        needed = {Tier.DEVICE} if is_cpu or "cuda_ipc" in config.transports else set()
         if config.host_blocks is not None:
             needed.add(Tier.HOST)
         while not needed <= self._arenas.keys() or (is_cpu and self._weights is None):
@@ -148,6 +164,8 @@ class Grants:
                 match received.grant:
                     case ArenaGrant(instance=config.instance, tier=tier):
                         self._arenas[tier] = received
+                    case DeviceGrant(instance=config.instance):
+                        self._arenas[Tier.DEVICE] = received
                     case WeightsGrant():
                         self._weights = received
                     case _:
@@ -158,6 +176,12 @@ class Grants:
         received = self._arenas[tier]
         assert isinstance(received.grant, ArenaGrant)
         return received.grant, ArenaFds(*received.fds)
+
+    def device_table(self) -> tuple[int, int]:
+        """The descriptor of the table of an arena on a GPU, which stays here, and its number of blocks."""
+        received = self._arenas[Tier.DEVICE]
+        assert isinstance(received.grant, DeviceGrant)
+        return received.fds[0], received.grant.max_blocks
 
     def weights(self) -> tuple[int, int]:
         """The descriptor of the weights, which stays here, and their size in bytes."""
@@ -247,18 +271,24 @@ class _Progress:
             self._told = fraction
 
 
-def _arena(config: WorkerConfig, geometry: KVGeometry, granted: Grants, device: torch.device) -> Arena:
+def _arena(init: Init, geometry: KVGeometry, granted: Grants, device: torch.device, gpu: Gpu | None) -> Arena:
+    config = init.config
     if device.type != "cpu":
         num_blocks = config.num_blocks or _blocks_that_fit(config, geometry, device)
-        return Arena.on_device(geometry, num_blocks, device)
+        if gpu is None:
+            return Arena.on_device(geometry, num_blocks, device)
+        return make_arena(gpu, geometry, num_blocks, *granted.device_table(), init.incarnation)
     assert config.num_blocks is not None
     return _map_arena(granted, Tier.DEVICE, geometry, config.num_blocks)
 
 
-def _host_arena(config: WorkerConfig, geometry: KVGeometry, granted: Grants) -> HostArena | None:
+def _host_arena(
+    config: WorkerConfig, geometry: KVGeometry, granted: Grants, gpu: Gpu | None
+) -> HostArena | None:
     if config.host_blocks is None:
         return None
-    return HostArena(_map_arena(granted, Tier.HOST, geometry, config.max_host_blocks), config.host_blocks)
+    arena = _map_arena(granted, Tier.HOST, geometry, config.max_host_blocks)
+    return HostArena(arena, config.host_blocks, pins=None if gpu is None else CudaPins(gpu.device))
 
 
 def _map_arena(granted: Grants, tier: Tier, geometry: KVGeometry, num_blocks: int) -> Arena:
@@ -278,8 +308,12 @@ def _transfer(
     identity: str,
     wake: Callable[[], None],
     cores: set[int],
+    gpu: Gpu | None,
 ) -> PeerTransfer | None:
-    """What reaches the peers; None where the host cannot address the arena. Before cores are shared out."""
+    """What reaches the peers; None where nothing does. Before cores are shared out."""
+    if gpu is not None:
+        cuda = CudaTransfer(arena.as_bytes(), gpu, wake, num_layers=arena.geometry.num_layers)
+        return PeerTransfer(wake, None, cuda=cuda)
     if arena.blocks is None:
         return None
     config, shm, torch_pool = init.config, None, None

@@ -26,6 +26,7 @@ from memserve.messages import (
     Cancel,
     Connect,
     Decode,
+    DeviceGrant,
     Failed,
     FinishReason,
     Load,
@@ -68,6 +69,8 @@ ARRIVAL_LOOKS = 9
 ARRIVAL_LOOK_S = 0.00025
 # How often within a time to live it is looked what is over it.
 EXPIRY_LOOKS = 4
+# How often an idle loop looks whether what it has to tell is true by now: a GPU rings no doorbell.
+HELD_LOOK_S = 2e-4
 # A worker that has had nothing to do for so long says what its load is.
 REST_S = 0.02
 
@@ -89,7 +92,9 @@ class Worker:
         self._grants = grants
         self._pool = pool
         self._executor = Executor(runner, pool)
-        self._publisher = Publisher(pool, channel.send, by_layer=config.device == "cpu")
+        self._publisher = Publisher(
+            pool, channel.send, by_layer=pool.tells_layers, swaps_mark=pool.swaps_mark
+        )
         self._clock = clock
         self.budget = StepBudget(config.max_batch_tokens, config.max_step_ms, pair_cost(config.model))
         self._patience = Patience(self.budget)
@@ -136,7 +141,7 @@ class Worker:
     @property
     def _rest_s(self) -> float | None:
         """How long the loop may sleep at most."""
-        rests: list[float] = []
+        rests: list[float] = [HELD_LOOK_S] if self._publisher.is_holding else []
         if self._config.cache_ttl_s is not None:
             rests.append(self._config.cache_ttl_s / EXPIRY_LOOKS)
         patience_ends = self._scheduler.patience_ends
@@ -146,6 +151,9 @@ class Worker:
 
     def step(self) -> bool:
         """One turn of the loop. False = there is nothing to do until the doorbell rings."""
+        if self._config.device != "cpu":
+            self._receive_grants()  # a peer that died keeps its memory until we let go of it
+            self._publisher.flush()
         for message in self._channel.receive():
             self._handle(message)
         for control in self._pool.take_control():
@@ -177,7 +185,7 @@ class Worker:
             if plan.pulls:
                 return True  # one that could not begin has ended already, and rings no bell
             return self._scheduler.is_stuck and self._pulls.make_room()
-        self._publisher.announce(plan.chunks)
+        self._pool.progress.follow(self._publisher.announce(plan.chunks))
         now = self._clock()
         for request, _ in plan.chunks:
             if request.began_at is None:
@@ -257,8 +265,13 @@ class Worker:
                     self._pool.add_sending_peer(grant)
                 except MemserveError as error:
                     logger.error("cannot pull from %s: %s", grant.instance, error)
+            case DeviceGrant() if grant.instance != self._config.instance and 0 < len(fds) <= 2:
+                try:
+                    self._pool.add_device_peer(grant, *fds)
+                except MemserveError as error:
+                    logger.error("cannot open the arena of %s: %s", grant.instance, error)
             case RevokeGrant():
-                self._pool.remove_peer(grant.instance)
+                self._pool.remove_peer(grant.instance, grant.tier)
             case _:
                 logger.error("an unexpected %s with %d descriptors", type(grant).__name__, len(fds))
                 for fd in fds:
@@ -376,6 +389,10 @@ class Worker:
 
     def _tell(self, chunks: Sequence[Chunk], drawn: Sequence[Drawn]) -> None:
         """Take the drawn tokens and tell the router: one message for all decodes, one for each prefill."""
+        if all(result.token_id is None for result in drawn):
+            # A token that is here came out of the step on the same stream, after all that the step has
+            # written. Without one the step may have yet to run.
+            self._publisher.hold(self._pool.compute_mark())
         outputs: list[Output] = []
         prefilled: list[tuple[Request, Drawn, FinishReason | None]] = []
         for (request, num_new), result in zip(chunks, drawn, strict=True):
