@@ -19,7 +19,7 @@ from memserve.model_config import blocks_for
 from memserve.models.step import LogitRows, SequenceSlice, build_step
 from memserve.models.transformer import Transformer
 from memserve.workers.request import Request
-from memserve.workers.steps import Chunk, Drawn
+from memserve.workers.steps import Chunk, Computed, Drawn
 
 NOT_DRAWN = Drawn()
 
@@ -43,6 +43,15 @@ class ModelRunner:
         self._transformer = transformer
         self._kv = kv
         self._block_size = block_size
+
+    @property
+    def overlaps(self) -> bool:
+        """No: every step is computed at once."""
+        return False
+
+    def begin(self, chunks: Sequence[Chunk]) -> Computed:
+        """See `Runner`."""
+        return Computed(self.execute(chunks))
 
     @torch.inference_mode()
     def execute(self, chunks: Sequence[Chunk]) -> list[Drawn]:
