@@ -14,9 +14,9 @@ import numpy as np
 from memserve.config import ServeConfig, WorkerConfig, WorkerOptions
 from memserve.messages import Decode, Ready, SamplingParams, StepOutputs, ToRouter, pack_tokens
 from memserve.model_config import load_model_config
-from memserve.router.machine import read_machine
-from memserve.router.memory import plan_workers
-from memserve.router.supervisor import Supervisor
+from memserve.router.supervision.machine import read_machine
+from memserve.router.supervision.memory import plan_workers
+from memserve.router.supervision.supervisor import Supervisor
 
 
 class Listener:

@@ -54,6 +54,7 @@ class Seen:
     prompt: Prompt
     body: dict[str, object]
     at: float
+    session: str | None
     ended: float | None = None
 
 
@@ -111,7 +112,7 @@ class FakeServer:
             if isinstance(body["prompt"], str)
             else tuple(body["prompt"])
         )
-        seen = Seen(prompt, body, at)
+        seen = Seen(prompt, body, at, request.headers.get("x-session-id"))
         if self.keep:
             self.seen.append(seen)
             self.connections.add(request.transport)

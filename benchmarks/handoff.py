@@ -53,9 +53,9 @@ from memserve.messages import Prefilled, Pulled, Ready, SamplingParams, StepOutp
 from memserve.model_config import load_model_config
 from memserve.router.dispatcher import Dispatcher, DispatcherLimits
 from memserve.router.events import Abandon, Emit, Event, FromWorker, Refuse, Send, Submit, WorkerUp
-from memserve.router.machine import read_machine
-from memserve.router.memory import plan_workers
-from memserve.router.supervisor import Supervisor
+from memserve.router.supervision.machine import read_machine
+from memserve.router.supervision.memory import plan_workers
+from memserve.router.supervision.supervisor import Supervisor
 
 SHAPE = SHAPES["small"]
 MAX_MODEL_LEN = 8192 + 1024

@@ -20,15 +20,15 @@ from functools import partial
 import numpy as np
 
 from memserve.config import Role
-from memserve.router.cost_model import Budget, CostModel, Link, Links, Operators, Ramp
-from memserve.router.hardware import h200_llama_3_8b
-from memserve.router.holders import Addresses
-from memserve.router.policies.decision import Ask, Candidate
-from memserve.router.policies.policies import POLICIES
-from memserve.router.policies.pricing import source_of
-from memserve.router.policy import WorkerView
-from memserve.router.predictor import Predictor
-from memserve.router.prompt_tree import PromptTree
+from memserve.router.scheduling.cost_model import Budget, CostModel, Link, Links, Operators, Ramp
+from memserve.router.scheduling.hardware import h200_llama_3_8b
+from memserve.router.scheduling.holders import Addresses
+from memserve.router.scheduling.policies.decision import Ask, Candidate
+from memserve.router.scheduling.policies.policies import POLICIES
+from memserve.router.scheduling.policies.pricing import source_of
+from memserve.router.scheduling.policy import WorkerView
+from memserve.router.scheduling.predictor import Predictor
+from memserve.router.scheduling.prompt_tree import PromptTree
 
 BLOCK_SIZE, NUM_PREFIXES, NUM_STEMS, STEM_TOKENS, PROMPT_TOKENS = 16, 100_000, 100, 1024, 4096
 NUM_CALLS = 2000

@@ -257,7 +257,7 @@ def serve(**options: Any) -> None:
     """Serve a model over an OpenAI-compatible HTTP API."""
     config = serve_config({name: value for name, value in options.items() if value is not None})
     try:
-        from memserve.router.placement import check_roles
+        from memserve.router.supervision.placement import check_roles
 
         check_roles(config)
         from memserve.router.app import run
@@ -283,10 +283,10 @@ def calibrate(quick: bool, reuse: bool, as_json: bool, plot: Path | None, **opti
     """Measure how fast this machine computes, and how well that is predicted."""
     config = serve_config({name: value for name, value in options.items() if value is not None})
     try:
-        from memserve.router.placement import check_roles
+        from memserve.router.supervision.placement import check_roles
 
         check_roles(config)
-        from memserve.router.calibrate import CalibrateOptions, run
+        from memserve.router.calibration.command import CalibrateOptions, run
 
         status = run(config, CalibrateOptions(quick, reuse, as_json, plot))
     except StartupError as error:

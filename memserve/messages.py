@@ -435,7 +435,9 @@ class Heartbeat(_Message, frozen=True, array_like=True, tag=True, gc=False):
 
 
 class Prefilled(_Message, frozen=True, array_like=True, tag=True, gc=False):
-    """A `Prefill` is done: its first token and, unless that token ended the request, the offer of its KV."""
+    """A `Prefill` is done: its first token and, unless that token ended the request, the offer of its KV.
+    `computing_ms`: since its first step began.
+    """
 
     request_id: str
     attempt: int
@@ -446,6 +448,7 @@ class Prefilled(_Message, frozen=True, array_like=True, tag=True, gc=False):
     finish_reason: FinishReason | None
     offer: Offer | None
     load: Load
+    computing_ms: float | None = None
 
 
 class Stored(_Message, frozen=True, array_like=True, tag=True, gc=False):
@@ -533,7 +536,7 @@ class Measured(_Message, frozen=True, array_like=True, tag=True, gc=False):
 
 class Output(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """New tokens of one request in one step (a step draws one token a request). `cached` comes with the first
-    ones of an attempt.
+    ones of an attempt, and `computing_ms`, the time since its first step began.
     """
 
     request_id: str
@@ -543,6 +546,7 @@ class Output(msgspec.Struct, frozen=True, array_like=True, gc=False):
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     finish_reason: FinishReason | None = None
     cached: CachedTokens | None = None
+    computing_ms: float | None = None
 
 
 class StepOutputs(_Message, frozen=True, array_like=True, tag=True, gc=False):

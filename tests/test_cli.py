@@ -16,7 +16,7 @@ from memserve import __version__
 from memserve.cli import cli, serve
 from memserve.config import ServeConfig, WorkerOptions
 from memserve.errors import ConfigError, MemoryError_
-from memserve.router.calibrate import CalibrateOptions
+from memserve.router.calibration.command import CalibrateOptions
 
 
 class Command:
@@ -242,7 +242,7 @@ def calibrated(monkeypatch: pytest.MonkeyPatch) -> list[tuple[ServeConfig, Calib
         asked.append((config, options))
         return 0
 
-    monkeypatch.setattr("memserve.router.calibrate.run", run)
+    monkeypatch.setattr("memserve.router.calibration.command.run", run)
     return asked
 
 

@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Mapping
 from types import TracebackType
+from urllib.parse import quote
 
 import aiohttp
 import msgspec
@@ -29,6 +30,8 @@ _LINGER_S = 0.5
 _MAX_ERROR_BYTES = 8192
 # Where servers drop the cached KV: memserve, SGLang, vLLM (in its development mode).
 FLUSH_PATHS = ("/v1/cache/flush", "/flush_cache", "/reset_prefix_cache")
+SESSION_HEADER = "x-session-id"
+MAX_SESSION_NAME = 200
 
 
 class _Model(msgspec.Struct):
@@ -111,16 +114,16 @@ class Client:
         keep: bool = False,
     ) -> Answer:
         """Send one request now and read its stream to the end; fills in `record`. `clock` gives seconds since
-        the start of the run. The answer is collected if `keep` is set, else it stays empty.
+        the start of the run. The answer is collected if `keep` is set, else it stays empty. A header names
+        the session, for routers that go by it; other servers ignore it.
         """
         assert self._http is not None
         stream = AnswerStream(record, Answer() if keep else None)
         record.sent_at = clock()
         failure: Failure | None = None
         try:
-            async with self._http.post(
-                f"{self.url}{path}", data=body, headers={"content-type": "application/json"}
-            ) as response:
+            headers = {"content-type": "application/json", SESSION_HEADER: session_name(record.session)}
+            async with self._http.post(f"{self.url}{path}", data=body, headers=headers) as response:
                 record.status = response.status
                 if response.status != 200:
                     text = await response.content.read(_MAX_ERROR_BYTES)
@@ -166,6 +169,11 @@ async def _read_out(response: aiohttp.ClientResponse) -> None:
         async with asyncio.timeout(_LINGER_S):
             while await response.content.readany():
                 pass
+
+
+def session_name(session: str) -> str:
+    """A session's id as a header may hold it."""
+    return quote(session, safe="")[:MAX_SESSION_NAME]
 
 
 def base_url(url: str) -> str:

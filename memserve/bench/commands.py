@@ -15,6 +15,7 @@ import click
 
 from memserve.bench.options import (
     comparison_options,
+    fleet_options,
     load_options,
     output_options,
     run_options,
@@ -158,6 +159,35 @@ def settings(context: click.Context, /, serve: str, **options: Any) -> None:
         commands = {setting.name: command(setting, workers, serve) for setting in SETTINGS}
         arms = [arm_of(name, line, options) for name, line in commands.items()]
         return arms, [(against.name, setting.name) for setting, against in CONTRASTS]
+
+    sys.exit(finish(lambda: _compared(prepare, options, context.meta[_WORDS])))
+
+
+@bench.command(cls=_Command)
+@workload_options
+@click.option("--serve", default="", metavar="OPTIONS", help="Options of memserve serve for all, quoted.")
+@fleet_options
+@comparison_options
+@load_options(answers="live", warmup=4)
+@target_options
+@output_options
+@click.pass_context
+def policies(context: click.Context, /, serve: str, **options: Any) -> None:
+    """Measure the policies by which our server places requests, on the same workers.
+
+    Servers with round-robin, least-load, session and prompt-tree are started and stopped by turns under the
+    same load; prompt-tree is compared with each of the others. The first server measures its workers, if that
+    was not done before, and the others go by what it found.
+    """
+
+    def prepare() -> tuple[list[Arm], list[tuple[str, str]]]:
+        from memserve.bench.settings import Workers, policy_commands
+
+        workers = Workers(options["prefill"], options["decode"])
+        commands = policy_commands(workers, serve)
+        arms = [arm_of(name, line, options) for name, line in commands.items()]
+        *others, best = commands
+        return arms, [(other, best) for other in others]
 
     sys.exit(finish(lambda: _compared(prepare, options, context.meta[_WORDS])))
 

@@ -147,6 +147,11 @@ comparison_options = _all(
     _option("--start-timeout", "Until a started server is ready.", "S", type=SECONDS, default=300.0),
 )
 
+fleet_options = _all(
+    _option("--prefill", "Prefill workers.", type=COUNT, default=2, show_default=True),
+    _option("--decode", "Decode workers.", type=COUNT, default=2, show_default=True),
+)
+
 worker_options = _all(
     _option("--prefill", "Prefill workers.", type=COUNT, default=1, show_default=True),
     _option("--decode", "Decode workers.", type=COUNT, default=1, show_default=True),

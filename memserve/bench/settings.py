@@ -39,12 +39,22 @@ SETTINGS = (COLOCATED, COLOCATED_CACHING, BASIC, CACHING_1, CACHING_2, CACHING_3
 CONTRASTS = ((BASIC, COLOCATED), (CACHING_3, BASIC), (CACHING_3, COLOCATED_CACHING))
 
 
+# Placements of the same requests on the same workers.
+POLICIES = ("round-robin", "least-load", "session", "prompt-tree")
+
+
 class Workers(NamedTuple):
     """How many of each role; None: as many colocated ones as there are of the other two."""
 
     prefill: int = 1
     decode: int = 1
     colocated: int | None = None
+
+
+def policy_commands(workers: Workers, serve_options: str = "") -> dict[str, str]:
+    """A command line a policy, of prefill and decode workers."""
+    fleet = f"--prefill {workers.prefill} --decode {workers.decode}"
+    return {name: f"memserve serve {fleet} --policy {name} {serve_options}".rstrip() for name in POLICIES}
 
 
 def command(setting: Setting, workers: Workers, serve_options: str = "") -> str:

@@ -33,24 +33,24 @@ from memserve.config import ServeConfig, WorkerConfig
 from memserve.errors import ConfigError
 from memserve.model_config import default_sampling, load_model_config
 from memserve.model_files import resolve_model, resolve_tokenizer, served_model_name
-from memserve.router.calibration import calibration_folder, cost_models
-from memserve.router.chat_template import ChatTemplate
-from memserve.router.connections import bounded, max_connections
+from memserve.router.calibration.models import calibration_folder, cost_models
 from memserve.router.dispatcher import Dispatcher, DispatcherLimits
 from memserve.router.display import Display, log_through, print_plain
 from memserve.router.engine import TICK_S, ServingEngine
-from memserve.router.global_scheduler import GlobalScheduler
-from memserve.router.limits import HttpLimits
-from memserve.router.log_relay import LogRelay
-from memserve.router.machine import read_machine
-from memserve.router.memory import plan_workers
+from memserve.router.http.connections import bounded, max_connections
+from memserve.router.http.limits import HttpLimits
+from memserve.router.http.served_model import ServedModel
+from memserve.router.http.server import create_app
 from memserve.router.request_seeds import RequestSeeds
-from memserve.router.served_model import ServedModel
-from memserve.router.server import create_app
-from memserve.router.supervisor import Supervisor
-from memserve.router.token_history import TokenHistory
-from memserve.router.tokenizer import Tokenizer
-from memserve.router.transports import GLOO_NOTICE, peers_of, transfer_mode, uses_gloo
+from memserve.router.scheduling.global_scheduler import GlobalScheduler
+from memserve.router.supervision.log_relay import LogRelay
+from memserve.router.supervision.machine import read_machine
+from memserve.router.supervision.memory import plan_workers
+from memserve.router.supervision.supervisor import Supervisor
+from memserve.router.supervision.transports import GLOO_NOTICE, peers_of, transfer_mode, uses_gloo
+from memserve.router.text.chat_template import ChatTemplate
+from memserve.router.text.token_history import TokenHistory
+from memserve.router.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 

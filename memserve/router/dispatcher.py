@@ -60,14 +60,14 @@ from memserve.router.events import (
     WorkerDown,
     WorkerUp,
 )
-from memserve.router.fair_queue import FairQueue
 from memserve.router.fleet import Fleet, Seat
-from memserve.router.global_scheduler import GlobalScheduler
-from memserve.router.kept_kv import SentPullBack, pull_back, what_is_left
-from memserve.router.policies.decision import Decision
-from memserve.router.policy import Placement, WorkerView, blocks_for, choose_decode
 from memserve.router.request_log import Happening, RequestLog
 from memserve.router.request_state import DepartureRate, Origin, Phase, RequestState, StoredBlocks
+from memserve.router.scheduling.fair_queue import FairQueue
+from memserve.router.scheduling.global_scheduler import GlobalScheduler
+from memserve.router.scheduling.kept_kv import SentPullBack, pull_back, what_is_left
+from memserve.router.scheduling.policies.decision import Decision
+from memserve.router.scheduling.policy import Placement, WorkerView, blocks_for, choose_decode
 
 logger = logging.getLogger(__name__)
 
@@ -360,6 +360,7 @@ class Dispatcher:
             prompt_logprobs=done.prompt_logprobs,
             finish_reason=done.finish_reason,
             cached=done.cached,
+            computing_ms=done.computing_ms,
         )
         if self._deliver(request, output, now):
             return
@@ -466,7 +467,7 @@ class Dispatcher:
     def _deliver(self, request: RequestState, output: Output, now: float) -> bool:
         """Pass tokens on to the client; True if they were the last."""
         if len(request.tokens) == request.num_prompt_tokens:
-            self.log.first_token(request.request_id, output.cached, now)
+            self.log.first_token(request.request_id, output.cached, now, output.computing_ms)
         request.tokens.extend(output.token_ids)
         request.num_deaths_in_vain = 0
         if output.prompt_logprobs is not None:  # a replay must not ask for them again

@@ -33,6 +33,7 @@ from memserve.messages import (
     ToWorker,
 )
 from memserve.model_config import KVGeometry
+from memserve.router.calibration.measurements import Measurements
 from memserve.router.commands import Commands
 from memserve.router.dispatcher import Dispatcher
 from memserve.router.engine_api import (
@@ -56,10 +57,9 @@ from memserve.router.events import (
     WorkerDown,
     WorkerUp,
 )
-from memserve.router.link_relay import LinkRelay
-from memserve.router.measurements import Measurements
 from memserve.router.request_log import Recent, RequestRecord
-from memserve.router.transports import peers_of
+from memserve.router.supervision.link_relay import LinkRelay
+from memserve.router.supervision.transports import peers_of
 
 logger = logging.getLogger(__name__)
 

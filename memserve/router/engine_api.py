@@ -32,8 +32,8 @@ from memserve.messages import (
     SamplingParams,
     TokenLogprobs,
 )
-from memserve.router.hindsight import Hindsight
 from memserve.router.request_log import Recent, RequestRecord
+from memserve.router.scheduling.hindsight import Hindsight
 
 
 @dataclass(frozen=True, slots=True)

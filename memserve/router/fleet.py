@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from memserve.messages import Load
 from memserve.router.events import FromWorker, WorkerDown, WorkerUp
-from memserve.router.policy import WorkerView, blocks_for
+from memserve.router.scheduling.policy import WorkerView, blocks_for
 
 
 @dataclass(slots=True)

@@ -20,9 +20,9 @@ from prometheus_client.utils import floatToGoString
 
 from memserve.messages import CachedTokens
 from memserve.router.engine_api import Engine, InstanceState
-from memserve.router.formats import CACHE_SOURCES
-from memserve.router.hindsight import ERROR_BOUNDS, Hindsight
-from memserve.router.openai import Usage
+from memserve.router.http.formats import CACHE_SOURCES
+from memserve.router.http.openai import Usage
+from memserve.router.scheduling.hindsight import ERROR_BOUNDS, Hindsight
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 

@@ -12,8 +12,8 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from memserve.messages import CachedTokens
-from memserve.router.hindsight import Hindsight
-from memserve.router.policies.decision import Decision
+from memserve.router.scheduling.hindsight import Hindsight
+from memserve.router.scheduling.policies.decision import Decision
 
 MAX_REQUESTS = 500
 # Of one request; a request that is replayed again and again keeps its first ones.
@@ -25,6 +25,7 @@ class Happening(StrEnum):
 
     SUBMITTED = "submitted"
     PLACED = "placed"
+    COMPUTING = "computing"
     FIRST_TOKEN = "first_token"
     HANDED_OFF = "handed_off"
     REPLAYED = "replayed"
@@ -104,11 +105,19 @@ class RequestLog:
             where = [name for name in (placement.prefill, placement.decode) if name is not None]
             self.note(request_id, now, Happening.PLACED, " → ".join(where))
 
-    def first_token(self, request_id: str, cached: CachedTokens | None, now: float) -> None:
-        """Its prompt was computed; only the first time counts."""
+    def first_token(
+        self, request_id: str, cached: CachedTokens | None, now: float, computing_ms: float | None = None
+    ) -> None:
+        """Its prompt was computed, in `computing_ms` from the beginning of the first step to the end of the
+        last as the worker says, and until now as it is noted; only the first time counts.
+        """
         record = self._records.get(request_id)
         if record is not None and record.at(Happening.FIRST_TOKEN) is None:
             record.cached = cached
+            if computing_ms is not None:
+                self.note(
+                    request_id, max(record.events[-1].at, now - computing_ms / 1e3), Happening.COMPUTING
+                )
             self.note(request_id, now, Happening.FIRST_TOKEN)
             self._look_back(record)
 

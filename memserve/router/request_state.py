@@ -12,7 +12,7 @@ from typing import NamedTuple
 from memserve.messages import BlockRefs, Offer, SamplingParams, Tier, pack_tokens
 from memserve.radix_tree import TOKEN_BYTES
 from memserve.router.fleet import Seat
-from memserve.router.policies.decision import Decision
+from memserve.router.scheduling.policies.decision import Decision
 
 # Tokens of growth reserved on a decode worker beside the prompt. More would leave the pool empty when clients
 # send large max_tokens and stop early; less would preempt often. Growth beyond it is the worker's own

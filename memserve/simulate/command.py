@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from memserve.router.cost_model import CostModel
+    from memserve.router.scheduling.cost_model import CostModel
     from memserve.simulate.report import Report
     from memserve.simulate.traces import Trace
 
@@ -137,7 +137,7 @@ def at_load(trace: Trace, model: CostModel, num_workers: int, load: float) -> Tr
     """The trace with its times stretched, so that computing every prompt whole would take a share `load` of
     the prefill side's time.
     """
-    from memserve.router.predictor import Predictor
+    from memserve.router.scheduling.predictor import Predictor
 
     predictor = Predictor(model)
     work_s = sum(predictor.prefill_ms(job.num_tokens, 0) for job in trace.all_jobs()) / 1e3
@@ -148,8 +148,8 @@ def at_load(trace: Trace, model: CostModel, num_workers: int, load: float) -> Tr
 def _model(instance: str) -> CostModel:
     import msgspec
 
-    from memserve.router.cost_model import from_json
-    from memserve.router.hardware import BUILT_IN
+    from memserve.router.scheduling.cost_model import from_json
+    from memserve.router.scheduling.hardware import BUILT_IN
 
     if instance in BUILT_IN:
         return BUILT_IN[instance]()

@@ -22,17 +22,17 @@ from functools import partial
 import msgspec
 
 from memserve.config import Role
-from memserve.router.cost_model import CostModel, Link, Links
-from memserve.router.holder_tree import Found
-from memserve.router.holders import Holding
-from memserve.router.load import RecentWork
-from memserve.router.policies.decision import Ask, Candidate, Decision, Source
-from memserve.router.policies.policies import POLICIES
-from memserve.router.policies.pricing import source_of
-from memserve.router.policy import WorkerView, blocks_for
-from memserve.router.predictor import Predictor
-from memserve.router.prompt_tree import PromptTree
 from memserve.router.request_state import DECODE_HEADROOM_TOKENS
+from memserve.router.scheduling.cost_model import CostModel, Link, Links
+from memserve.router.scheduling.holder_tree import Found
+from memserve.router.scheduling.holders import Holding
+from memserve.router.scheduling.load import RecentWork
+from memserve.router.scheduling.policies.decision import Ask, Candidate, Decision, Source
+from memserve.router.scheduling.policies.policies import POLICIES
+from memserve.router.scheduling.policies.pricing import source_of
+from memserve.router.scheduling.policy import WorkerView, blocks_for
+from memserve.router.scheduling.predictor import Predictor
+from memserve.router.scheduling.prompt_tree import PromptTree
 from memserve.simulate.traces import Job, Trace
 from memserve.simulate.worker import ModelledCache, ModelledWorker, Task
 

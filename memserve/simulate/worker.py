@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from memserve.pool.index import Index
-from memserve.router.holders import Addresses
-from memserve.router.load import Backlog
-from memserve.router.policies.decision import Candidate
-from memserve.router.predictor import Batch
+from memserve.router.scheduling.holders import Addresses
+from memserve.router.scheduling.load import Backlog
+from memserve.router.scheduling.policies.decision import Candidate
+from memserve.router.scheduling.predictor import Batch
 from memserve.simulate.traces import Job
 
 

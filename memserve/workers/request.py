@@ -62,6 +62,7 @@ class Request:
     prompt. `prompt_logprobs` collects what is reported with the first token, and is None if nothing is
     (any more). `cached`: the tokens found in the pool when the request was first admitted, and pulled for it
     (None before).
+    `began_at`: when its first step began.
     `offer` is KV to be pulled; None when there is none, or no longer. `leader` computes or pulls the first
     `num_common_tokens` of a waiting request, which is admitted when they are there; it was the
     `num_follows`th such. `tell_blocks`: the router
@@ -84,6 +85,7 @@ class Request:
     cache_salt: str = ""
     num_computed_tokens: int = 0
     cached: CachedTokens | None = None
+    began_at: float | None = None
     _tells_cached: bool = True
     table: BlockTable = field(default_factory=BlockTable)
     leader: Request | None = None

@@ -12,7 +12,7 @@ its draws as pending tokens (`request`). It lands, its tokens are told, after th
 That a token ends its request is then seen one step late, and the surplus token is dropped; an end by length
 is known ahead. Blocks freed while a flight writes to them may go to the next step, which the device computes
 after it, but not to a pull, which it does not order: so the flight lands before a pull begins, and also
-where requests may have to be preempted, or look at what they have drawn. Other runners land each step at once.
+where requests may have to be preempted, or look at what they have drawn. Other runners' steps land at once.
 
 A request is in one place at a time: the scheduler's queues, `Pulls`, or the `OfferBook`; `_requests`
 finds those of the first two by id. A request leaves through `_finish`, `_drop` or the book, and its
@@ -171,6 +171,10 @@ class Worker:
     def _run(self, chunks: Sequence[Chunk], tally: StepTally) -> None:
         """Begin a step; then the one before it lands, or itself."""
         self._publisher.announce(chunks)
+        now = self._clock()
+        for request, _ in chunks:
+            if request.began_at is None:
+                request.began_at = now
         self.gauges.begin_step()
         flight = self._executor.begin(chunks, tally)
         self.gauges.count_step(chunks)
@@ -413,7 +417,8 @@ class Worker:
                     logprobs=logprobs,
                     prompt_logprobs=prompt_logprobs,
                     finish_reason=reason,
-                    cached=request.take_cached(),
+                    cached=(cached := request.take_cached()),
+                    computing_ms=None if cached is None else self._computing_ms(request),
                 )
             )
         if outputs:
@@ -457,12 +462,17 @@ class Worker:
             finish_reason=reason,
             offer=offer,
             load=self.gauges.load(),
+            computing_ms=self._computing_ms(request),
         )
         try:
             self._channel.send(message)
         except MessageTooLong as error:
             self._release(request.request_id, request.attempt)
             self._tell_failed(request.request_id, request.attempt, f"its answer is too long: {error}")
+
+    def _computing_ms(self, request: Request) -> float:
+        assert request.began_at is not None
+        return (self._clock() - request.began_at) * 1e3
 
     # --- ends ---
 

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.fake_server import FakeServer, Mode, serving
 from memserve.bench.answer_stream import Answer, error_message, one_line
-from memserve.bench.client import Client, base_url
+from memserve.bench.client import MAX_SESSION_NAME, Client, base_url, session_name
 from memserve.bench.records import ErrorKind, RequestRecord
 from memserve.bench.request_format import RequestFormat
 from memserve.bench.sse import MAX_EVENT_BYTES, EventParser, EventTooLong
@@ -48,8 +48,14 @@ async def ask(
     return record, answer
 
 
+def test_session_names_fit_into_headers() -> None:
+    assert session_name("a b\r\nc/ü") == "a%20b%0D%0Ac%2F%C3%BC"
+    assert len(session_name("é" * 1000)) == MAX_SESSION_NAME
+
+
 async def test_a_request_that_goes_well(server: FakeServer) -> None:
     record, answer = await ask(server)
+    assert server.seen[0].session == "s"
     assert record.completed and record.error is None and record.status == 200
     assert len(record.chunk_times) == record.output_tokens == NUM_TOKENS
     assert (record.prompt_tokens, record.cached_tokens, record.has_usage) == (len("some text"), 0, True)

@@ -35,6 +35,7 @@ from memserve.bench.run import Report, RunOptions, Target
 from memserve.bench.settings import Workers, command
 from memserve.cli import cli, serve
 from memserve.errors import BenchError
+from memserve.router.scheduling.policies.policies import POLICIES
 
 FAKE = f"{sys.executable} {Path(__file__).resolve().parents[2] / 'benchmarks' / 'fake_server.py'}"
 FIGURE = {figure.name: figure for figure in FIGURES}
@@ -182,6 +183,14 @@ def test_settings_are_command_lines_of_the_server() -> None:
     assert len({setting.name for setting in settings.SETTINGS}) == len(lines) == 6
 
 
+def test_policies_are_command_lines_of_the_server() -> None:
+    lines = settings.policy_commands(Workers(2, 3), "--dtype float32")
+    assert tuple(lines) == settings.POLICIES and set(lines) < set(POLICIES)
+    for name, line in lines.items():
+        options = serve.make_context("serve", line.split()[2:]).params
+        assert (options["prefill"], options["decode"], options["policy"]) == (2, 3, name)
+
+
 LOAD = ("random", "--sessions", "4", "--input-tokens", "8", "--output-tokens", "5", "--rounds", "2")
 
 
@@ -212,6 +221,16 @@ def test_compare_with_a_server_that_does_not_start(tmp_path: Path) -> None:
     assert len(json.loads(out.read_text())["runs"]) == 1  # what was measured is kept
     result = CliRunner().invoke(cli, ["bench", "compare", "/bin/sh -c 'exit 3'", FAKE, *LOAD])
     assert result.exit_code == 1 and result.stdout.count("rounds") == 0
+
+
+def test_policies_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "policy_commands", lambda workers, options: dict.fromkeys("abc", FAKE))
+    out = tmp_path / "p.json"
+    args = ["bench", "policies", *LOAD, "--rounds", "1", "--warmup", "0", "--json", str(out)]
+    result = CliRunner().invoke(cli, args)
+    assert result.exit_code == 0, result.output
+    file = json.loads(out.read_text())
+    assert [(found["b"], found["a"]) for found in file["contrasts"]] == [("c", "a"), ("c", "b")]
 
 
 def test_settings_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from memserve.router.calibrate import KindReport, Report
+from memserve.router.calibration.command import KindReport, Report
 from tests.e2e.server_process import REPOSITORY
 
 

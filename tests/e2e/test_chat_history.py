@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import pytest
 
 import memserve
-from memserve.router.chat_template import ChatTemplate
-from memserve.router.tokenizer import Tokenizer
+from memserve.router.text.chat_template import ChatTemplate
+from memserve.router.text.tokenizer import Tokenizer
 from tests.e2e.server_process import Server
 from tests.e2e.test_caching import counter, settled, whole
 

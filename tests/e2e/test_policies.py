@@ -73,7 +73,10 @@ def test_any_policy_by_header_with_the_same_answer(server: Server, policy: str) 
         (decision,) = story["decisions"]
         chosen = [row["instance"] for row in decision["prefill_candidates"] if row["chosen"]]
         assert chosen == [headers["x-memserve-prefill"]]
-        assert [event["event"] for event in story["timeline"]][-1] == "finished"
+        happened = [event["event"] for event in story["timeline"] if event["event"] != "handed_off"]
+        assert happened == ["submitted", "placed", "computing", "first_token", "finished"]
+        times = [event["at_ms"] for event in story["timeline"]]
+        assert times == sorted(times)
 
 
 def workers(server: Server) -> dict[str, int]:

@@ -17,8 +17,6 @@ from memserve.config import Role
 from memserve.errors import MemserveError, Overloaded
 from memserve.messages import CacheCommand, CachedTokens, CacheReport, FinishReason, Load, TokenLogprobs
 from memserve.model_config import DefaultSampling
-from memserve.router.chat_template import ChatTemplate
-from memserve.router.connections import HttpConnection
 from memserve.router.engine_api import (
     Delta,
     EngineStatus,
@@ -27,11 +25,13 @@ from memserve.router.engine_api import (
     InstanceStatus,
     Listener,
 )
-from memserve.router.limits import HttpLimits
+from memserve.router.http.connections import HttpConnection
+from memserve.router.http.limits import HttpLimits
+from memserve.router.http.served_model import ServedModel
+from memserve.router.http.server import create_app
 from memserve.router.request_log import Recent, RequestLog, RequestRecord
-from memserve.router.served_model import ServedModel
-from memserve.router.server import create_app
-from memserve.router.tokenizer import Tokenizer
+from memserve.router.text.chat_template import ChatTemplate
+from memserve.router.text.tokenizer import Tokenizer
 
 TINY_MODEL = Path(memserve.__file__).parent / "tiny_model"
 EOS = 2

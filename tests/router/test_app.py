@@ -10,7 +10,7 @@ import pytest
 
 from memserve.errors import ConfigError
 from memserve.router.app import StopSignals, _every, bind, stop_workers
-from memserve.router.supervisor import Supervisor
+from memserve.router.supervision.supervisor import Supervisor
 
 
 def test_the_port_is_taken_from_the_moment_it_is_bound() -> None:

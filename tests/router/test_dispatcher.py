@@ -44,9 +44,9 @@ from memserve.messages import (
 )
 from memserve.router.dispatcher import Dispatcher, DispatcherLimits
 from memserve.router.events import Abandon, Emit, FromWorker, Refuse, Send, Submit, Tick, WorkerDown, WorkerUp
-from memserve.router.global_scheduler import GlobalScheduler
-from memserve.router.policies.policies import POLICIES
 from memserve.router.request_state import Phase
+from memserve.router.scheduling.global_scheduler import GlobalScheduler
+from memserve.router.scheduling.policies.policies import POLICIES
 
 
 def next_token(tokens: list[int]) -> int:

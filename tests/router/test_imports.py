@@ -11,7 +11,7 @@ import memserve.router
 
 def test_the_router_never_imports_torch() -> None:
     names = [module.name for module in pkgutil.walk_packages(memserve.router.__path__, "memserve.router.")]
-    assert {"memserve.router.server", "memserve.router.policies.policies"} <= set(names)
+    assert {"memserve.router.http.server", "memserve.router.scheduling.policies.policies"} <= set(names)
     script = "\n".join(
         [
             "import importlib, sys",

@@ -13,9 +13,9 @@ from memserve.router.engine_api import (
     InstanceStatus,
     Listener,
 )
-from memserve.router.hindsight import Hindsight
+from memserve.router.http.openai import PromptTokensDetails, Usage
 from memserve.router.metrics import Metrics
-from memserve.router.openai import PromptTokensDetails, Usage
+from memserve.router.scheduling.hindsight import Hindsight
 
 
 class IdleEngine:

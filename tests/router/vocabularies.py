@@ -8,7 +8,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from memserve.router.tokenizer import Tokenizer
+from memserve.router.text.tokenizer import Tokenizer
 
 END, TURN, THINK = "<|end|>", "<|turn|>", "<think>"
 # Pairs in the order in which they are merged: "hello" is he|llo, never hel|lo.

@@ -11,10 +11,10 @@ import msgspec
 import pytest
 from click.testing import CliRunner, Result
 
-from memserve.router.cost_model import to_json
-from memserve.router.hardware import h800_llama_2_13b
-from memserve.router.policies.policies import POLICIES
-from memserve.router.predictor import Predictor
+from memserve.router.scheduling.cost_model import to_json
+from memserve.router.scheduling.hardware import h800_llama_2_13b
+from memserve.router.scheduling.policies.policies import POLICIES
+from memserve.router.scheduling.predictor import Predictor
 from memserve.simulate.command import POLICY_NAMES, at_load, simulate
 from memserve.simulate.report import Report
 from memserve.simulate.traces import read_mooncake

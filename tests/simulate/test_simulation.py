@@ -11,9 +11,9 @@ import msgspec
 import numpy as np
 import pytest
 
-from memserve.router.cost_model import Budget, CostModel, Link, Links, Operators, Ramp
-from memserve.router.hardware import h200_llama_3_8b
-from memserve.router.policies.policies import POLICIES
+from memserve.router.scheduling.cost_model import Budget, CostModel, Link, Links, Operators, Ramp
+from memserve.router.scheduling.hardware import h200_llama_3_8b
+from memserve.router.scheduling.policies.policies import POLICIES
 from memserve.simulate.report import Report, simulate, table
 from memserve.simulate.simulation import Setup, Simulation
 from memserve.simulate.traces import Job, Trace, read_mooncake, read_sessions

@@ -51,8 +51,8 @@ from memserve.router.events import (
     WorkerDown,
     WorkerUp,
 )
-from memserve.router.global_scheduler import GlobalScheduler
-from memserve.router.link_relay import LinkRelay
+from memserve.router.scheduling.global_scheduler import GlobalScheduler
+from memserve.router.supervision.link_relay import LinkRelay
 from memserve.workers.channel import ReceivedGrant
 from memserve.workers.worker import Worker
 from tests.workers.conftest import (
