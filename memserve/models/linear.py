@@ -102,7 +102,11 @@ class FusedGate:
         self._gate_up = gate_up
 
     def __call__(self, x: Tensor) -> Tensor:
-        return silu_and_mul(self._gate_up(x))
+        return silu_and_mul(self.product(x))
+
+    def product(self, x: Tensor) -> Tensor:
+        """Gate and up side by side, [T, 2 * intermediate], before the activation."""
+        return self._gate_up(x)
 
 
 class SplitGate:

@@ -1,0 +1,129 @@
+"""The transformer of `models.transformer` over Triton kernels: for GPUs, and for the interpreter in tests.
+
+Same weights, same arena, same logits up to rounding. It reads a `PagedStep`, whose tensors alone say what is
+to be done: `forward` waits for nothing, branches on host figures only and allocates through torch, so a step
+without longer sequences can be captured in a CUDA graph and replayed over other content (`StaticStep`).
+Inference only; call it under `torch.inference_mode()`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from memserve.kernels.rotary import rotation_table
+from memserve.kernels.triton.activation import silu_and_mul
+from memserve.kernels.triton.decode_attention import decode_attention
+from memserve.kernels.triton.kv_store import rotate_and_store
+from memserve.kernels.triton.norm import add_rms_norm_, rms_norm
+from memserve.kernels.triton.prefill_attention import prefill_attention
+from memserve.kernels.triton.tuning import Tuning
+from memserve.model_config import ModelConfig
+from memserve.models.linear import FusedGate
+from memserve.models.paged_step import PagedStep
+from memserve.models.weights import LayerWeights, Weights
+
+
+def _ignore() -> None:
+    pass
+
+
+class TritonTransformer:
+    """The model.
+
+    Args:
+        model: what it is.
+        weights: on `device`, of `dtype`, not packed (`load_weights_to_device`); shared, never written.
+        max_model_len: positions the rotation table covers.
+        device: where everything lies.
+        dtype: of weights, activations and arena.
+        tuning: tile shapes; None = the file of the device.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        weights: Weights,
+        max_model_len: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        tuning: Tuning | None = None,
+    ) -> None:
+        self.model = model
+        self.device = device
+        self.dtype = dtype
+        self.tuning = tuning or Tuning.of(device)
+        self._weights = weights
+        self._rotations = rotation_table(model.rope, model.head_dim, max_model_len, device)
+        self._scale = model.head_dim**-0.5
+
+    def forward(self, step: PagedStep, kv: Tensor, on_layer: Callable[[], None] = _ignore) -> Tensor:
+        """Enqueue one step.
+
+        Args:
+            step: built for the arena's block size.
+            kv: the arena [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]; the step's slots
+                are written, the blocks of its sequences read.
+            on_layer: told after each layer's K and V are enqueued to be in the arena.
+
+        Returns:
+            Logits, float32 [len(step.logit_rows), vocab_size], row by row as `step.logit_rows`. A padding
+            row's are finite and mean nothing.
+        """
+        model, weights = self.model, self._weights
+        x = weights.embed_tokens.index_select(0, step.token_ids)
+        normed = rms_norm(x, weights.layers[0].input_norm, model.rms_norm_eps)
+        last = model.num_layers - 1
+        for index, layer in enumerate(weights.layers):
+            q = self._queries(layer, normed, step, kv, index)
+            on_layer()
+            if index < last or step.takes_all:
+                found = self._attend(q, step, kv, index)
+            elif len(step.logit_rows) == 0:
+                return torch.empty((0, model.vocab_size), dtype=torch.float32, device=self.device)
+            else:
+                # Past the last layer's K and V only rows with logits matter: each is a decode of its own.
+                x = x.index_select(0, step.logit_rows)
+                found = decode_attention(
+                    q.index_select(0, step.logit_rows), kv, index, step.block_tables, step.logit_sequences,
+                    step.logit_lens, self._scale, model.sliding_window[index], step.max_key_len, self.tuning,
+                )  # fmt: skip
+            normed = add_rms_norm_(layer.o(found.flatten(1)), x, layer.post_norm, model.rms_norm_eps)
+            assert isinstance(layer.gate_up, FusedGate)
+            inner = layer.down(silu_and_mul(layer.gate_up.product(normed)))
+            following = weights.norm if index == last else weights.layers[index + 1].input_norm
+            normed = add_rms_norm_(inner, x, following, model.rms_norm_eps)
+        return weights.lm_head(normed).float()
+
+    def _queries(
+        self, layer: LayerWeights, normed: Tensor, step: PagedStep, kv: Tensor, index: int
+    ) -> Tensor:
+        """Queries [T, num_heads, head_dim], rotated; the layer's K and V are stored."""
+        model = self.model
+        qkv = layer.qkv(normed).view(len(normed), -1, model.head_dim)
+        norms = None
+        if layer.q_norm is not None and layer.k_norm is not None:
+            norms = layer.q_norm, layer.k_norm
+        return rotate_and_store(
+            qkv, norms, self._rotations, step.positions, step.slots, step.tails, kv, index,
+            model.num_heads, model.rms_norm_eps,
+        )  # fmt: skip
+
+    def _attend(self, q: Tensor, step: PagedStep, kv: Tensor, index: int) -> Tensor:
+        """Attention of all rows: the decodes, then the longer sequences. [T, num_heads, head_dim]."""
+        window, decodes = self.model.sliding_window[index], step.num_decodes
+        num_rows, num_sequences = len(q), len(step.key_lens)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        if decodes:
+            decode_attention(
+                q[:decodes], kv, index, step.block_tables, None, step.key_lens[:decodes],
+                self._scale, window, step.max_key_len, self.tuning, out[:decodes],
+            )  # fmt: skip
+        if decodes < num_sequences:
+            prefill_attention(
+                q, kv, index, step.block_tables[decodes:], step.query_starts[decodes:],
+                step.key_lens[decodes:], self._scale, window, self.tuning, out, num_rows - decodes,
+            )  # fmt: skip
+        return out
