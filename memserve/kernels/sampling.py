@@ -72,7 +72,7 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> Sampled:
     if num_rows == 0:
         return Sampled([], [])
     edited = _edit(logits, rows)
-    best, greedy_ids = _argmax(edited)
+    best, greedy_ids = argmax(edited)
     token_ids = greedy_ids
     random = [i for i, row in enumerate(rows) if row.params.temperature >= GREEDY_BELOW]
     if random:
@@ -108,9 +108,17 @@ def exponentials(seeds: Iterable[int], positions: Iterable[int], counters: Tenso
     Hashes of (seed, position, counter) by three rounds of splitmix64, of which the top 52 bits are a number
     strictly between 0 and 1; its negative logarithm is exponentially distributed.
     """
+    return _waits(row_hashes(seeds, positions).to(counters.device), counters)
+
+
+def row_hashes(seeds: Iterable[int], positions: Iterable[int]) -> Tensor:
+    """int64 [R], on the CPU: all that the draw of a row needs to know of its (seed, position)."""
     state = np.array([seed & 0xFFFFFFFFFFFFFFFF for seed in seeds], dtype=np.uint64).view(np.int64)
     position = torch.from_numpy(np.fromiter(positions, dtype=np.int64, count=len(state)))
-    row = _mix(_mix(torch.from_numpy(state) + _GOLDEN) + (position + 1) * _GOLDEN).to(counters.device)
+    return _mix(_mix(torch.from_numpy(state) + _GOLDEN) + (position + 1) * _GOLDEN)
+
+
+def _waits(row: Tensor, counters: Tensor) -> Tensor:
     bits = _mix(row.unsqueeze(1) + (counters + 1) * _GOLDEN)
     uniform = (_shift(bits, 12).double() + 0.5) * 2.0**-52
     return uniform.log_().neg_()
@@ -217,7 +225,8 @@ def _draw(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     elif truncated:
         chosen = torch.tensor(truncated, device=device)
         probs = probs.index_copy(0, chosen, _truncate(probs[chosen], [params[i] for i in truncated]))
-    return _race(probs, [p.seed for p in params], [row.position for row in rows])
+    hashes = row_hashes((p.seed for p in params), (row.position for row in rows))
+    return race(probs, hashes.to(device))
 
 
 def _truncate(probs: Tensor, params: Sequence[SamplingParams]) -> Tensor:
@@ -296,8 +305,9 @@ def _keep_nucleus(weights: Tensor, top_p: Tensor, is_cut: Tensor) -> Tensor:
     return weights * ((weights > edge) | (at_edge & (at_edge.cumsum(dim=1) <= num_at_edge)))
 
 
-def _race(weights: Tensor, seeds: Sequence[int], positions: Sequence[int]) -> Tensor:
-    """int64 [R]: the column of `weights` [R, V] that arrives first; its weight is positive.
+def race(weights: Tensor, hashes: Tensor) -> Tensor:
+    """int64 [R]: the column of `weights` [R, V] that arrives first, by `row_hashes` [R] on its device; its
+    weight is positive.
 
     The blocks race by their sums, and then the columns of the fastest: V / 64 + 64 hashes a row instead of
     V. A row of NaN or of nothing gives some column.
@@ -306,14 +316,14 @@ def _race(weights: Tensor, seeds: Sequence[int], positions: Sequence[int]) -> Te
     blocks = _blocks(weights, 0.0)
     # Counters: the columns first, then the blocks, so that no hash is used twice.
     counters = torch.arange(vocab_size, vocab_size + blocks.shape[1], device=weights.device).unsqueeze(0)
-    block = (exponentials(seeds, positions, counters) / blocks.sum(dim=2)).argmin(dim=1, keepdim=True)
+    block = (_waits(hashes, counters) / blocks.sum(dim=2)).argmin(dim=1, keepdim=True)
     inside = blocks.gather(1, block.unsqueeze(2).expand(-1, -1, _BLOCK)).squeeze(1)
     columns = block * _BLOCK + torch.arange(_BLOCK, device=weights.device)
-    fastest = (exponentials(seeds, positions, columns) / inside).argmin(dim=1, keepdim=True)
+    fastest = (_waits(hashes, columns) / inside).argmin(dim=1, keepdim=True)
     return columns.gather(1, fastest).squeeze(1).clamp(max=vocab_size - 1)
 
 
-def _argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Maximum [R] of each row and the lowest id [R] that has it; NaN where there is one."""
     blocks = _blocks(logits, -torch.inf)
     maxima = blocks.amax(dim=2)

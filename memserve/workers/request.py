@@ -203,8 +203,16 @@ class Request:
         """Whether a draw depends on which tokens were drawn before, beyond what the model makes of them."""
         sampling = self.sampling
         return bool(
-            sampling.repetition_penalty != 1.0 or sampling.presence_penalty or sampling.frequency_penalty
+            sampling.repetition_penalty != 1.0
+            or sampling.presence_penalty
+            or sampling.frequency_penalty
+            or self.is_kept_going
         )
+
+    @property
+    def is_kept_going(self) -> bool:
+        """Whether the next token may not be one that stops it."""
+        return self.num_tokens - self.num_prompt_tokens < self.sampling.min_tokens
 
     def take_table(self) -> BlockTable:
         """Its blocks, which the caller now owns."""

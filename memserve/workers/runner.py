@@ -22,6 +22,7 @@ from memserve.workers.request import Request
 from memserve.workers.steps import Chunk, Computed, Drawn
 
 NOT_DRAWN = Drawn()
+NOT_A_NUMBER = Drawn(error="the model's output is not a number")
 
 Piece = tuple[NDArray[np.int32], SequenceSlice, LogitRows]
 
@@ -56,42 +57,45 @@ class ModelRunner:
     @torch.inference_mode()
     def execute(self, chunks: Sequence[Chunk]) -> list[Drawn]:
         """See `Runner`. A row whose logits are not finite numbers is an error of its request alone."""
-        pieces, num_rows = self._lay_out(chunks)
+        pieces, num_rows = lay_out(chunks, self._block_size)
         transformer = self._transformer
         step = build_step(pieces, transformer.model, self._block_size, transformer.device, transformer.dtype)
         logits = transformer.forward(step, self._kv, self._on_layer)
-        return _draw(chunks, num_rows, logits)
-
-    def _lay_out(self, chunks: Sequence[Chunk]) -> tuple[list[Piece], list[int]]:
-        """The pieces of the step's tensors, and how many rows of logits each chunk gets."""
-        pieces: list[Piece] = []
-        num_rows: list[int] = []
-        start = 0
-        for request, num_new in chunks:
-            context_len = request.num_computed_tokens
-            stop = context_len + num_new
-            if request.prompt_logprobs is not None:
-                wanted, rows = LogitRows.ALL, num_new
-            elif stop == request.num_tokens:
-                wanted, rows = LogitRows.LAST, 1
-            else:
-                wanted, rows = LogitRows.NONE, 0
-            block_ids = request.table.ids(blocks_for(stop, self._block_size))
-            piece = SequenceSlice(start, num_new, context_len, block_ids)
-            pieces.append((request.tokens(context_len, stop), piece, wanted))
-            num_rows.append(rows)
-            start += num_new
-        return pieces, num_rows
+        return draw(chunks, num_rows, logits)
 
 
-def _draw(chunks: Sequence[Chunk], num_rows: Sequence[int], logits: torch.Tensor) -> list[Drawn]:
+def lay_out(chunks: Sequence[Chunk], block_size: int) -> tuple[list[Piece], list[int]]:
+    """The pieces of the step's tensors, and how many rows of logits each chunk gets."""
+    pieces: list[Piece] = []
+    num_rows: list[int] = []
+    start = 0
+    for chunk in chunks:
+        request, num_new = chunk
+        context_len = request.num_computed_tokens
+        stop = context_len + num_new
+        if request.prompt_logprobs is not None:
+            wanted, rows = LogitRows.ALL, num_new
+        elif draws(chunk):
+            wanted, rows = LogitRows.LAST, 1
+        else:
+            wanted, rows = LogitRows.NONE, 0
+        block_ids = request.table.ids(blocks_for(stop, block_size))
+        piece = SequenceSlice(start, num_new, context_len, block_ids)
+        pieces.append((request.tokens(context_len, stop), piece, wanted))
+        num_rows.append(rows)
+        start += num_new
+    return pieces, num_rows
+
+
+def draws(chunk: Chunk) -> bool:
+    """Whether a chunk that does not count as computed yet reaches its request's last token."""
+    return chunk.request.num_computed_tokens + chunk.num_new == chunk.request.num_tokens
+
+
+def draw(chunks: Sequence[Chunk], num_rows: Sequence[int], logits: torch.Tensor) -> list[Drawn]:
     """Logits → what each chunk has drawn. Must be called before the chunks count as computed."""
     ends = list(accumulate(num_rows))
-    drawing = [
-        index
-        for index, (request, num_new) in enumerate(chunks)
-        if request.num_computed_tokens + num_new == request.num_tokens
-    ]
+    drawing = [index for index, chunk in enumerate(chunks) if draws(chunk)]
     drawn = [NOT_DRAWN] * len(chunks)
     if drawing:
         rows = [_sampling_row(chunks[index].request) for index in drawing]
@@ -103,7 +107,7 @@ def _draw(chunks: Sequence[Chunk], num_rows: Sequence[int], logits: torch.Tensor
         for index, token_id, logprobs in zip(drawing, sampled.token_ids, sampled.logprobs, strict=True):
             drawn[index] = Drawn(token_id, logprobs)
         for row in sampled.bad_rows:
-            drawn[drawing[row]] = Drawn(error="the model's output is not a number")
+            drawn[drawing[row]] = NOT_A_NUMBER
     for index, (request, num_new) in enumerate(chunks):
         if request.prompt_logprobs is not None:
             rows_of_prompt = logits[ends[index] - num_rows[index] : ends[index]]
