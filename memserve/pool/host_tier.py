@@ -14,7 +14,7 @@ they take some ten microseconds each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from memserve.pool.allocator import BlockAllocator, BlockIds
 from memserve.pool.arena import Arena
 from memserve.pool.growth import Growth
 from memserve.pool.removals import RemovalLog
+from memserve.pool.runs import runs
 
 
 class HostTier:
@@ -194,14 +195,3 @@ def _copy_blocks(to: Arena, to_ids: BlockIds, source: Arena, source_ids: BlockId
     for start, stop in runs(to_ids, source_ids):
         to_first, source_first, count = to_ids.item(start), source_ids.item(start), stop - start
         np.copyto(to.blocks[to_first : to_first + count], source.blocks[source_first : source_first + count])
-
-
-def runs(a: BlockIds, b: BlockIds) -> Iterator[tuple[int, int]]:
-    """Ranges [start, stop) of positions that are consecutive in both."""
-    if len(a) == 0:
-        return
-    jumps = (np.diff(a) != 1) | (np.diff(b) != 1)
-    start = 0
-    for stop in (*(np.flatnonzero(jumps) + 1).tolist(), len(a)):
-        yield start, stop
-        start = stop

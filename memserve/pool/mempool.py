@@ -29,14 +29,26 @@ from numpy.typing import ArrayLike
 
 from memserve import memfd
 from memserve.errors import EngineError, MemserveError
-from memserve.messages import ArenaGrant, BlockRefs, LinkMessage, PeerGrant, Removed, Tier, Transfer
+from memserve.messages import (
+    ArenaGrant,
+    BlockRefs,
+    DeviceGrant,
+    LinkMessage,
+    PeerGrant,
+    Removed,
+    Tier,
+    Transfer,
+    generation_table_bytes,
+)
 from memserve.pool.addresses import Addresses
 from memserve.pool.allocator import BlockAllocator, BlockIds
 from memserve.pool.arena import Arena, ArenaFds, PeerArena, Progress
 from memserve.pool.block_table import BlockTable
+from memserve.pool.device_progress import DeviceProgress
 from memserve.pool.host_tier import HostTier
 from memserve.pool.incoming import Incoming, begin_transfer
 from memserve.pool.index import Index, Lock, Match
+from memserve.pool.lanes import Lanes
 from memserve.pool.removals import RemovalLog
 from memserve.pool.retention import PoolStats, Retention
 from memserve.pool.transports.base import FailedPull, Pull
@@ -61,7 +73,9 @@ class MemPool:
         retention: keep the blocks of finished sequences for reuse; None = nothing is kept.
         clock: seconds, for the order of eviction.
         on_free: told which blocks have become free (tests poison them; no generation tells of such a write).
-        transfer: how peers are reached, owned from now on; None = they are mapped. Must know this arena.
+        transfer: how peers are reached, owned from now on; None = they are mapped, or none is reached if the
+            host cannot address the arena. Must know this arena.
+        lanes: of the GPU that the arena is on, if it is.
     """
 
     def __init__(
@@ -75,8 +89,10 @@ class MemPool:
         clock: Callable[[], float] = time.monotonic,
         on_free: Callable[[BlockIds], None] | None = None,
         transfer: PeerTransfer | None = None,
+        lanes: Lanes | None = None,
     ) -> None:
         self._arena = arena
+        self._lanes = lanes
         self._addresses = Addresses(instance, incarnation, {Tier.DEVICE: arena.generations})
         self._host: HostTier | None = None
         self._index: Index | None = None
@@ -94,13 +110,14 @@ class MemPool:
         self._instance = instance
         self._wake = wake
         self._allocator = BlockAllocator(arena.num_blocks, arena.generations, on_free)
-        # An arena the host cannot address has no way to pull yet: its peers are unknown, every pull a miss.
-        self._progress = Progress(arena.progress, incarnation)
-        self._transfer = None
-        if arena.blocks is not None:
-            self._transfer = transfer or PeerTransfer(
-                wake, ShmTransfer(arena.blocks, wake, num_layers=arena.geometry.num_layers)
-            )
+        if lanes is None:
+            self._progress = Progress(arena.progress, incarnation)
+        else:
+            self._progress = DeviceProgress(arena.progress, incarnation, lanes.compute.mark)
+        if transfer is None and arena.blocks is not None:
+            shm = ShmTransfer(arena.blocks, wake, num_layers=arena.geometry.num_layers)
+            transfer = PeerTransfer(wake, shm)
+        self._transfer = transfer  # None: peers are unknown, every pull is a miss
         self._is_populated = False
         self._unpopulated: dict[str, PeerArena] = {}
         self._populating: list[threading.Thread] = []
@@ -321,11 +338,7 @@ class MemPool:
         try:
             if self._transfer is None:
                 return
-            ours = self._arena.geometry.block_bytes
-            if grant.block_bytes != ours:
-                raise EngineError(
-                    f"{grant.instance} has blocks of {grant.block_bytes} bytes, {self._instance} of {ours}"
-                )
+            self._check_blocks(grant.instance, grant.block_bytes)
             peer = PeerArena.map(grant, ArenaFds(arena_fd, generations_fd))
         finally:
             os.close(arena_fd)
@@ -337,6 +350,29 @@ class MemPool:
             self._populate_later(peer)
         else:
             self._unpopulated[peer.instance] = peer
+
+    def add_device_peer(self, grant: DeviceGrant, table_fd: int, memory_fd: int | None = None) -> None:
+        """Open a peer's arena on a GPU to pull from; a later grant of the same instance replaces this one.
+        The descriptors are ours from now on. Raises as `add_peer`.
+        """
+        try:
+            if self._transfer is None or grant.memory is None:
+                return
+            self._check_blocks(grant.instance, grant.block_bytes)
+            if grant.num_blocks > grant.max_blocks:
+                raise EngineError(f"{grant.instance} has {grant.num_blocks} blocks of {grant.max_blocks}")
+            table = memfd.map_bytes(table_fd, generation_table_bytes(grant.max_blocks), writable=False)
+            given, memory_fd = memory_fd, None
+            self._transfer.open_device(grant, table.view(np.uint64), given)
+        finally:
+            os.close(table_fd)
+            if memory_fd is not None:
+                os.close(memory_fd)
+
+    def _check_blocks(self, instance: str, block_bytes: int) -> None:
+        ours = self._arena.geometry.block_bytes
+        if block_bytes != ours:
+            raise EngineError(f"{instance} has blocks of {block_bytes} bytes, {self._instance} of {ours}")
 
     def add_sending_peer(self, grant: PeerGrant) -> None:
         """Pull from a peer that cannot be mapped, by asking it; a later life replaces the one before.
@@ -355,11 +391,13 @@ class MemPool:
         """What is to be said to other workers, by way of the router; `wake` tells when there is something."""
         return [] if self._transfer is None else self._transfer.take_control()
 
-    def remove_peer(self, instance: str) -> None:
-        """Forget a peer: pulls from it that are under way still end. Unknown names are ignored."""
+    def remove_peer(self, instance: str, tier: Tier | None = None) -> None:
+        """Forget a peer, or one tier of it: pulls from it that are under way still end. Unknown names are
+        ignored.
+        """
         self._unpopulated.pop(instance, None)
         if self._transfer is not None:
-            self._transfer.remove_peer(instance)
+            self._transfer.remove_peer(instance, tier)
 
     @property
     def progress(self) -> Progress:
@@ -469,6 +507,7 @@ class MemPool:
         self._unpopulated.clear()
         if self._transfer is not None:
             self._transfer.close()
+        self._progress.close()
         for thread in self._populating:
             thread.join()
         self._populating.clear()

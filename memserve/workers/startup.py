@@ -74,6 +74,7 @@ def start(init: Init, channel: SocketChannel, grants: GrantSocket) -> tuple[Work
     _keep_pages()
     device, dtype = torch.device(config.device), TORCH_DTYPES[config.dtype]
     geometry = KVGeometry.of(config.model, config.block_size, config.dtype)
+    every_core = os.sched_getaffinity(0)
     team = _take_cores(config)
     granted = Grants(config, grants)
     weights, digest = _weights(init, channel, granted, device)
@@ -89,7 +90,7 @@ def start(init: Init, channel: SocketChannel, grants: GrantSocket) -> tuple[Work
     if config.caches:
         rank = least_frequently_used if config.eviction == "lfu" else least_recently_used
         retention = Retention(identity, rank, host, tells_removals=True)
-    transfer = _transfer(init, arena, host, identity, doorbell.ring)
+    transfer = _transfer(init, arena, host, identity, doorbell.ring, every_core)
     pool = MemPool(
         arena, config.instance, init.incarnation, doorbell.ring, retention=retention, transfer=transfer
     )
@@ -271,14 +272,19 @@ def _map_arena(granted: Grants, tier: Tier, geometry: KVGeometry, num_blocks: in
 
 
 def _transfer(
-    init: Init, arena: Arena, host: HostArena | None, identity: str, wake: Callable[[], None]
+    init: Init,
+    arena: Arena,
+    host: HostArena | None,
+    identity: str,
+    wake: Callable[[], None],
+    cores: set[int],
 ) -> PeerTransfer | None:
     """What reaches the peers; None where the host cannot address the arena. Before cores are shared out."""
     if arena.blocks is None:
         return None
     config, shm, torch_pool = init.config, None, None
     if "shm" in config.transports:
-        shm = ShmTransfer(arena.blocks, wake, num_layers=arena.geometry.num_layers)
+        shm = ShmTransfer(arena.blocks, wake, num_layers=arena.geometry.num_layers, cores=cores)
     if "torch_distributed" in config.transports:
         second = None if host is None else host.arena
         torch_pool = TorchPool.of(config.instance, init.incarnation, identity, arena, second)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -313,3 +315,23 @@ def test_removing_a_peer_lets_its_pulls_end(make_pool) -> None:
     assert refused is not None and refused.failure == "unknown peer source"
     source.pool.free_mem(ids)
     receiver.pool.free_mem(into)
+
+
+def test_copies_may_run_where_their_maker_may_not() -> None:
+    """A worker keeps to its core; a copy for it takes any that is idle."""
+    every = os.sched_getaffinity(0)
+    if len(every) < 2:
+        pytest.skip("one core")
+    os.sched_setaffinity(0, {min(every)})
+    try:
+        transfer = ShmTransfer(np.zeros((2, 8), np.uint8), lambda: None, cores=every)
+        try:
+            (thread,) = (thread for thread in threading.enumerate() if thread.name == "memserve-pull")
+            deadline = time.monotonic() + 10
+            while os.sched_getaffinity(thread.native_id or 0) != every:
+                assert time.monotonic() < deadline, "it stays on the core of its maker"
+                time.sleep(0.001)
+        finally:
+            transfer.close()
+    finally:
+        os.sched_setaffinity(0, every)

@@ -12,6 +12,7 @@ fails at once and is recomputed.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -54,6 +55,8 @@ class ShmTransfer:
         num_layers: of a block, each as many bytes.
         copy: copies bytes and says how many; tests inject faults here.
         max_queued: pulls that may wait behind the one being copied.
+        cores: where the thread may run; None = where its maker may. A copy should not have to share the core
+            of a worker's step while another is idle.
     """
 
     def __init__(
@@ -64,12 +67,14 @@ class ShmTransfer:
         num_layers: int = 1,
         copy: Copy = copy_bytes,
         max_queued: int = MAX_QUEUED_PULLS,
+        cores: set[int] | None = None,
     ) -> None:
         self._blocks = blocks
         self._wake = wake
         self._num_layers = num_layers
         self._copy = copy
         self._max_queued = max_queued
+        self._cores = cores
         self._peers: dict[tuple[str, Tier], PeerArena] = {}
         self._queue: SimpleQueue[_ShmPull | None] = SimpleQueue()
         self._closing = threading.Event()
@@ -121,6 +126,8 @@ class ShmTransfer:
         return FailedPull(failure)
 
     def _run(self) -> None:
+        if self._cores is not None:
+            os.sched_setaffinity(0, self._cores)
         following: list[_ShmPull] = []  # those whose source is still computing
         while True:
             try:
