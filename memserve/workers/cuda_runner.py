@@ -94,7 +94,7 @@ class CudaRunner:
         pieces, num_rows = lay_out(chunks, self._block_size)
         drawing = [index for index, chunk in enumerate(chunks) if draws(chunk)]
         requests = [chunks[index].request for index in drawing]
-        is_simple = all(request.prompt_logprobs is None for request, _ in chunks) and all(
+        is_simple = all(not request.reports_prompt for request, _ in chunks) and all(
             is_plain(request.sampling) and not request.is_kept_going for request in requests
         )
         model = self._transformer.model

@@ -235,6 +235,11 @@ class Request:
 
     # --- logprobs ---
 
+    @property
+    def reports_prompt(self) -> bool:
+        """Whether the log-probabilities are asked for of what is computed next."""
+        return self.prompt_logprobs is not None and self.num_computed_tokens < self.num_prompt_tokens
+
     def add_prompt_logprobs(self, logprobs: Iterable[TokenLogprobs]) -> None:
         """Append those of the prompt tokens that a chunk predicted."""
         assert self.prompt_logprobs is not None

@@ -73,7 +73,7 @@ def lay_out(chunks: Sequence[Chunk], block_size: int) -> tuple[list[Piece], list
         request, num_new = chunk
         context_len = request.num_computed_tokens
         stop = context_len + num_new
-        if request.prompt_logprobs is not None:
+        if request.reports_prompt:
             wanted, rows = LogitRows.ALL, num_new
         elif draws(chunk):
             wanted, rows = LogitRows.LAST, 1
@@ -109,7 +109,7 @@ def draw(chunks: Sequence[Chunk], num_rows: Sequence[int], logits: torch.Tensor)
         for row in sampled.bad_rows:
             drawn[drawing[row]] = NOT_A_NUMBER
     for index, (request, num_new) in enumerate(chunks):
-        if request.prompt_logprobs is not None:
+        if request.reports_prompt:
             rows_of_prompt = logits[ends[index] - num_rows[index] : ends[index]]
             reported = _prompt_logprobs(request, num_new, rows_of_prompt)
             drawn[index] = drawn[index]._replace(prompt_logprobs=reported)
