@@ -48,7 +48,7 @@ from memserve.pool.device_progress import DeviceProgress
 from memserve.pool.host_tier import HostTier
 from memserve.pool.incoming import Incoming, begin_transfer
 from memserve.pool.index import Index, Lock, Match
-from memserve.pool.lanes import Lanes
+from memserve.pool.lanes import AllMarks, Lanes, Mark
 from memserve.pool.removals import RemovalLog
 from memserve.pool.retention import PoolStats, Retention
 from memserve.pool.transports.base import FailedPull, Pull
@@ -403,6 +403,21 @@ class MemPool:
     def progress(self) -> Progress:
         """Whoever computes into our blocks tells here how far it has got, layer by layer."""
         return self._progress
+
+    @property
+    def tells_layers(self) -> bool:
+        """Whether `progress` tells when a layer has been written, and not only when it was launched."""
+        return self._arena.blocks is not None or self._lanes is not None
+
+    def compute_mark(self) -> Mark | None:
+        """When all that was launched so far has been computed; None = it has."""
+        return None if self._lanes is None else self._lanes.compute.mark()
+
+    def swaps_mark(self) -> Mark | None:
+        """When all swaps so far are done; None = they are."""
+        if self._lanes is None or self._host is None:
+            return None
+        return AllMarks((self._lanes.swap_out.mark(), self._lanes.swap_in.mark()))
 
     def fetch(self, refs: BlockRefs, into: ArrayLike, layers_from: int | None = None) -> Pull:
         """Pull blocks at `refs` into our blocks `into`, in order: the paper's `transfer`, by the receiver.

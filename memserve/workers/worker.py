@@ -36,6 +36,7 @@ from memserve.messages import (
     Cancel,
     Connect,
     Decode,
+    DeviceGrant,
     Failed,
     FinishReason,
     Measure,
@@ -76,6 +77,8 @@ ARRIVAL_LOOKS = 9
 ARRIVAL_LOOK_S = 0.00025
 # How often within a time to live it is looked what is over it.
 EXPIRY_LOOKS = 4
+# How often an idle loop looks whether what it has to tell is true by now: a GPU rings no doorbell.
+HELD_LOOK_S = 2e-4
 
 
 class Worker:
@@ -97,9 +100,7 @@ class Worker:
         self._executor = Executor(runner, pool, config.max_model_len)
         self._overlaps = runner.overlaps
         self._flight: Flight | None = None
-        self._publisher = Publisher(
-            pool, channel.send, by_layer=config.device == "cpu" and not runner.overlaps
-        )
+        self._publisher = Publisher(pool, channel.send)
         self._clock = clock
         self._scheduler = Scheduler(pool, config.block_size, config.max_running, caches=config.caches)
         self.budget = StepBudget(config.max_batch_tokens, config.max_step_ms, pair_cost(config.model))
@@ -122,10 +123,14 @@ class Worker:
             if not self.step() and not self._stopping:
                 self._receive_grants()
                 ttl_s = self._config.cache_ttl_s
-                doorbell.wait(None if ttl_s is None else ttl_s / EXPIRY_LOOKS)
+                pause_s = None if ttl_s is None else ttl_s / EXPIRY_LOOKS
+                doorbell.wait(HELD_LOOK_S if self._publisher.is_holding else pause_s)
 
     def step(self) -> bool:
         """One turn of the loop. False = there is nothing to do until the doorbell rings."""
+        if self._config.device != "cpu":
+            self._receive_grants()  # a peer that died keeps its memory until we let go of it
+            self._publisher.flush()
         for message in self._channel.receive():
             self._handle(message)
         for control in self._pool.take_control():
@@ -260,8 +265,13 @@ class Worker:
                     self._pool.add_sending_peer(grant)
                 except MemserveError as error:
                     logger.error("cannot pull from %s: %s", grant.instance, error)
+            case DeviceGrant() if grant.instance != self._config.instance and 0 < len(fds) <= 2:
+                try:
+                    self._pool.add_device_peer(grant, *fds)
+                except MemserveError as error:
+                    logger.error("cannot open the arena of %s: %s", grant.instance, error)
             case RevokeGrant():
-                self._pool.remove_peer(grant.instance)
+                self._pool.remove_peer(grant.instance, grant.tier)
             case _:
                 logger.error("an unexpected %s with %d descriptors", type(grant).__name__, len(fds))
                 for fd in fds:
@@ -384,6 +394,10 @@ class Worker:
 
     def _tell(self, chunks: Sequence[Chunk], drawn: Sequence[Drawn]) -> None:
         """Take the drawn tokens and tell the router: one message for all decodes, one for each prefill."""
+        if not self._overlaps and all(result.token_id is None for result in drawn):
+            # A token that is here came out of the step on the same stream, after all that the step has
+            # written. Without one the step may have yet to run, unless it was waited for.
+            self._publisher.hold(self._pool.compute_mark())
         outputs: list[Output] = []
         prefilled: list[tuple[Request, Drawn, FinishReason | None]] = []
         for (request, _), result in zip(chunks, drawn, strict=True):

@@ -185,6 +185,7 @@ class Supervisor:
         self._introduce(life)
         reason = await life.dead(self._ping_deadline_s, self._timing.startup_silence_s)
         instance.life = None
+        self._revoke_exports(config.instance)
         up_s = None if life.ready is None else asyncio.get_running_loop().time() - life.ready_at
         return _Death(reason, up_s, life.fatal)
 
@@ -212,6 +213,18 @@ class Supervisor:
                 self._memory.grant_peer(life.process.grants, peer.instance, incarnation)
             case "torch_distributed":
                 self._memory.name_peer(life.process.grants, peer.instance, incarnation)
+            case "cuda_ipc":
+                self._memory.grant_peer(life.process.grants, peer.instance, incarnation)
+                self._memory.grant_device(life.process.grants, peer.instance, incarnation)
+
+    def _revoke_exports(self, instance: str) -> None:
+        """A dead worker's GPU memory is not to be read any more: its peers let go of it."""
+        assert self._memory is not None
+        if self._memory.forget_exports(instance):
+            for peer in self._lives():
+                if peer.introduced_at is not None:
+                    with _refusal_closes(peer):
+                        self._memory.revoke_device(peer.process.grants, instance)
 
     def _on_message(self, life: WorkerLife, message: ToRouter) -> None:
         if self._stopping is not None:
@@ -238,14 +251,22 @@ class Supervisor:
         assert self._memory is not None and self._all_up is not None
         if not self._fits(life, ready):
             return
+        try:
+            self._memory.take_exports(life.process.grants, life.config.instance)
+        except (OSError, ValueError) as error:
+            life.client.close(f"exported no memory of its GPU: {error}")
+            return
         life.ready = ready
         life.ready_at = asyncio.get_running_loop().time()
-        if life.incarnation > 0:
-            # The peers hold this arena under the incarnation before: right until now, for what it still held.
-            for peer in self._lives():
-                if peer is not life and peer.introduced_at is not None:
-                    with _refusal_closes(peer):
-                        self._introduce_peer(peer, life.config, life.incarnation)
+        for peer in self._lives():
+            if peer is life or peer.introduced_at is None:
+                continue
+            with _refusal_closes(peer):
+                if life.incarnation > 0:
+                    # They hold it under the incarnation before: right until now, for what it still held.
+                    self._introduce_peer(peer, life.config, life.incarnation)
+                elif between(peer.config, life.config) == "cuda_ipc":
+                    self._memory.grant_device(peer.process.grants, life.config.instance, 0)
         self._events.on_worker_up(life.config, life.incarnation, ready)
         if not self._all_up.done() and all(
             instance.life is not None and instance.life.ready is not None

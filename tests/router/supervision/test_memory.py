@@ -206,7 +206,10 @@ def test_gpu_too_small_for_the_weights() -> None:
     with pytest.raises(MemoryError_, match="2 workers with .* of weights each do not fit"):
         plan(ServeConfig(colocated=2), make_machine(gpus=(2 * GIB,)))
     with pytest.raises(MemoryError_, match="1 worker with .* of weights do not fit"):
-        plan(ServeConfig(), make_machine(gpus=(1 * GIB,)))
+        plan(ServeConfig(colocated=1), make_machine(gpus=(1 * GIB,)))
+    # whoever did not ask for two workers is told of one
+    with pytest.raises(MemoryError_, match=r"2 workers with .* each \(--colocated 1 needs one\) do not fit"):
+        plan(ServeConfig(), make_machine(gpus=(2 * GIB,)))
 
 
 def test_length_on_a_gpu() -> None:
@@ -220,13 +223,14 @@ def test_length_on_a_gpu() -> None:
     assert config.max_model_len == 131072
 
 
-def test_roles_on_gpus_are_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
-    plan(ServeConfig(), make_machine(gpus=(70 * GIB,) * 2))
-    plan(ServeConfig(prefill=2, decode=2), make_machine())
+def test_a_table_on_a_gpu_has_room_for_whatever_pool_there_will_be(caplog: pytest.LogCaptureFixture) -> None:
+    configs = plan(ServeConfig(prefill=1, decode=1), make_machine(gpus=(70 * GIB,) * 2))
+    for config in configs:
+        assert config.transports == ("cuda_ipc",)
+        assert config.max_blocks * config.block_size * TOKEN_BYTES <= 72 * GIB
+        assert (config.max_blocks + 1) * config.block_size * TOKEN_BYTES > 72 * GIB
+    assert [config.max_blocks for config in plan(ServeConfig(), make_machine())] == [0, 0]
     assert caplog.messages == []
-    plan(ServeConfig(prefill=2, decode=2), make_machine(gpus=(70 * GIB,) * 2))
-    assert len(caplog.messages) == 1
-    assert "--colocated 2 avoids that" in caplog.text
 
 
 # --- whatever the machine --------------------------------------------------------------------------------
