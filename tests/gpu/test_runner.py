@@ -146,7 +146,7 @@ class Lists:
 def run(
     model: ModelConfig, device: str, num_blocks: int, runner_of: Callable[[torch.Tensor], Runner]
 ) -> tuple[dict[str, list[int]], int]:
-    """Tokens by request, and the number of preemptions. Requests come one by one, one of them is cancelled."""
+    """Tokens by request, and the number of preemptions. Requests come one by one; one is cancelled."""
     arena = Arena.on_device(KVGeometry.of(model, BLOCK_SIZE, "float32"), num_blocks, torch.device(device))
     pool, channel = MemPool(arena, "colocated-0", 0, lambda: None), Lists()
     worker = Worker(make_config(model, num_blocks=num_blocks), channel, Lists(), pool, runner_of(pool.kv))
