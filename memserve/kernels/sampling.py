@@ -20,11 +20,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from memserve.kernels.logit_edits import SamplingRow, collect_edits, edit_logits
 from memserve.messages import SamplingParams, TokenLogprobs
+
+__all__ = ["GREEDY_BELOW", "Sampled", "SamplingRow", "exponentials", "sample", "token_logprobs"]
 
 # Below this, dividing by the temperature would only lose digits: greedy, as in vLLM.
 GREEDY_BELOW = 1e-5
@@ -36,20 +38,6 @@ _BLOCK = 64
 
 # Elements of logits whose log-softmax is held at once (64 MB).
 _LOGPROBS_ELEMENTS = 1 << 24
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingRow:
-    """What is known of the sequence behind one row of logits.
-
-    `position` is the absolute position of the token to be drawn. `prompt_ids` and `output_ids` are its
-    past, which penalties look at; ids that the logits have no column for are ignored.
-    """
-
-    params: SamplingParams
-    position: int
-    prompt_ids: NDArray[np.int32]
-    output_ids: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +59,9 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> Sampled:
     assert len(rows) == num_rows and logits.dtype == torch.float32
     if num_rows == 0:
         return Sampled([], [])
-    edited = _edit(logits, rows)
-    best, greedy_ids = argmax(edited)
+    edits = collect_edits(rows, vocab_size)
+    edited = logits if edits.is_empty else edit_logits(logits, edits.on(logits.device))
+    best, greedy_ids = _argmax(edited)
     token_ids = greedy_ids
     random = [i for i, row in enumerate(rows) if row.params.temperature >= GREEDY_BELOW]
     if random:
@@ -108,17 +97,9 @@ def exponentials(seeds: Iterable[int], positions: Iterable[int], counters: Tenso
     Hashes of (seed, position, counter) by three rounds of splitmix64, of which the top 52 bits are a number
     strictly between 0 and 1; its negative logarithm is exponentially distributed.
     """
-    return _waits(row_hashes(seeds, positions).to(counters.device), counters)
-
-
-def row_hashes(seeds: Iterable[int], positions: Iterable[int]) -> Tensor:
-    """int64 [R], on the CPU: all that the draw of a row needs to know of its (seed, position)."""
     state = np.array([seed & 0xFFFFFFFFFFFFFFFF for seed in seeds], dtype=np.uint64).view(np.int64)
     position = torch.from_numpy(np.fromiter(positions, dtype=np.int64, count=len(state)))
-    return _mix(_mix(torch.from_numpy(state) + _GOLDEN) + (position + 1) * _GOLDEN)
-
-
-def _waits(row: Tensor, counters: Tensor) -> Tensor:
+    row = _mix(_mix(torch.from_numpy(state) + _GOLDEN) + (position + 1) * _GOLDEN).to(counters.device)
     bits = _mix(row.unsqueeze(1) + (counters + 1) * _GOLDEN)
     uniform = (_shift(bits, 12).double() + 0.5) * 2.0**-52
     return uniform.log_().neg_()
@@ -144,70 +125,6 @@ def _shift(bits: Tensor, count: int) -> Tensor:
     return (bits >> count) & ((1 << (64 - count)) - 1)
 
 
-# --- what the parameters do to the logits ------------------------------------------------------------------
-
-
-class _Entries:
-    """Entries (row, id, value) of a [R, V] tensor, collected row by row for one scatter."""
-
-    def __init__(self, vocab_size: int) -> None:
-        self._vocab_size = vocab_size
-        self._flat: list[NDArray[np.int64]] = []
-        self._values: list[NDArray[np.float32]] = []
-
-    def add(self, row: int, ids: NDArray[np.int64], values: NDArray[np.float32] | float) -> None:
-        known = (ids >= 0) & (ids < self._vocab_size)
-        self._flat.append(ids[known] + row * self._vocab_size)
-        self._values.append(np.broadcast_to(np.asarray(values, dtype=np.float32), ids.shape)[known])
-
-    def __bool__(self) -> bool:
-        return bool(self._flat)
-
-    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Indices into the flattened tensor, int64, and the values, float32."""
-        flat, values = np.concatenate(self._flat), np.concatenate(self._values)
-        return torch.from_numpy(flat).to(device), torch.from_numpy(values).to(device)
-
-
-def _edit(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """Logits after bias, min_tokens and penalties; `logits` itself if nothing of the kind is asked for."""
-    vocab_size = logits.shape[1]
-    bias, masked = _Entries(vocab_size), _Entries(vocab_size)
-    repetition, presence = _Entries(vocab_size), _Entries(vocab_size)
-    for i, row in enumerate(rows):
-        params = row.params
-        if params.logit_bias:
-            biased, amounts = zip(*params.logit_bias, strict=True)
-            bias.add(i, np.array(biased, dtype=np.int64), np.array(amounts, dtype=np.float32))
-        if len(row.output_ids) < params.min_tokens and params.stop_token_ids:
-            masked.add(i, np.array(params.stop_token_ids, dtype=np.int64), -np.inf)
-        if params.repetition_penalty != 1.0:
-            seen = np.concatenate((row.prompt_ids, row.output_ids)).astype(np.int64)
-            repetition.add(i, seen, params.repetition_penalty)
-        if (params.presence_penalty or params.frequency_penalty) and len(row.output_ids):
-            ids, counts = np.unique(np.asarray(row.output_ids, dtype=np.int64), return_counts=True)
-            presence.add(i, ids, -(params.presence_penalty + params.frequency_penalty * counts))
-    if not (bias or masked or repetition or presence):
-        return logits
-
-    edited = logits.clone(memory_format=torch.contiguous_format)
-    flat_logits = edited.view(-1)
-    if bias:
-        flat, values = bias.on(logits.device)
-        flat_logits.index_add_(0, flat, values)  # an id given twice counts twice
-    if masked:
-        flat, values = masked.on(logits.device)
-        flat_logits[flat] = values
-    if repetition:
-        flat, values = repetition.on(logits.device)
-        old = flat_logits[flat]  # a token seen twice is written twice, with the same value
-        flat_logits[flat] = torch.where(old > 0, old / values, old * values)
-    if presence:
-        flat, values = presence.on(logits.device)
-        flat_logits.index_add_(0, flat, values)
-    return edited
-
-
 # --- the draw ----------------------------------------------------------------------------------------------
 
 
@@ -225,8 +142,7 @@ def _draw(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     elif truncated:
         chosen = torch.tensor(truncated, device=device)
         probs = probs.index_copy(0, chosen, _truncate(probs[chosen], [params[i] for i in truncated]))
-    hashes = row_hashes((p.seed for p in params), (row.position for row in rows))
-    return race(probs, hashes.to(device))
+    return _race(probs, [p.seed for p in params], [row.position for row in rows])
 
 
 def _truncate(probs: Tensor, params: Sequence[SamplingParams]) -> Tensor:
@@ -305,9 +221,8 @@ def _keep_nucleus(weights: Tensor, top_p: Tensor, is_cut: Tensor) -> Tensor:
     return weights * ((weights > edge) | (at_edge & (at_edge.cumsum(dim=1) <= num_at_edge)))
 
 
-def race(weights: Tensor, hashes: Tensor) -> Tensor:
-    """int64 [R]: the column of `weights` [R, V] that arrives first, by `row_hashes` [R] on its device; its
-    weight is positive.
+def _race(weights: Tensor, seeds: Sequence[int], positions: Sequence[int]) -> Tensor:
+    """int64 [R]: the column of `weights` [R, V] that arrives first; its weight is positive.
 
     The blocks race by their sums, and then the columns of the fastest: V / 64 + 64 hashes a row instead of
     V. A row of NaN or of nothing gives some column.
@@ -316,14 +231,14 @@ def race(weights: Tensor, hashes: Tensor) -> Tensor:
     blocks = _blocks(weights, 0.0)
     # Counters: the columns first, then the blocks, so that no hash is used twice.
     counters = torch.arange(vocab_size, vocab_size + blocks.shape[1], device=weights.device).unsqueeze(0)
-    block = (_waits(hashes, counters) / blocks.sum(dim=2)).argmin(dim=1, keepdim=True)
+    block = (exponentials(seeds, positions, counters) / blocks.sum(dim=2)).argmin(dim=1, keepdim=True)
     inside = blocks.gather(1, block.unsqueeze(2).expand(-1, -1, _BLOCK)).squeeze(1)
     columns = block * _BLOCK + torch.arange(_BLOCK, device=weights.device)
-    fastest = (_waits(hashes, columns) / inside).argmin(dim=1, keepdim=True)
+    fastest = (exponentials(seeds, positions, columns) / inside).argmin(dim=1, keepdim=True)
     return columns.gather(1, fastest).squeeze(1).clamp(max=vocab_size - 1)
 
 
-def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+def _argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Maximum [R] of each row and the lowest id [R] that has it; NaN where there is one."""
     blocks = _blocks(logits, -torch.inf)
     maxima = blocks.amax(dim=2)

@@ -143,11 +143,11 @@ def _tensors(buffer: Tensor, shape: StepShape) -> dict[str, Tensor]:
 class Staging:
     """Host buffers in turn, each rewritten only once the copy that last read it is over.
 
-    With two of them a step is laid out while the copy of the one before may still wait in its stream; a
-    third use waits for the first (`write`), which by then is long over.
+    A step takes one for its tensors and one for its sampling, so with four of them a step is laid out while
+    the copies of the one before may still wait in their stream.
     """
 
-    def __init__(self, device: torch.device, num_buffers: int = 2) -> None:
+    def __init__(self, device: torch.device, num_buffers: int = 4) -> None:
         self._device = device
         self._is_cuda = device.type == "cuda"
         self._buffers: list[Tensor] = [torch.empty(0, dtype=torch.uint8)] * num_buffers

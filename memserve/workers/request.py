@@ -211,8 +211,9 @@ class Request:
 
     @property
     def is_kept_going(self) -> bool:
-        """Whether the next token may not be one that stops it."""
-        return self.num_tokens - self.num_prompt_tokens < self.sampling.min_tokens
+        """Whether the next token, or the one before it, may not be one that stops it."""
+        min_tokens = self.sampling.min_tokens
+        return min_tokens > 0 and self.num_tokens - self.num_prompt_tokens <= min_tokens
 
     def take_table(self) -> BlockTable:
         """Its blocks, which the caller now owns."""

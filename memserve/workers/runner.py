@@ -98,7 +98,7 @@ def draw(chunks: Sequence[Chunk], num_rows: Sequence[int], logits: torch.Tensor)
     drawing = [index for index, chunk in enumerate(chunks) if draws(chunk)]
     drawn = [NOT_DRAWN] * len(chunks)
     if drawing:
-        rows = [_sampling_row(chunks[index].request) for index in drawing]
+        rows = [sampling_row(chunks[index].request) for index in drawing]
         if len(drawing) < len(logits):
             last_rows = torch.tensor([ends[index] - 1 for index in drawing], device=logits.device)
             sampled = sample(logits.index_select(0, last_rows), rows)
@@ -116,7 +116,8 @@ def draw(chunks: Sequence[Chunk], num_rows: Sequence[int], logits: torch.Tensor)
     return drawn
 
 
-def _sampling_row(request: Request) -> SamplingRow:
+def sampling_row(request: Request) -> SamplingRow:
+    """What is known of the sequence behind the row that draws a request's next token."""
     return SamplingRow(request.sampling, request.num_tokens, request.prompt_ids, request.output_ids)
 
 

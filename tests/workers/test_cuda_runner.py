@@ -98,30 +98,30 @@ SAMPLINGS = (
 )
 
 
-def send_all(rig, tools, vocab_size: int) -> list[str]:
+def send_all(rig, tools, vocab_size: int, count: int) -> list[str]:
     names = []
-    for i, length in enumerate((1, 17, 5, 16, 9, 23)):
+    for i, length in enumerate((1, 5, 9, 4, 17, 3)[:count]):
         prompt = [token_id % vocab_size for token_id in tools.prompt(length, i)]
-        rig.send(tools.decode(f"r{i}", prompt, max_tokens=5, **SAMPLINGS[i % len(SAMPLINGS)]))
+        rig.send(tools.decode(f"r{i}", prompt, max_tokens=4, **SAMPLINGS[i % len(SAMPLINGS)]))
         names.append(f"r{i}")
         rig.worker.step()
     return names
 
 
-def transcripts(rig, tools, vocab_size: int):
-    names = send_all(rig, tools, vocab_size)
+def transcripts(rig, tools, vocab_size: int, count: int):
+    names = send_all(rig, tools, vocab_size, count)
     rig.run()
     messages = rig.take()
     rig.assert_idle()
     return {name: tools.Transcript.of(messages, name) for name in names}
 
 
-@pytest.mark.parametrize("kind", ["eager", "graphs"])
-def test_the_tokens_of_the_plain_runner(make_real, tools, parts, kind):
+@pytest.mark.parametrize(("kind", "count"), [("eager", 3), ("graphs", 6)])
+def test_the_tokens_of_the_plain_runner(make_real, tools, parts, kind, count):
     vocab_size = parts[0].model.vocab_size
     rig = make_real(kind, max_batch_tokens=40)
-    expected = transcripts(make_real("plain", max_batch_tokens=40), tools, vocab_size)
-    found = transcripts(rig, tools, vocab_size)
+    expected = transcripts(make_real("plain", max_batch_tokens=40), tools, vocab_size, count)
+    found = transcripts(rig, tools, vocab_size, count)
     for name, wanted in expected.items():
         heard = found[name]
         assert heard.failed is None and wanted.failed is None
@@ -132,8 +132,9 @@ def test_the_tokens_of_the_plain_runner(make_real, tools, parts, kind):
             if output.logprobs is not None:
                 assert output.logprobs[0].rank == other.logprobs[0].rank
                 assert output.logprobs[0].logprob == pytest.approx(other.logprobs[0].logprob, abs=1e-3)
-    assert {heard.finish_reason for heard in found.values()} == {FinishReason.STOP, FinishReason.LENGTH}
-    assert (rig.runner.fake.num_replays > 3) == (kind == "graphs")
+    if count == 6:
+        assert {heard.finish_reason for heard in found.values()} == {FinishReason.STOP, FinishReason.LENGTH}
+    assert (rig.runner.fake.num_replays > 2) == (kind == "graphs")
 
 
 def test_steps_overlap_and_tokens_are_fed_on_the_device(make_real, tools, parts):
@@ -156,10 +157,10 @@ def test_prefills_cancels_and_preemptions(make_real, tools, parts):
     vocab_size = parts[0].model.vocab_size
     heard = {}
     for kind in ("plain", "graphs"):
-        rig = make_real(kind, num_blocks=9, max_batch_tokens=64)
+        rig = make_real(kind, num_blocks=5, max_batch_tokens=64)
         for i in range(3):
-            prompt = [token_id % vocab_size for token_id in tools.prompt(8, i)]
-            rig.send(tools.decode(f"r{i}", prompt, max_tokens=9, temperature=0.0))
+            prompt = [token_id % vocab_size for token_id in tools.prompt(4, i)]
+            rig.send(tools.decode(f"r{i}", prompt, max_tokens=5, temperature=0.0))
         for _ in range(3):
             rig.worker.step()
         rig.send(tools.prefill("p", prompt, temperature=0.0))

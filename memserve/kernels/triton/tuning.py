@@ -15,6 +15,7 @@ import msgspec
 import torch
 
 DEFAULT = "default"
+INTERPRETER = "interpreter"
 Config = TypeVar("Config")
 
 
@@ -51,9 +52,9 @@ class Tuning(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, device: torch.device) -> Tuning:
-        """For `device`: a GPU's by its name; elsewhere (the interpreter) the defaults and 4 processors."""
+        """For `device`: a GPU by its name; the interpreter, whose 4 processors are made up, elsewhere."""
         if device.type != "cuda":
-            return cls(4, read_configs(DEFAULT))
+            return cls(4, read_configs(INTERPRETER))
         properties = torch.cuda.get_device_properties(device)
         return cls(properties.multi_processor_count, read_configs(file_name(properties.name)))
 
@@ -79,6 +80,8 @@ def read_configs(name: str) -> KernelConfigs:
     if name == DEFAULT or not own.is_file():
         return merged
     found = msgspec.json.decode(own.read_bytes(), type=KernelConfigs)
+    if name == INTERPRETER:
+        return found
     return KernelConfigs(
         prefill={**merged.prefill, **found.prefill}, decode={**merged.decode, **found.decode}
     )
@@ -86,7 +89,7 @@ def read_configs(name: str) -> KernelConfigs:
 
 def _nearest(configs: dict[str, Config], element_bytes: int, block_d: int) -> Config:
     """The entry of that size, else the next wider one's: what fits a wider head fits."""
-    while f"{element_bytes}x{block_d}" not in configs:
-        block_d *= 2
-        assert block_d <= 512, f"no tile shapes for elements of {element_bytes} bytes and such heads"
-    return configs[f"{element_bytes}x{block_d}"]
+    sizes = [block_d << step for step in range(5)]
+    fitting = [key for size in sizes if (key := f"{element_bytes}x{size}") in configs]
+    assert fitting, f"no tile shapes for elements of {element_bytes} bytes and heads of {block_d}"
+    return configs[fitting[0]]
