@@ -51,6 +51,7 @@ from memserve.pool.index import Index, Lock, Match
 from memserve.pool.lanes import AllMarks, Lanes, Mark
 from memserve.pool.removals import RemovalLog
 from memserve.pool.retention import PoolStats, Retention
+from memserve.pool.swaps import Cooling, LaneSwaps
 from memserve.pool.transports.base import FailedPull, Pull
 from memserve.pool.transports.by_peer import PeerTransfer
 from memserve.pool.transports.shm import ShmTransfer
@@ -58,6 +59,8 @@ from memserve.pool.transports.shm import ShmTransfer
 logger = logging.getLogger(__name__)
 
 _POPULATE_NICENESS = 10
+# Where evictions are copies beside the steps: the share of the pool that is kept free.
+_AHEAD_SHARE = 32
 
 
 _NO_BLOCKS: BlockIds = np.empty(0, dtype=np.int64)
@@ -103,13 +106,19 @@ class MemPool:
                 self._removals = RemovalLog(self._addresses)
             if (host := retention.host) is not None:
                 self._addresses.generations[Tier.HOST] = host.arena.generations
-                self._host = HostTier(host.arena, arena, host.num_blocks, self._removals, host.on_free)
+                swaps = None
+                if lanes is not None and host.pins is not None:
+                    swaps = LaneSwaps(host.arena, arena, lanes, host.pins)
+                self._host = HostTier(host.arena, arena, host.num_blocks, self._removals, host.on_free, swaps)
             self._index = Index(arena.geometry.block_size, retention.rank, self._host)
             self._namespace = f"{retention.fingerprint}/"
         self._clock = clock
         self._instance = instance
         self._wake = wake
         self._allocator = BlockAllocator(arena.num_blocks, arena.generations, on_free)
+        self._cooling: Cooling | None = None
+        if lanes is not None and self._host is not None:
+            self._cooling = Cooling(self._allocator, lanes)
         if lanes is None:
             self._progress = Progress(arena.progress, incarnation)
         else:
@@ -141,7 +150,12 @@ class MemPool:
     @property
     def num_available(self) -> int:
         """Blocks that `alloc_mem` could give now: the free ones, and those that it would evict."""
-        return self._allocator.num_free + (0 if self._index is None else self._index.num_evictable)
+        return self._num_free + (0 if self._index is None else self._index.num_evictable)
+
+    @property
+    def _num_free(self) -> int:
+        """Blocks that nobody has, those that are still being copied to the host included."""
+        return self._allocator.num_free + (0 if self._cooling is None else self._cooling.num_blocks)
 
     @property
     def block_size(self) -> int:
@@ -159,9 +173,13 @@ class MemPool:
         """
         if tier is Tier.HOST:
             return self._alloc_host(num_blocks)
-        num_lacking = num_blocks - self._allocator.num_free
+        num_lacking = num_blocks - self._num_free
         if num_lacking > 0 and self._index is not None and num_lacking <= self._index.num_evictable:
             self._evict(num_lacking)
+        if self._cooling is not None:
+            self._cooling.poll()
+            if num_blocks <= self._num_free:
+                self._cooling.take(num_blocks - self._allocator.num_free)
         return self._allocator.allocate(num_blocks)
 
     def free_mem(self, ids: ArrayLike, tier: Tier = Tier.DEVICE) -> None:
@@ -225,6 +243,19 @@ class MemPool:
         """Take note of what goes on beside the loop; cheap."""
         if self._host is not None:
             self._host.absorb()
+        if self._cooling is not None:
+            self._cooling.poll()
+            self._evict_ahead(self._cooling)
+
+    def _evict_ahead(self, cooling: Cooling) -> None:
+        """Swap out before room is needed, so that no step waits for the copies: a little, and only what the
+        host tier has room for.
+        """
+        assert self._host is not None and self._index is not None
+        num_lacking = self.num_blocks // _AHEAD_SHARE - self._num_free
+        num_blocks = min(num_lacking, self._host.num_free, self._index.num_evictable)
+        if num_blocks > 0:
+            self._evict(num_blocks)
 
     # --- the index -----------------------------------------------------------------------------------------
 
@@ -487,7 +518,7 @@ class MemPool:
 
     def stats(self) -> PoolStats:
         """Blocks by state, now; from any thread."""
-        free, total = self._allocator.num_free, self._allocator.num_blocks
+        free, total = self._num_free, self._allocator.num_blocks
         historical = 0 if self._index is None else self._index.num_evictable
         return PoolStats(
             free=free,
@@ -558,7 +589,10 @@ class MemPool:
 
     def _evict(self, num_blocks: int) -> None:
         assert self._index is not None
-        self._free_historical(self._index.evict(num_blocks))
+        blocks = self._index.evict(num_blocks)
+        self._free_historical(blocks)
+        if self._cooling is not None:
+            self._cooling.add(blocks)
 
     def _forget(self, give_up: Callable[[Index], BlockIds]) -> int:
         """Free what the index gives up, in both tiers; how many blocks."""

@@ -44,6 +44,7 @@ from memserve.models.weights import Weights, load_weights_to_device, map_weights
 from memserve.pool.arena import Arena, ArenaFds
 from memserve.pool.eviction import least_frequently_used, least_recently_used
 from memserve.pool.mempool import MemPool
+from memserve.pool.pinned import CudaPins
 from memserve.pool.retention import HostArena, Retention
 from memserve.pool.transports.by_peer import PeerTransfer
 from memserve.pool.transports.cuda_ipc import CudaTransfer
@@ -87,7 +88,7 @@ def start(init: Init, channel: SocketChannel, grants: GrantSocket) -> tuple[Work
     gpu = gpu_of(config, device)
     gpu_model = None if device.type == "cpu" else _gpu_model(config, weights, device)
     arena = _arena(init, geometry, granted, gpu_model, gpu)
-    host = _host_arena(config, geometry, granted)
+    host = _host_arena(config, geometry, granted, gpu)
     granted.close()
 
     doorbell = Doorbell()
@@ -295,10 +296,13 @@ def _arena(
     return _map_arena(granted, Tier.DEVICE, geometry, config.num_blocks)
 
 
-def _host_arena(config: WorkerConfig, geometry: KVGeometry, granted: Grants) -> HostArena | None:
+def _host_arena(
+    config: WorkerConfig, geometry: KVGeometry, granted: Grants, gpu: Gpu | None
+) -> HostArena | None:
     if config.host_blocks is None:
         return None
-    return HostArena(_map_arena(granted, Tier.HOST, geometry, config.max_host_blocks), config.host_blocks)
+    arena = _map_arena(granted, Tier.HOST, geometry, config.max_host_blocks)
+    return HostArena(arena, config.host_blocks, pins=None if gpu is None else CudaPins(gpu.device))
 
 
 def _map_arena(granted: Grants, tier: Tier, geometry: KVGeometry, num_blocks: int) -> Arena:
