@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from memserve.config import WorkerConfig
+from memserve.cuda.memory import DeviceExport
 from memserve.errors import EngineError
 from memserve.memfd import map_bytes
 from memserve.messages import (
@@ -40,7 +41,7 @@ from memserve.messages import (
 )
 from memserve.model_config import KVGeometry, blocks_for, fingerprint
 from memserve.models.transformer import Transformer
-from memserve.models.weights import Weights, load_weights_to_device, map_weights, write_weights
+from memserve.models.weights import Weights, map_weights, write_weights
 from memserve.pool.arena import Arena, ArenaFds
 from memserve.pool.eviction import least_frequently_used, least_recently_used
 from memserve.pool.mempool import MemPool
@@ -55,6 +56,7 @@ from memserve.torch_dtypes import TORCH_DTYPES
 from memserve.workers.budget import StepBudget
 from memserve.workers.channel import Channel, Doorbell, GrantSocket, ReceivedGrant, SocketChannel
 from memserve.workers.gpu_arena import export_arena, gpu_of, make_arena
+from memserve.workers.gpu_weights import GpuLoader
 from memserve.workers.request import Request
 from memserve.workers.runner import ModelRunner
 from memserve.workers.steps import Chunk, Runner
@@ -83,8 +85,8 @@ def start(init: Init, channel: SocketChannel, grants: GrantSocket) -> tuple[Work
     geometry = KVGeometry.of(config.model, config.block_size, config.dtype)
     every_core = os.sched_getaffinity(0)
     team = _take_cores(config)
-    granted = Grants(config, grants)
-    weights, digest = _weights(init, channel, granted, device)
+    granted = Grants(init, grants)
+    weights, digest = _weights(init, channel, granted, grants, device)
     gpu = gpu_of(config, device)
     gpu_model = None if device.type == "cpu" else _gpu_model(config, weights, device)
     arena = _arena(init, geometry, granted, gpu_model, gpu)
@@ -157,7 +159,8 @@ class Grants:
     generation table. Peers that came early wait.
     """
 
-    def __init__(self, config: WorkerConfig, source: GrantSocket) -> None:
+    def __init__(self, init: Init, source: GrantSocket) -> None:
+        config = init.config
         self.peers: list[ReceivedGrant] = []
         self._arenas: dict[Tier, ReceivedGrant] = {}
         self._weights: ReceivedGrant | None = None
@@ -165,7 +168,8 @@ class Grants:
         needed = {Tier.DEVICE} if is_cpu or "cuda_ipc" in config.transports else set()
         if config.host_blocks is not None:
             needed.add(Tier.HOST)
-        while not needed <= self._arenas.keys() or (is_cpu and self._weights is None):
+        needs_weights = is_cpu or init.weights_manifest is not None
+        while not needed <= self._arenas.keys() or (needs_weights and self._weights is None):
             for received in source.wait():
                 match received.grant:
                     case ArenaGrant(instance=config.instance, tier=tier):
@@ -195,6 +199,14 @@ class Grants:
         grant = self._weights.grant
         assert isinstance(grant, WeightsGrant)
         return self._weights.fds[0], grant.num_bytes
+
+    def gpu_weights(self) -> tuple[DeviceExport, int] | None:
+        """What another worker on the same GPU has loaded, and its descriptor, the caller's from now on."""
+        received, self._weights = self._weights, None
+        if received is None:
+            return None
+        assert isinstance(received.grant, WeightsGrant) and received.grant.memory is not None
+        return received.grant.memory, received.fds[0]
 
     def close(self) -> None:
         """Close the descriptors of arena and weights: mappings do not need them."""
@@ -233,16 +245,21 @@ def _thread_ids() -> set[int]:
     return {int(name) for name in os.listdir("/proc/self/task")}
 
 
-def _weights(init: Init, channel: Channel, granted: Grants, device: torch.device) -> tuple[Weights, str]:
+def _weights(
+    init: Init, channel: Channel, granted: Grants, grants: GrantSocket, device: torch.device
+) -> tuple[Weights, str]:
     """The weights, and what stands for their content: where they are shared, the manifest that all go by."""
     config = init.config
     progress = _Progress(channel, "weights")
     folder = Path(config.model_path)
     if device.type != "cpu":
-        loaded = load_weights_to_device(
-            config.model, folder, config.dtype, device, config.load_format, config.seed, progress
-        )
-        return loaded, _digest(config)
+        loader = GpuLoader(config, device, grants.send, progress)
+        if (granted_memory := granted.gpu_weights()) is not None:
+            return loader.open(*granted_memory), _digest(config)
+        weights = loader.load()
+        if config.shares_weights:
+            channel.send(Loaded(b""))
+        return weights, _digest(config)
     fd, num_bytes = granted.weights()
     manifest = init.weights_manifest
     if manifest is None:

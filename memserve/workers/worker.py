@@ -11,7 +11,7 @@ its draws as pending tokens (`request`). It lands, its tokens are told, after th
 
 That a token ends its request is then seen one step late, and the surplus token is dropped; an end by length
 is known ahead. Blocks freed while a flight writes to them may go to the next step, which the device computes
-after it, but not to a pull, which it does not order: so the flight lands before a pull begins, and also
+after it, but not to a pull that the pool does not order so: then the flight lands first. It does so too
 where requests may have to be preempted, or look at what they have drawn. Other runners' steps land at once.
 
 A request is in one place at a time: the scheduler's queues, `Pulls`, or the `OfferBook`; `_requests`
@@ -156,8 +156,7 @@ class Worker:
         for request, reason in plan.refused:
             self._fail(request, reason)
         if plan.pulls:
-            self._receive_grants()
-            self._land()
+            self._before_pulls()
             for request in plan.pulls:
                 self._pulls.begin(request)
             if plan.chunks:
@@ -302,12 +301,10 @@ class Worker:
             case Reserve():
                 self._pulls.reserve(message)
             case PullAhead():
-                self._receive_grants()
-                self._land()
+                self._before_pulls()
                 self._pulls.begin_ahead(message)
             case PullBack():
-                self._receive_grants()
-                self._land()
+                self._before_pulls()
                 answer = self._pull_backs.begin(message)
                 if answer is not None:
                     self._channel.send(answer)
@@ -389,6 +386,14 @@ class Worker:
         """Peers that came or went. Read before every pull and when idle: only pulls need them."""
         for received in self._grants.receive():
             self.take_grant(received)
+
+    def _before_pulls(self) -> None:
+        """The blocks of a pull may be those that the flight still writes to: unless the pool orders the one
+        after the other, it lands first.
+        """
+        self._receive_grants()
+        if not self._pool.orders_pulls:
+            self._land()
 
     # --- telling ---
 
