@@ -83,6 +83,8 @@ def start(init: Init, channel: SocketChannel, grants: GrantSocket) -> tuple[Work
     _keep_pages()
     device, dtype = torch.device(config.device), TORCH_DTYPES[config.dtype]
     geometry = KVGeometry.of(config.model, config.block_size, config.dtype)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # before anything is pinned, which would wake up the first GPU too
     every_core = os.sched_getaffinity(0)
     team = _take_cores(config)
     granted = Grants(init, grants)
