@@ -398,11 +398,98 @@ def tune(kv: torch.Tensor) -> None:
         prefills,
         lambda t: [prefill_case("", kv, [(0, 8192)], t), prefill_case("", kv, [(6144, 2048)], t)],
     )
+    skinny = tune_skinny()
     name = tuning_module.file_name(torch.cuda.get_device_name())
     path = Path(tuning_module.__file__).parent / "tuned" / f"{name}.json"
-    chosen = KernelConfigs(prefill={key: prefill}, decode={key: decode})
+    chosen = KernelConfigs(prefill={key: prefill}, decode={key: decode}, skinny=skinny)
     path.write_bytes(msgspec.json.format(msgspec.json.encode(chosen)) + b"\n")
     print(f"written: {path}")
+
+
+def matrices() -> list[tuple[torch.Tensor, bool]]:
+    """A layer's four matrices, and whether each is the gated one."""
+    sizes = (((HEADS + 2 * KV_HEADS) * HEAD_DIM, HIDDEN), (HIDDEN, HEADS * HEAD_DIM), (HIDDEN, INNER))
+    return [*((randn(*size), False) for size in sizes), (randn(2 * INNER, HIDDEN), True)]
+
+
+def layer_ms(weights: list[tuple[torch.Tensor, bool]], rows: int, config: Any, rep: int) -> float:
+    """The products of one layer by the kernel for few rows, or by the library where `config` is None."""
+    from memserve.kernels.triton.activation import silu_and_mul
+    from memserve.kernels.triton.skinny_linear import skinny_gated, skinny_linear
+
+    total = 0.0
+    for weight, is_gated in weights:
+        x = randn(rows, weight.shape[1])
+
+        def library(x: torch.Tensor = x, weight: torch.Tensor = weight, is_gated: bool = is_gated) -> Any:
+            product = torch.nn.functional.linear(x, weight)
+            return silu_and_mul(product) if is_gated else product
+
+        def ours(x: torch.Tensor = x, weight: torch.Tensor = weight, is_gated: bool = is_gated) -> Any:
+            return (skinny_gated if is_gated else skinny_linear)(x, weight, None, config)
+
+        if config is None:
+            total += median_ms(library, rep)
+            continue
+        right, found = library().float(), ours().float()
+        error = (found - right).norm() / right.norm()
+        if not error < 2e-2:
+            raise ValueError(f"wrong by {error:.3g}")
+        total += median_ms(ours, rep)
+    return total
+
+
+def tune_skinny() -> Any:
+    """The best shape at one row, and up to how many rows it beats the library; None = at none."""
+    import msgspec
+
+    from memserve.kernels.triton.skinny_linear import MAX_ROWS
+    from memserve.kernels.triton.tuning import SkinnyConfig
+
+    weights, found = matrices(), []
+    for n, k, warps, stages in itertools.product((16, 32, 64), (128, 256, 512), (2, 4, 8), (3, 4, 5)):
+        config = SkinnyConfig(max_rows=MAX_ROWS, block_n=n, block_k=k, num_warps=warps, num_stages=stages)
+        if not 1 << 15 <= n * k * stages * ELEMENT <= 1 << 17:
+            continue
+        try:
+            found.append((layer_ms(weights, 1, config, 50), len(found), config))
+        except Exception as error:  # whatever does not compile or fit is no candidate
+            print(f"{config}: {type(error).__name__}: {str(error)[:80]}")
+            continue
+        print(f"{found[-1][0]:9.4f} ms  {config}", flush=True)
+    config, best_rows = min(found)[2], 0
+    for rows in (1, 2, 4, 8, 16, 32):
+        ours, library = layer_ms(weights, rows, config, 200), layer_ms(weights, rows, None, 200)
+        print(f"{rows} rows: {ours:.4f} ms, the library {library:.4f} ms")
+        if ours > library:
+            break
+        best_rows = rows
+    return msgspec.structs.replace(config, max_rows=best_rows) if best_rows else None
+
+
+def linear_cases(tuning: Any) -> Iterator[Case]:
+    """A layer's products of few rows, by the library and by the kernel for them."""
+    from memserve.kernels.triton.skinny_linear import skinny_gated, skinny_linear
+    from memserve.kernels.triton.tuning import SkinnyConfig
+
+    config = tuning.configs.skinny or SkinnyConfig(max_rows=16)
+    for rows, (weight, is_gated) in itertools.product((1, 8), matrices()):
+        x = randn(rows, weight.shape[1])
+        shape = f"{'gated ' if is_gated else ''}{weight.shape[0]}x{weight.shape[1]}"
+        args = (x, weight)
+        yield Case(
+            f"library {shape}, {rows} rows",
+            weight.nbytes,
+            0,
+            lambda args=args: torch.nn.functional.linear(*args),
+        )
+        ours = skinny_gated if is_gated else skinny_linear
+        yield Case(
+            f"skinny {shape}, {rows} rows",
+            weight.nbytes,
+            0,
+            lambda args=args, ours=ours: ours(*args, None, config),
+        )
 
 
 def main() -> None:
@@ -428,7 +515,13 @@ def main() -> None:
     if options.tune:
         tune(kv)
     tuning = Tuning.of(torch.device("cuda"))
-    groups = [attention_cases(kv, tuning), elementwise_cases(kv), copy_cases(kv), sampling_cases()]
+    groups = [
+        attention_cases(kv, tuning),
+        elementwise_cases(kv),
+        copy_cases(kv),
+        sampling_cases(),
+        linear_cases(tuning),
+    ]
     if options.model:
         groups.append(model_cases(kv, tuning))
     results = []

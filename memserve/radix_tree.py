@@ -16,7 +16,7 @@ edge is never empty.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -29,6 +29,7 @@ class RadixNode(Generic[P]):
     """One edge and what hangs below it. `key` are the edge's tokens; a root's is empty.
 
     A node keeps its identity as long as its *last* block stays in the tree: a split puts a new node above it.
+    Only the tree changes `children`: leaves, which most nodes are, share one dictionary.
     """
 
     __slots__ = ("children", "key", "parent", "payload")
@@ -36,8 +37,11 @@ class RadixNode(Generic[P]):
     def __init__(self, key: bytes, parent: RadixNode[P] | None, payload: P) -> None:
         self.key = key
         self.parent = parent
-        self.children: dict[bytes, RadixNode[P]] = {}
+        self.children: dict[bytes, RadixNode[P]] = _NO_CHILDREN
         self.payload = payload
+
+
+_NO_CHILDREN: dict[bytes, RadixNode[Any]] = {}
 
 
 class Match(NamedTuple, Generic[P]):
@@ -109,7 +113,10 @@ class RadixTree(Generic[P]):
         first = key[: self.block_bytes]
         assert key and len(key) % self.block_bytes == 0 and first not in parent.children
         node = RadixNode(key, parent, payload)
-        parent.children[first] = node
+        if parent.children:
+            parent.children[first] = node
+        else:
+            parent.children = {first: node}
         return node
 
     def split(self, node: RadixNode[P], num_blocks: int) -> RadixNode[P]:
@@ -123,14 +130,17 @@ class RadixTree(Generic[P]):
         upper = RadixNode(node.key[:cut], parent, above)
         parent.children[node.key[: self.block_bytes]] = upper
         node.key, node.parent, node.payload = node.key[cut:], upper, below
-        upper.children[node.key[: self.block_bytes]] = node
+        upper.children = {node.key[: self.block_bytes]: node}
         return upper
 
     def remove(self, leaf: RadixNode[P]) -> RadixNode[P]:
         """Take a leaf out; returns its parent."""
         parent = leaf.parent
         assert parent is not None and not leaf.children
-        del parent.children[leaf.key[: self.block_bytes]]
+        if len(parent.children) > 1:
+            del parent.children[leaf.key[: self.block_bytes]]
+        else:
+            parent.children = _NO_CHILDREN
         leaf.parent = None
         return parent
 

@@ -7,7 +7,8 @@ with one plain memcpy of as many bytes between the same two populated mappings.
                        discrete     K and V of each layer apart (MemServe §Memory layout): 2 x layers small
                                     copies a block; no transport of ours does that, so it is done here by hand
     pull by layer      contiguous   while the source computes: what is left to do after its last layer
-    pull, gloo         contiguous   by the transport torch_distributed
+    pull, gloo         contiguous   by the transport torch_distributed, by turns with a bare send and recv of
+                       scattered    one tensor of as many bytes between the same processes (pool_gloo.py)
     swap_out, swap_in  contiguous   to and from the host tier, the index's work included
 
 A pull is timed from its call to the wake-up of the loop. Positions are drawn anew each time, so that no copy
@@ -20,11 +21,13 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -32,6 +35,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from memserve.bench import pool_gloo
+from memserve.bench.pool_gloo import BareGloo
 from memserve.bench.pool_peer import (
     GEOMETRY,
     MAX_MESSAGE_BYTES,
@@ -40,8 +45,10 @@ from memserve.bench.pool_peer import (
     RECEIVER,
     Advance,
     Advanced,
+    Join,
     Message,
     Offer,
+    Send,
 )
 from memserve.bench.pool_report import CopyRow
 from memserve.errors import BenchError
@@ -79,7 +86,11 @@ def measure_copies(sizes: Sizes) -> Iterator[CopyRow]:
             yield from receiver.swaps(count, sizes.num_repeats)
         receiver.use_gloo()
         for count in sizes.num_blocks:
-            yield receiver.row("pull, gloo", "contiguous", count, sizes.num_repeats, receiver.pull_contiguous)
+            for layout, pull in (
+                ("contiguous", receiver.pull_contiguous),
+                ("scattered", receiver.pull_scattered),
+            ):
+                yield receiver.gloo_row(layout, count, sizes.num_repeats, pull)
 
 
 class _Receiver:
@@ -91,7 +102,7 @@ class _Receiver:
         self._pool, self._ours, self._host, self._theirs, self._refs = pool, ours, host, theirs, refs
         self._link = link
         self._rng = np.random.default_rng(0)
-        self._num_prompts = 0
+        self._bare: BareGloo | None = None
 
     def row(
         self, mode: str, layout: str, count: int, num_repeats: int, copy: Callable[[int], float]
@@ -99,6 +110,24 @@ class _Receiver:
         """Medians of copies of `count` blocks; the first of each is not counted."""
         times = [(copy(count), self._memcpy(self._ours, self._theirs, count)) for _ in range(1 + num_repeats)]
         return _row(mode, layout, count, times[1:])
+
+    def gloo_row(self, layout: str, count: int, num_repeats: int, copy: Callable[[int], float]) -> CopyRow:
+        """As `row`, and beside a bare send and recv."""
+        times, bare_times = [], []
+        for _ in range(1 + num_repeats):
+            times.append((copy(count), self._memcpy(self._ours, self._theirs, count)))
+            bare_times.append(self._send_recv(count))
+        row = _row("pull, gloo", layout, count, times[1:])
+        ratio = median(copy / bare for (copy, _), bare in zip(times[1:], bare_times[1:], strict=True))
+        return msgspec.structs.replace(row, send_recv_ms=1e3 * median(bare_times[1:]), of_send_recv=ratio)
+
+    def _send_recv(self, count: int) -> float:
+        assert self._bare is not None
+        at, into = self._run(count), self._run(count)
+        began = time.perf_counter()
+        self._link.send(Send(at, count))
+        self._bare.recv(self._ours[into : into + count])
+        return time.perf_counter() - began
 
     def _memcpy(self, to: Bytes, source: Bytes, count: int) -> float:
         at, into = self._run(count), self._run(count)
@@ -143,6 +172,10 @@ class _Receiver:
     def use_gloo(self) -> None:
         """Ask the peer for blocks from now on."""
         self._pool.add_sending_peer(PeerGrant(NAME, 0, len(self._theirs)))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "store"
+            self._link.send(Join(str(path)))
+            self._bare = BareGloo(path, pool_gloo.RECEIVER)
 
     def _scattered(self, count: int) -> Ids:
         """Ids of which no two are neighbours."""
@@ -211,9 +244,13 @@ class _Link:
         self._thread = threading.Thread(target=self._read, name="memserve-bench-peer", daemon=True)
         self._thread.start()
 
+    def send(self, message: Message) -> None:
+        """Tell the peer."""
+        self._socket.send(self._encoder.encode(message))
+
     def advance(self, gap_s: float) -> float:
         """Let the peer tell of one layer after the other; when the last one was."""
-        self._socket.send(self._encoder.encode(Advance(gap_s)))
+        self.send(Advance(gap_s))
         if not self._has_advanced.acquire(timeout=PEER_TIMEOUT_S):
             raise BenchError("the other process does not answer")
         self.num_layers += GEOMETRY.num_layers
@@ -224,7 +261,7 @@ class _Link:
         while self._control:
             pool.on_control(self._control.pop(0))
         for message in pool.take_control():
-            self._socket.send(self._encoder.encode(message))
+            self.send(message)
 
     def close(self) -> None:
         """End the peer, and the thread."""

@@ -12,9 +12,11 @@ import select
 import socket
 import sys
 import time
+from pathlib import Path
 
 import msgspec
 
+from memserve.bench.pool_gloo import SOURCE, BareGloo
 from memserve.messages import Accept, ArenaGrant, BlockRefs, Connect, Refuse, Tier
 from memserve.model_config import KVGeometry
 
@@ -43,7 +45,20 @@ class Advanced(msgspec.Struct, frozen=True, array_like=True, tag=True):
     at_s: float
 
 
-Message = Offer | Advance | Advanced | Connect | Accept | Refuse
+class Join(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Bench → peer: meet over this file (pool_gloo.py)."""
+
+    path: str
+
+
+class Send(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Bench → peer: send `num_blocks` blocks from `at` on as one tensor."""
+
+    at: int
+    num_blocks: int
+
+
+Message = Offer | Advance | Advanced | Join | Send | Connect | Accept | Refuse
 
 
 def run(fd: int, num_blocks: int) -> None:
@@ -67,6 +82,7 @@ def run(fd: int, num_blocks: int) -> None:
     assert ids is not None
     grant = ArenaGrant(NAME, 0, Tier.DEVICE, num_blocks, GEOMETRY.block_bytes)
     encoder, decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(Message)
+    bare: BareGloo | None = None
     offer = encoder.encode(Offer(grant, pool.addresses(ids)))
     socket.send_fds(ours, [offer], [reopen_readonly(each) for each in fds])
     while True:
@@ -88,6 +104,11 @@ def run(fd: int, num_blocks: int) -> None:
                 pool.progress.advance()
                 at_s = time.perf_counter()
             ours.send(encoder.encode(Advanced(at_s)))
+        elif isinstance(message, Join):
+            bare = BareGloo(Path(message.path), SOURCE)
+        elif isinstance(message, Send):
+            assert bare is not None and arena.blocks is not None
+            bare.send(arena.blocks[message.at : message.at + message.num_blocks])
         elif isinstance(message, Connect | Accept | Refuse):
             pool.on_control(message)
     pool.close()

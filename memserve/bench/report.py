@@ -117,6 +117,20 @@ def write_json(path: Path, report: Report, command: list[str]) -> None:
     write_file(path, msgspec.json.encode(file))
 
 
+class _Command(msgspec.Struct):
+    command: list[str]
+
+
+def read_command(path: Path) -> list[str] | None:
+    """The command whose report a file is (`write_json`); None if it is something else."""
+    if path.suffix != ".json" or not path.is_file():
+        return None
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=_Command).command
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        return None
+
+
 def write_file(path: Path, data: bytes) -> None:
     """Write a file of results. Raises BenchError with one line if that fails."""
     try:

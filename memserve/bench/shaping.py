@@ -25,12 +25,13 @@ from memserve.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class DraftSession:
-    """A session without its prefix, which is `Draft.prefixes[prefix_id]`."""
+    """A session without its prefix, which is `Draft.prefixes[prefix_id]`. The rest as in `Session`."""
 
     id: str
     turns: tuple[Turn, ...]
     prefix_id: str | None = None
     at_s: float | None = None
+    conversation: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,4 +244,5 @@ def _finish(
     if session.prefix_id is not None:
         first = replace(turns[0], input=measure.join(prefixes[session.prefix_id], turns[0].input))
         turns = (first, *turns[1:])
-    return Session(session.id, turns, None if session.at_s is None else session.at_s * time_scale)
+    at_s = None if session.at_s is None else session.at_s * time_scale
+    return Session(session.id, turns, at_s, session.conversation)

@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 from typing import Final
 
+import numpy as np
 import tokenizers
 
 from memserve.bench.tokens import Vocabulary
@@ -73,10 +74,9 @@ class TextTokens:
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
             return ids
         data = _utf8(text)
-        return [
-            int.from_bytes(data[at : at + BYTES_PER_TOKEN], "little")
-            for at in range(0, len(data), BYTES_PER_TOKEN)
-        ]
+        padded = data + bytes(-len(data) % BYTES_PER_TOKEN)
+        ids = np.frombuffer(padded, dtype="<u4").tolist()
+        return ids
 
     def count(self, text: str) -> int:
         """Tokens; of a text that is not empty at least 1."""

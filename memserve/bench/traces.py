@@ -3,7 +3,8 @@
 Mooncake (FAST'25), one JSON object a line: timestamp (ms), input_length, output_length (tokens), hash_ids,
 one for each 512 tokens of the prompt, the last block being partial. An id stands for a block *and all before
 it*, so equal ids mean an equal prompt up to there. Here an id is the key of a stream of tokens (`tokens.py`):
-two prompts share exactly the blocks whose ids they share.
+two prompts share exactly the blocks whose ids they share. Requests with the same second id are taken for one
+conversation: the first block may be everybody's.
 
 Azure (Splitwise, ISCA'24), CSV: TIMESTAMP, ContextTokens, GeneratedTokens. Nothing is known of what prompts
 share, so they share nothing.
@@ -14,6 +15,7 @@ A row becomes a session of one turn; prompts stay lazy, some 16 bytes a block.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -59,7 +61,9 @@ def read_mooncake(path: Path, vocabulary: Vocabulary) -> Draft:
         lengths = [MOONCAKE_BLOCK_TOKENS] * num_blocks
         lengths[-1] = row.input_length - (num_blocks - 1) * MOONCAKE_BLOCK_TOKENS
         turn = Turn(Tokens(vocabulary, row.hash_ids, lengths), None, max(1, row.output_length))
-        sessions.append(DraftSession(f"row-{line}", (turn,), at_s=row.timestamp / 1000))
+        conversation = str(row.hash_ids[min(1, num_blocks - 1)])
+        at_s = row.timestamp / 1000
+        sessions.append(DraftSession(f"row-{line}", (turn,), at_s=at_s, conversation=conversation))
     return _from_the_start(sessions)
 
 
@@ -110,7 +114,6 @@ def _from_the_start(sessions: list[DraftSession]) -> Draft:
     arrivals = [session.at_s for session in sessions if session.at_s is not None]
     start = min(arrivals)
     timed = [
-        DraftSession(session.id, session.turns, at_s=arrival - start)
-        for session, arrival in zip(sessions, arrivals, strict=True)
+        replace(session, at_s=arrival - start) for session, arrival in zip(sessions, arrivals, strict=True)
     ]
     return Draft(tuple(sorted(timed, key=lambda session: session.at_s or 0.0)))

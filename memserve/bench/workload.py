@@ -62,11 +62,14 @@ class Session:
         turns: the requests.
         at_s: arrival of the first turn from a trace, seconds after the trace's start; None: the load
             generator decides.
+        conversation: which one it belongs to, where a trace has each request as a session of its own; None:
+            it is one itself.
     """
 
     id: str
     turns: tuple[Turn, ...]
     at_s: float | None = None
+    conversation: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

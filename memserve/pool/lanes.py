@@ -22,11 +22,30 @@ from memserve.pool.allocator import BlockIds
 from memserve.pool.runs import runs
 
 
+class Scatter(Protocol):
+    """A kernel, put on the current stream."""
+
+    def __call__(
+        self,
+        to: torch.Tensor,
+        to_ids: torch.Tensor,
+        source: torch.Tensor,
+        source_ids: torch.Tensor,
+        first_byte: int,
+        num_bytes: int,
+    ) -> None:
+        """Copy so many bytes of the rows `source_ids` to the rows `to_ids`, int64 on the GPU that copies."""
+
+
 class Mark(Protocol):
     """A point in a lane."""
 
     def is_done(self) -> bool:
         """Whether everything before it has been done. Never waits; from any thread."""
+
+
+# Up to so many runs are as many copies; more of them, or parts of blocks, are one kernel.
+_FEW_RUNS = 2
 
 
 class Lane(Protocol):
@@ -60,12 +79,13 @@ class Lanes(NamedTuple):
     swap_in: Lane
 
     @classmethod
-    def on(cls, device: torch.device) -> Lanes:
-        """Of a GPU; its compute lane is the stream on which the calling thread computes there."""
-        return cls(
-            _CudaLane(torch.cuda.current_stream(device)),
-            *(_CudaLane(torch.cuda.Stream(device)) for _ in range(3)),  # type: ignore[no-untyped-call]
-        )
+    def on(cls, device: torch.device, scatter: Scatter | None = None) -> Lanes:
+        """Of a GPU; its compute lane is the stream on which the calling thread computes there. `scatter`
+        copies what is not one run on both sides.
+        """
+        streams = [torch.cuda.current_stream(device)]
+        streams += [torch.cuda.Stream(device) for _ in range(3)]  # type: ignore[no-untyped-call]
+        return cls(*(_CudaLane(stream, scatter) for stream in streams))
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +108,9 @@ class _CudaMark:
 
 
 class _CudaLane:
-    def __init__(self, stream: torch.cuda.Stream) -> None:
+    def __init__(self, stream: torch.cuda.Stream, scatter: Scatter | None) -> None:
         self._stream = stream
+        self._scatter = scatter
 
     def copy_blocks(
         self,
@@ -101,7 +122,15 @@ class _CudaLane:
     ) -> int:
         num_bytes = 0
         with torch.cuda.stream(self._stream), torch.inference_mode():
-            for start, stop in runs(to_ids, source_ids):
+            pieces = list(runs(to_ids, source_ids))
+            is_plain = columns == slice(None) and len(pieces) <= _FEW_RUNS
+            if not is_plain and self._scatter is not None and to.is_cuda and source.device == to.device:
+                first, stop, _ = columns.indices(to.shape[1])
+                size = to.element_size()
+                ids, others = (torch.from_numpy(each).to(to.device) for each in (to_ids, source_ids))
+                self._scatter(to, ids, source, others, first * size, (stop - first) * size)
+                return len(to_ids) * (stop - first) * size
+            for start, stop in pieces:
                 to_first, first, count = to_ids.item(start), source_ids.item(start), stop - start
                 rows = to[to_first : to_first + count, columns]
                 rows.copy_(source[first : first + count, columns], non_blocking=True)

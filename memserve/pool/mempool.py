@@ -49,6 +49,7 @@ from memserve.pool.host_tier import HostTier
 from memserve.pool.incoming import Incoming, begin_transfer
 from memserve.pool.index import Index, Lock, Match
 from memserve.pool.lanes import AllMarks, Lanes, Mark
+from memserve.pool.pending import Pending, PendingBook
 from memserve.pool.removals import RemovalLog
 from memserve.pool.retention import PoolStats, Retention
 from memserve.pool.swaps import Cooling, LaneSwaps
@@ -112,6 +113,7 @@ class MemPool:
                 self._host = HostTier(host.arena, arena, host.num_blocks, self._removals, host.on_free, swaps)
             self._index = Index(arena.geometry.block_size, retention.rank, self._host)
             self._namespace = f"{retention.fingerprint}/"
+        self._pending = PendingBook(wake)
         self._clock = clock
         self._instance = instance
         self._wake = wake
@@ -173,9 +175,16 @@ class MemPool:
         """
         if tier is Tier.HOST:
             return self._alloc_host(num_blocks)
+        ids = self._allocate(num_blocks)
+        if ids is not None or self._index is None:
+            return ids
         num_lacking = num_blocks - self._num_free
-        if num_lacking > 0 and self._index is not None and num_lacking <= self._index.num_evictable:
-            self._evict(num_lacking)
+        if num_lacking > self._index.num_evictable:
+            return None
+        self._evict(num_lacking)
+        return self._allocate(num_blocks)
+
+    def _allocate(self, num_blocks: int) -> BlockIds | None:
         if self._cooling is not None:
             self._cooling.poll()
             if num_blocks <= self._num_free:
@@ -306,6 +315,18 @@ class MemPool:
         """End a `lock`, once."""
         assert self._index is not None
         self._index.unlock(lock)
+
+    def expect(self, tokens: bytes, salt: str = "") -> Pending:
+        """Blocks of `tokens` are being pulled: others find them `pending` until the caller ends the entry,
+        which it must.
+        """
+        return self._pending.expect(tokens, salt)
+
+    def pending(self, tokens: bytes, salt: str = "") -> Pending | None:
+        """What is expected of `tokens` by a pull under way, so that it is worth waiting for; the most there
+        is.
+        """
+        return None if self._index is None else self._pending.best(tokens, salt)
 
     def take_removed(self) -> list[Removed]:
         """What is no longer cached where it was, since the last call; empty unless `tells_removals`."""
@@ -537,6 +558,7 @@ class MemPool:
         """AssertionError naming the blocks, unless each is free or cached and in nobody's use (DESIGN
         invariant 2; for tests).
         """
+        assert not len(self._pending), "blocks are still expected"
         held = set(self._allocator.held_blocks().tolist())
         cached: set[int] = set()
         if self._index is not None:

@@ -20,7 +20,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -55,6 +55,7 @@ from memserve.router.supervision.transports import (
     transfer_mode,
     uses_gloo,
 )
+from memserve.router.supervision.worker_process import WORKER_COMMAND
 from memserve.router.text.chat_template import ChatTemplate
 from memserve.router.text.token_history import TokenHistory
 from memserve.router.text.tokenizer import Tokenizer
@@ -139,8 +140,13 @@ def bind(host: str, port: int) -> socket.socket:
     return sock
 
 
-async def serve(run: Run, sock: socket.socket, console: Console) -> int:
-    """Everything after `resolve`, inside the loop; the process's exit status. Raises StartupError."""
+async def serve(
+    run: Run, sock: socket.socket, console: Console, *, worker_command: Sequence[str] = WORKER_COMMAND
+) -> int:
+    """Everything after `resolve`, inside the loop; the process's exit status. Raises StartupError.
+
+    `worker_command`: what the supervisor starts, for measurements of the router alone.
+    """
     config = run.config
     transfer = transfer_mode(config, run.plan)
     if uses_gloo(run.plan):
@@ -160,7 +166,8 @@ async def serve(run: Run, sock: socket.socket, console: Console) -> int:
     scheduler = GlobalScheduler(config.policy, seed=config.seed or 0, reach=reach)
     engine = ServingEngine(Dispatcher(limits, scheduler), run.plan, on_progress=display.on_progress)
     relay = LogRelay(partial(print_plain, console)) if console.is_terminal else None
-    supervisor = Supervisor(run.plan, config, engine, stderr=None if relay is None else relay.write_fd)
+    stderr = None if relay is None else relay.write_fd
+    supervisor = Supervisor(run.plan, config, engine, command=worker_command, stderr=stderr)
     engine.connect(supervisor.send)
     stop = StopSignals()
     http = HttpSite(engine, run.model, HttpLimits.for_queue(config.max_waiting))

@@ -46,6 +46,7 @@ from memserve.messages import (
     Stored,
     Tier,
     ToWorker,
+    pack_tokens,
 )
 from memserve.router.events import (
     Abandon,
@@ -186,6 +187,7 @@ class Dispatcher:
             submitted_at=now,
             session=event.session,
             policy=event.policy,
+            packed=bytearray(pack_tokens(event.token_ids)),
         )
         self._queue.push(event.request_id, event.session)
         self.log.submitted(event.request_id, len(event.token_ids), now)
@@ -194,16 +196,15 @@ class Dispatcher:
         """Give workers to waiting requests in order, until one must wait."""
         while len(self._queue) and len(self.fleet):
             request = self.requests[self._queue.peek()]
-            views = list(self.fleet)
-            num_tokens = len(request.tokens)
             decision = self.scheduler.place(request, now)
             if decision is not None:
                 self._queue.pop()
                 self._start(request, decision, now)
-            elif all(blocks_for(num_tokens + 1, view.block_size) > view.num_blocks for view in views):
-                self._refuse(request, EngineError(f"no worker's pool holds {num_tokens + 1} tokens"), now)
-            else:
+                continue
+            num_tokens = len(request.tokens)
+            if any(blocks_for(num_tokens + 1, view.block_size) <= view.num_blocks for view in self.fleet):
                 return
+            self._refuse(request, EngineError(f"no worker's pool holds {num_tokens + 1} tokens"), now)
 
     def _start(self, request: RequestState, decision: Decision, now: float) -> None:
         request.decision = decision
@@ -446,10 +447,12 @@ class Dispatcher:
         if request is None or not running or not _sits(request.decode, event):
             self.counters.stale += 1
             return
-        assert request.decode is not None
-        if output.cached is not None and request.decode.outstanding_tokens:
-            self.scheduler.computed(request, request.decode, output.cached, now)
-        self.fleet.settle_prompt(request.decode)
+        seat = request.decode
+        assert seat is not None
+        if seat.outstanding_tokens:
+            if output.cached is not None:
+                self.scheduler.computed(request, seat, output.cached, now)
+            self.fleet.settle_prompt(seat)
         self._deliver(request, output, now)
 
     def _on_failed(self, event: FromWorker, failed: Failed, now: float) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -62,9 +63,10 @@ class WorkerDown:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class FromWorker:
-    """A message from a worker's incarnation."""
+class FromWorker(msgspec.Struct, frozen=True, gc=False):
+    """A message from a worker's incarnation. (A msgspec struct, like those below: one is made for every
+    message, or token.)
+    """
 
     instance: str
     incarnation: int
@@ -81,8 +83,7 @@ Event = Submit | Abandon | WorkerUp | WorkerDown | FromWorker | Tick
 # --- actions ---
 
 
-@dataclass(frozen=True, slots=True)
-class Send:
+class Send(msgspec.Struct, frozen=True, gc=False):
     """Send to that incarnation of the worker; if it is gone, drop it."""
 
     instance: str
@@ -90,8 +91,7 @@ class Send:
     message: ToWorker
 
 
-@dataclass(frozen=True, slots=True)
-class Emit:
+class Emit(msgspec.Struct, frozen=True, gc=False):
     """Tokens for the client; with a finish reason, the last."""
 
     request_id: str

@@ -92,8 +92,9 @@ class Metrics:
             ["source"],
             registry=self._registry,
         )
-        for source in CACHE_SOURCES:
-            self._cached_tokens.labels(source)
+        # `labels` takes locks and looks at its arguments: the children are kept
+        self._cached_by_source = [self._cached_tokens.labels(source) for source in CACHE_SOURCES]
+        self._responses: dict[tuple[str, int], Counter] = {}
         self._completion_tokens = Counter(
             "memserve_completion_tokens", "Tokens generated", registry=self._registry
         )
@@ -130,7 +131,10 @@ class Metrics:
 
     def on_response(self, endpoint: str, status: int) -> None:
         """An HTTP request was answered; `endpoint` is a route's path, not the client's."""
-        self._requests.labels(endpoint, str(status)).inc()
+        counter = self._responses.get((endpoint, status))
+        if counter is None:
+            counter = self._responses[endpoint, status] = self._requests.labels(endpoint, str(status))
+        counter.inc()
 
     def on_prompt(self, num_reused: int, diverged: bool) -> None:
         """A prompt was read; its first `num_reused` tokens were remembered ones."""
@@ -148,8 +152,11 @@ class Metrics:
         """A job ran to its end; `cached` of each of its prompts."""
         self._prompt_tokens.inc(usage.prompt_tokens)
         for each in cached:
-            for source in CACHE_SOURCES:
-                self._cached_tokens.labels(source).inc(getattr(each, source))
+            for counter, count in zip(
+                self._cached_by_source, (each.device, each.host, each.pulled), strict=True
+            ):
+                if count:
+                    counter.inc(count)
         self._completion_tokens.inc(usage.completion_tokens)
         self._duration.observe(timer.elapsed_s())
 

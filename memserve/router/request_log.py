@@ -60,7 +60,10 @@ class RequestRecord:
 
     def at(self, what: Happening) -> float | None:
         """When something first happened."""
-        return next((event.at for event in self.events if event.what is what), None)
+        for event in self.events:
+            if event.what is what:
+                return event.at
+        return None
 
     @property
     def ttft_ms(self) -> float | None:

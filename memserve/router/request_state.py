@@ -69,7 +69,7 @@ class RequestState:
     and how many whole blocks it has. `stored`: where the decode worker holds it, from the first block on.
     `salvage`: what a dead worker held of it, to be pulled as long as its memory is not used again.
     `decision`: why it is where it is. `num_decoding_tokens`: what it counts as among its worker's decodes;
-    None while it is none of them.
+    None while it is none of them. `packed`: the first tokens as `token_bytes` has them.
     """
 
     request_id: str
@@ -94,15 +94,16 @@ class RequestState:
     policy: str | None = None
     decision: Decision | None = None
     num_decoding_tokens: int | None = None
-    _packed: bytearray = field(default_factory=bytearray, repr=False)
+    packed: bytearray = field(default_factory=bytearray, repr=False)
 
     def token_bytes(self, start: int = 0, stop: int | None = None) -> bytes:
         """Tokens [start, stop) packed (`pack_tokens`); what was packed once is not packed again."""
-        num_packed = len(self._packed) // TOKEN_BYTES
+        num_packed = len(self.packed) // TOKEN_BYTES
         if num_packed < len(self.tokens):
-            self._packed += pack_tokens(self.tokens[num_packed:])
+            self.packed += pack_tokens(self.tokens[num_packed:])
         end = len(self.tokens) if stop is None else stop
-        return bytes(self._packed[start * TOKEN_BYTES : end * TOKEN_BYTES])
+        with memoryview(self.packed) as packed:
+            return bytes(packed[start * TOKEN_BYTES : end * TOKEN_BYTES])
 
     @property
     def num_remaining(self) -> int:

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import math
-import zlib
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from memserve.config import PolicyName
+
 if TYPE_CHECKING:
     from memserve.router.scheduling.cost_model import CostModel
-    from memserve.simulate.report import Report
     from memserve.simulate.traces import Trace
 
+DEFAULT_CACHE_TOKENS = 500_000
 COUNT = click.IntRange(1, 1024)
 OUTPUT = click.Path(dir_okay=False, writable=True, path_type=Path)
 
 
-def _a_number(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
-    if value is not None and math.isnan(value):
+def _numbers(
+    context: click.Context, parameter: click.Parameter, values: tuple[float, ...]
+) -> tuple[float, ...]:
+    if any(math.isnan(value) for value in values):
         raise click.BadParameter("nan is no load")
-    return value
+    return values
 
 
 def _writable(context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
@@ -37,7 +41,8 @@ def _drawable(context: click.Context, parameter: click.Parameter, value: Path | 
     return _writable(context, parameter, value)
 
 
-POLICY_NAMES = ("random", "round-robin", "least-load", "session", "prompt-tree")
+POLICY_NAMES: tuple[PolicyName, ...] = ("random", "round-robin", "least-load", "session", "prompt-tree")
+TRANSFERS = ("request", "chunk", "layer")
 
 
 @click.command()
@@ -46,7 +51,8 @@ POLICY_NAMES = ("random", "round-robin", "least-load", "session", "prompt-tree")
     "path",
     required=True,
     type=click.Path(exists=True, path_type=Path),
-    help="A Mooncake trace (.jsonl, .jsonl.gz), or a folder with sessions.jsonl.gz.",
+    help="A Mooncake trace or sessions (.jsonl, .jsonl.gz, a folder), or the JSON report of a run of "
+    "bench serve, which repeats it.",
 )
 @click.option("--prefill", type=COUNT, help="Prefill workers [default: 8].")
 @click.option("--decode", type=COUNT, help="Decode workers [default: 8].")
@@ -59,78 +65,113 @@ POLICY_NAMES = ("random", "round-robin", "least-load", "session", "prompt-tree")
 )
 @click.option(
     "--cache-tokens",
-    default=500_000,
-    show_default=True,
+    "cache_sizes",
+    multiple=True,
     type=click.IntRange(1, 10**9),
-    help="Tokens that a worker's pool holds.",
+    help="Tokens that a worker's pool holds [default: 500000]; again for other sizes.",
+)
+@click.option(
+    "--max-running", default=256, show_default=True, type=COUNT, help="Requests on a worker at once."
 )
 @click.option("--policy", "policies", multiple=True, type=click.Choice(POLICY_NAMES), help="Default: all.")
 @click.option("--bound/--no-bound", default=True, help="Also an unlimited shared cache with free transfers.")
 @click.option(
     "--load",
+    "loads",
+    multiple=True,
     type=click.FloatRange(0.001, 100.0),
-    callback=_a_number,
-    help="Stretch the times so that computing every prompt whole would keep the prefill side so busy (0.5).",
+    callback=_numbers,
+    help="Stretch the times so that computing every prompt whole would keep the prefill side so busy (0.5); "
+    "again for other loads.",
 )
-@click.option("--limit", type=click.IntRange(1), help="Only so many requests, or sessions, of the trace.")
-@click.option("--seed", default=0, show_default=True)
+@click.option(
+    "--rate",
+    type=click.FloatRange(0, 1e6, min_open=True),
+    help="Requests a second, for a trace without times [default: 1].",
+)
+@click.option("--limit", type=click.IntRange(1), help="Only so many rows, or sessions, of the trace.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of arrivals and choices.")
+@click.option(
+    "--tokenizer",
+    type=click.Path(exists=True, path_type=Path),
+    help="tokenizer.json or its folder, for text.",
+)
+@click.option("--block-size", type=click.IntRange(1, 4096), help="Tokens [default: 16; of Mooncake's, 512].")
+@click.option(
+    "--transfer", default="layer", show_default=True, type=click.Choice(TRANSFERS), help="As in serve."
+)
+@click.option(
+    "--overhead-ms",
+    default=0.0,
+    show_default=True,
+    type=click.FloatRange(0, 1e6),
+    help="What HTTP and tokenising add to each request: measured elsewhere.",
+)
 @click.option("--json", "json_path", type=OUTPUT, callback=_writable, help="Write the reports here.")
 @click.option(
     "--plot", "plot_path", type=OUTPUT, callback=_drawable, help="Draw them here (.png, .svg, .pdf)."
 )
 def simulate(
-    path: Path,
     prefill: int | None,
     decode: int | None,
     colocated: int | None,
     instance: str,
-    cache_tokens: int,
-    policies: tuple[str, ...],
+    cache_sizes: tuple[int, ...],
+    policies: tuple[PolicyName, ...],
     bound: bool,
-    load: float | None,
-    limit: int | None,
-    seed: int,
+    loads: tuple[float, ...],
     json_path: Path | None,
     plot_path: Path | None,
+    **options: Any,
 ) -> None:
-    """Simulate policies on a trace of requests."""
+    """Simulate policies on a trace of requests.
+
+    The dispatcher, its policies and the workers' schedulers are those of the server; what steps and copies
+    take comes from a cost model.
+    """
     import msgspec
 
+    from memserve.simulate.report import BOUND, table
     from memserve.simulate.report import simulate as run
-    from memserve.simulate.report import table
     from memserve.simulate.simulation import Setup
 
-    model = _model(instance)
+    model = read_model(instance)
     if colocated is not None and (prefill is not None or decode is not None):
         raise click.UsageError("--colocated excludes --prefill and --decode")
     num_colocated = colocated or 0
     num_prefill, num_decode = (0, 0) if num_colocated else (prefill or 8, decode or 8)
+    cache_sizes = cache_sizes or (DEFAULT_CACHE_TOKENS,)
+    trace = _read(options, min(cache_sizes))
+    names: tuple[PolicyName, ...] = policies or POLICY_NAMES
     reports = []
-    for policy in (*(policies or POLICY_NAMES), *(["bound"] if bound else [])):
-        trace = _read(path, limit, seed)
-        longest = max(job.num_tokens + job.num_new_tokens for job in trace.all_jobs())
-        if longest > cache_tokens:
-            raise click.UsageError(
-                f"--cache-tokens {cache_tokens}: a request of the trace has {longest} tokens"
+    for load in loads or (None,):
+        loaded = trace if load is None else at_load(trace, model, num_prefill or num_colocated, load)
+        for cache_tokens in cache_sizes:
+            setup = Setup(
+                model=model,
+                num_prefill=num_prefill,
+                num_decode=num_decode,
+                num_colocated=num_colocated,
+                cache_tokens=cache_tokens,
+                max_running=options["max_running"],
+                transfer=options["transfer"],
+                overhead_ms=options["overhead_ms"],
+                seed=options["seed"],
             )
-        if load is not None:
-            trace = at_load(trace, model, num_prefill or num_colocated, load)
-        setup = Setup(
-            model=model,
-            num_prefill=num_prefill,
-            num_decode=num_decode,
-            num_colocated=num_colocated,
-            policy="prompt-tree" if policy == "bound" else policy,
-            cache_tokens=cache_tokens,
-            is_ideal=policy == "bound",
-            seed=seed,
-        )
-        reports.append(run(setup, trace))
+            reports += [run(replace(setup, policy=name), loaded, load) for name in names]
+            if bound:
+                reports.append(run(replace(setup, is_ideal=True), loaded, load))
+                assert reports[-1].policy == BOUND
     click.echo(table(reports))
     if json_path is not None:
         json_path.write_bytes(msgspec.json.format(msgspec.json.encode(reports), indent=2))
     if plot_path is not None:
-        _plot(reports, plot_path)
+        from memserve.simulate.plots import plot_policies
+
+        try:
+            plot_policies(reports, plot_path)
+        except ImportError as error:
+            raise click.UsageError("--plot needs matplotlib: pip install 'memserve[bench]'") from error
 
 
 def at_load(trace: Trace, model: CostModel, num_workers: int, load: float) -> Trace:
@@ -140,12 +181,11 @@ def at_load(trace: Trace, model: CostModel, num_workers: int, load: float) -> Tr
     from memserve.router.scheduling.predictor import Predictor
 
     predictor = Predictor(model)
-    work_s = sum(predictor.prefill_ms(job.num_tokens, 0) for job in trace.all_jobs()) / 1e3
-    span_s = max(job.at_s for job in trace.jobs)
-    return trace.stretched(work_s / (num_workers * load) / span_s) if span_s > 0 else trace
+    return trace.at_load(load, num_workers, lambda num_tokens: predictor.prefill_ms(num_tokens, 0))
 
 
-def _model(instance: str) -> CostModel:
+def read_model(instance: str) -> CostModel:
+    """A built-in one by its name, or a calibration file's. Raises click.UsageError."""
     import msgspec
 
     from memserve.router.scheduling.cost_model import from_json
@@ -162,41 +202,23 @@ def _model(instance: str) -> CostModel:
         ) from error
 
 
-def _read(path: Path, limit: int | None, seed: int) -> Trace:
-    import msgspec
+def _read(options: dict[str, Any], cache_tokens: int) -> Trace:
+    from memserve.errors import MemserveError
+    from memserve.simulate.traces import read_trace
 
-    from memserve.simulate.traces import read_mooncake, read_sessions
-
+    path = options["path"]
     try:
-        if path.is_dir():
-            trace = read_sessions(path, rate=1.0, seed=seed, limit=limit)
-        else:
-            trace = read_mooncake(path, limit)
-    except (OSError, EOFError, KeyError, UnicodeDecodeError, zlib.error, msgspec.DecodeError) as error:
+        trace = read_trace(
+            path,
+            rate=options["rate"],
+            seed=options["seed"],
+            limit=options["limit"],
+            tokenizer=options["tokenizer"],
+            block_size=options["block_size"],
+        )
+    except MemserveError as error:
         raise click.UsageError(f"--trace {path} cannot be read: {error}") from error
-    if not trace.jobs:
-        raise click.UsageError(f"--trace {path} has no requests")
+    longest = max(num_prompt + num_new for num_prompt, num_new in trace.lengths())
+    if longest > cache_tokens // trace.block_size * trace.block_size:
+        raise click.UsageError(f"--cache-tokens {cache_tokens}: a request of the trace has {longest} tokens")
     return trace
-
-
-def _plot(reports: list[Report], path: Path) -> None:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise click.UsageError("--plot needs matplotlib: pip install 'memserve[bench]'") from error
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    names = [report.policy for report in reports]
-    panels = {
-        "TTFT, mean (ms)": [report.ttft_ms.mean for report in reports],
-        "TTFT, P99 (ms)": [report.ttft_ms.p99 for report in reports],
-        "prompt tokens not computed (%)": [100 * report.hit_rate for report in reports],
-    }
-    for index, (title, values) in enumerate(panels.items()):
-        axes = figure.add_subplot(1, len(panels), index + 1)
-        axes.barh(names, values)
-        axes.invert_yaxis()
-        axes.set_title(title, fontsize=10)
-        if index:
-            axes.set_yticklabels([])
-        axes.set_xlim(0, 1.05 * max([value for value in values if math.isfinite(value)], default=1.0))
-    figure.savefig(path)

@@ -1,153 +1,171 @@
-"""Requests to simulate, from files: Mooncake's traces (an id for each 512 tokens) and session files (text).
+"""What is simulated: a workload of the benchmark's (bench/), when its sessions begin, and how conversations
+go on; from a trace file, or from the report of a run that was measured, which repeats that run.
 
-Pure but for reading the files. A trace is open (each request has its time) or of sessions, whose next turn
-comes when the one before is answered.
+Nothing of a file's format is known here: the readers are the benchmark's.
 """
 
 from __future__ import annotations
 
-import gzip
-import random
-import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Annotated, NamedTuple, cast
 
-import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
-MOONCAKE_BLOCK_TOKENS = 512
+from memserve.bench.arrivals import ThinkTime
+from memserve.bench.files import read_json_rows
+from memserve.bench.load import Answers, LoadOptions, arrival_times
+from memserve.bench.report import read_command
+from memserve.bench.shaping import Shape
+from memserve.bench.text_tokens import TextTokens
+from memserve.bench.tokens import Tokens
+from memserve.bench.traces import MOONCAKE_BLOCK_TOKENS
+from memserve.bench.workload import Piece, Workload, expand
+from memserve.bench.workload_spec import Source, WorkloadSpec, load_workload
+from memserve.errors import WorkloadError
+
 SESSION_BLOCK_TOKENS = 16
-# A token of English is about so many characters. Sessions only need lengths, and equal prefixes to be equal.
-_TOKEN_CHARS = 4
+Ids = NDArray[np.int32]
 
 
-@dataclass(slots=True, eq=False)
-class Job:
-    """One request. `ids` are its prompt's whole blocks, `ids_after` with what was drawn, as far as the trace
-    tells. `at_s` is when it arrives, for the later turns of a session once the turn before is answered;
-    `then` is the next turn.
+@dataclass(frozen=True)
+class Trace:
+    """A workload and how it is sent. Times in seconds.
+
+    Args:
+        dues: when each session begins; None = a closed loop of `concurrency` sessions.
+        answers: "live": a conversation goes on with what was drawn, as logged where it is logged;
+            "replayed": with the logged answer, while something else was drawn.
+        block_size: tokens a block, on all workers.
     """
 
-    session: str
-    ids: bytes
-    ids_after: bytes
-    num_tokens: int
-    num_new_tokens: int
-    at_s: float = 0.0
-    then: Job | None = None
-
-
-class Trace(NamedTuple):
-    """First turns in order of time. `ids_per_block` int32 ids stand for each block of `block_size` tokens."""
-
-    jobs: Sequence[Job]
+    workload: Workload
+    text: TextTokens
+    dues: tuple[float, ...] | None
+    concurrency: int | None
+    think: ThinkTime
+    answers: Answers
+    seed: int
     block_size: int
-    ids_per_block: int
 
-    def all_jobs(self) -> Iterator[Job]:
-        """With the later turns."""
-        for first in self.jobs:
-            job: Job | None = first
-            while job is not None:
-                yield job
-                job = job.then
+    @property
+    def num_requests(self) -> int:
+        """Turns of all sessions."""
+        return self.workload.num_requests
 
-    def stretched(self, factor: float) -> Trace:
-        """The same with all times multiplied, in place."""
-        for job in self.jobs:
-            job.at_s *= factor
-        return self
+    def ids(self, piece: Piece) -> Ids:
+        """Token ids of a piece; of text without a tokenizer, a number for each four bytes."""
+        if isinstance(piece, str):
+            return np.array(self.text.ids(piece), dtype=np.int64).astype(np.int32)
+        if isinstance(piece, Tokens):
+            return piece.numbers().astype(np.int32)
+        return np.array(expand(piece), dtype=np.int32)
+
+    def lengths(self) -> list[tuple[int, int]]:
+        """(prompt, answer) of every request, in tokens."""
+        lengths = []
+        for session in self.workload.sessions:
+            context = 0
+            for turn in session.turns:
+                context += self._count(turn.input)
+                lengths.append((context, turn.max_tokens))
+                is_logged = self.answers == "replayed" and turn.output is not None
+                context += self._count(turn.output) if is_logged else turn.max_tokens
+        return lengths
+
+    def at_load(self, load: float, num_workers: int, prefill_ms: Callable[[int], float]) -> Trace:
+        """The same with its arrivals stretched, so that computing every prompt whole would take a share
+        `load` of so many workers' time.
+        """
+        span_s = max(self.dues) if self.dues else 0.0
+        if span_s <= 0:
+            return self
+        work_s = sum(prefill_ms(num_tokens) for num_tokens, _ in self.lengths()) / 1e3
+        factor = work_s / (num_workers * load) / span_s
+        assert self.dues is not None
+        return replace(self, dues=tuple(due * factor for due in self.dues))
+
+    def _count(self, piece: Piece | None) -> int:
+        if piece is None:
+            return 0
+        return self.text.count(piece) if isinstance(piece, str) else len(piece)
 
 
-class _MooncakeRow(msgspec.Struct):
-    timestamp: Annotated[float, msgspec.Meta(ge=0)]
-    input_length: Annotated[int, msgspec.Meta(ge=0)]
-    output_length: Annotated[int, msgspec.Meta(ge=0)]
-    hash_ids: Annotated[list[int], msgspec.Meta(min_length=1)]
+def read_trace(
+    path: Path,
+    *,
+    rate: float | None = None,
+    seed: int = 0,
+    limit: int | None = None,
+    tokenizer: Path | None = None,
+    block_size: int | None = None,
+) -> Trace:
+    """A Mooncake trace, a file or folder of sessions, or the JSON report of `memserve bench serve`.
 
+    Args:
+        rate: requests a second, for a file without arrivals (default 1); Poisson.
+        limit: at most so many sessions, or rows.
+        tokenizer: to count text by.
+        block_size: None = 512 for Mooncake's, whose prompts share whole blocks of 512, else 16.
 
-class _Turn(msgspec.Struct):
-    in_: str = msgspec.field(name="in")
-    out: str = ""
-
-
-class _Session(msgspec.Struct):
-    id: str
-    turns: list[_Turn]
-    prefix: str | None = None
-
-
-class _Prefix(msgspec.Struct):
-    id: str
-    text: str
-
-
-def read_mooncake(path: Path, limit: int | None = None) -> Trace:
-    """A Mooncake trace (.jsonl, .jsonl.gz), its first `limit` rows. A conversation's requests share their
-    second block (the first may be everybody's). What was drawn is not in it, so it is never found again.
+    Raises WorkloadError, BenchError or ConfigError for what cannot be used.
     """
-    jobs: list[Job] = []
-    with _open(path) as lines:
-        for line in lines:
-            if limit is not None and len(jobs) >= limit:
-                break
-            row = msgspec.json.decode(line, type=_MooncakeRow)
-            whole = row.hash_ids[: row.input_length // MOONCAKE_BLOCK_TOKENS]
-            ids = np.asarray(whole, dtype="<i4").tobytes()
-            session = str(row.hash_ids[min(1, len(row.hash_ids) - 1)])
-            num_tokens = max(1, row.input_length)
-            jobs.append(Job(session, ids, ids, num_tokens, max(1, row.output_length), row.timestamp / 1e3))
-    return Trace(jobs, MOONCAKE_BLOCK_TOKENS, 1)
+    command = read_command(path)
+    if command is not None:
+        return _repeat(command, limit, block_size)
+    is_mooncake = not path.is_dir() and _has_hash_ids(path)
+    text = TextTokens.load(tokenizer)
+    spec = WorkloadSpec(
+        source=Source.MOONCAKE if is_mooncake else Source.SESSIONS,
+        path=path,
+        seed=seed,
+        tokenizer=tokenizer,
+        shape=Shape(num_sessions=limit),
+    )
+    workload = load_workload(spec, text)
+    load = LoadOptions(rate=None if workload.has_arrivals else rate or 1.0, answers="live", seed=seed)
+    size = MOONCAKE_BLOCK_TOKENS if is_mooncake else SESSION_BLOCK_TOKENS
+    return _trace(workload, text, load, block_size or size)
 
 
-def read_sessions(folder: Path, *, rate: float, seed: int = 0, limit: int | None = None) -> Trace:
-    """A folder of sessions.jsonl.gz and perhaps prefixes.jsonl.gz; sessions begin at random, `rate` a
-    second.
-    """
-    rng = random.Random(seed)
-    prefixes = {}
-    if (folder / "prefixes.jsonl.gz").exists():
-        with _open(folder / "prefixes.jsonl.gz") as lines:
-            for line in lines:
-                prefix = msgspec.json.decode(line, type=_Prefix)
-                prefixes[prefix.id] = prefix.text
-    with _open(folder / "sessions.jsonl.gz") as lines:
-        sessions = [msgspec.json.decode(line, type=_Session) for line in lines]
-    rng.shuffle(sessions)
-    jobs, now = [], 0.0
-    for session in sessions[:limit]:
-        now += rng.expovariate(rate)
-        turns = list(_turns(session, prefixes))
-        for job, then in zip(turns, turns[1:], strict=False):
-            job.then = then
-        if turns:
-            turns[0].at_s = now
-            jobs.append(turns[0])
-    return Trace(jobs, SESSION_BLOCK_TOKENS, SESSION_BLOCK_TOKENS)
+def _trace(workload: Workload, text: TextTokens, load: LoadOptions, block_size: int) -> Trace:
+    dues = arrival_times(workload.sessions, load)
+    assert dues is None or all(math.isfinite(due) for due in dues)
+    return Trace(
+        workload=workload,
+        text=text,
+        dues=None if dues is None else tuple(dues),
+        concurrency=load.concurrency,
+        think=load.think,
+        answers=load.answers,
+        seed=load.seed,
+        block_size=block_size,
+    )
 
 
-def _turns(session: _Session, prefixes: dict[str, str]) -> Iterator[Job]:
-    text = prefixes[session.prefix] if session.prefix is not None else ""
-    for turn in session.turns:
-        text += turn.in_
-        prompt = _ids_of(text)
-        text += turn.out
-        after = _ids_of(text)
-        num_new = max(1, len(turn.out) // _TOKEN_CHARS)
-        yield Job(session.id, _whole(prompt), _whole(after), max(1, len(prompt) // 4), num_new)
+def _repeat(command: Sequence[str], limit: int | None, block_size: int | None) -> Trace:
+    """The workload and the arrivals of a run that was measured, by the options that it was given."""
+    from memserve.bench.commands import serve
+    from memserve.bench.options import run_options, workload_spec
+
+    words = list(command)
+    if "serve" not in words:
+        raise WorkloadError(
+            f"a report of `{' '.join(words[:3])}` cannot be repeated, only one of bench serve"
+        )
+    options = serve.make_context("serve", words[words.index("serve") + 1 :]).params
+    spec = workload_spec(options)
+    if limit is not None:
+        spec = replace(spec, shape=replace(spec.shape, num_sessions=limit))
+    text = TextTokens.load(spec.tokenizer)
+    workload = load_workload(spec, text)
+    load = run_options(options, workload).load
+    return _trace(workload, text, load, block_size or SESSION_BLOCK_TOKENS)
 
 
-def _ids_of(text: str) -> bytes:
-    """An int32 for each few characters, the same for the same ones."""
-    pieces = [text[at : at + _TOKEN_CHARS] for at in range(0, len(text) - _TOKEN_CHARS + 1, _TOKEN_CHARS)]
-    return np.array([zlib.crc32(piece.encode()) >> 1 for piece in pieces], dtype="<i4").tobytes()
-
-
-def _whole(ids: bytes) -> bytes:
-    return ids[: len(ids) // (4 * SESSION_BLOCK_TOKENS) * 4 * SESSION_BLOCK_TOKENS]
-
-
-def _open(path: Path) -> IO[bytes]:
-    return cast(IO[bytes], gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
+def _has_hash_ids(path: Path) -> bool:
+    for _, row in read_json_rows(path, dict[str, object]):
+        return "hash_ids" in row
+    return False

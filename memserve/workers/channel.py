@@ -227,11 +227,13 @@ class Doorbell:
         """Wake the loop; from any thread."""
         os.eventfd_write(self._event_fd, 1)
 
-    def wait(self, timeout_s: float | None = None) -> None:
-        """Sleep until something is to be read or the bell rings, or time is up."""
-        for fd, _ in self._poll.poll(None if timeout_s is None else timeout_s * 1e3):
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Sleep until something is to be read or the bell rings: True; or until time is up: False."""
+        woken_by = self._poll.poll(None if timeout_s is None else timeout_s * 1e3)
+        for fd, _ in woken_by:
             if fd == self._event_fd:
                 os.eventfd_read(self._event_fd)
+        return bool(woken_by)
 
     def close(self) -> None:
         """Give the descriptor back."""

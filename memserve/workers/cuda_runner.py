@@ -132,7 +132,7 @@ class CudaRunner:
 
     def _feed(self, chunks: Sequence[Chunk], last_rows: Sequence[int], token_ids: Tensor) -> None:
         """Write pending tokens, each the last of its chunk, into `token_ids`."""
-        pending = [index for index, chunk in enumerate(chunks) if chunk.request.is_pending and draws(chunk)]
+        pending = [index for index, chunk in enumerate(chunks) if chunk.request.is_drawing and draws(chunk)]
         if pending:
             sources = [self._row_of[chunks[index].request] for index in pending]
             targets = [last_rows[index] for index in pending]

@@ -40,7 +40,7 @@ class Flight:
     @property
     def looks_back(self) -> bool:
         """Whether the step after it needs to know what it draws."""
-        return any(request.is_pending and request.looks_back for request, _ in self.chunks)
+        return any(request.is_drawing and request.looks_back for request, _ in self.chunks)
 
     @property
     def is_wanted(self) -> bool:

@@ -22,7 +22,7 @@ from memserve.memfd import map_bytes
 from memserve.messages import ArenaExport, generation_table_bytes
 from memserve.model_config import KVGeometry
 from memserve.pool.arena import Arena
-from memserve.pool.lanes import Lanes
+from memserve.pool.lanes import Lanes, Scatter
 from memserve.pool.transports.device_sources import Gpu
 from memserve.workers.channel import GrantSocket
 
@@ -37,7 +37,31 @@ def gpu_of(config: WorkerConfig, device: torch.device) -> Gpu | None:
     if "cuda_ipc" not in config.transports:
         return None
     torch.cuda.set_device(device)
-    return Gpu(LibCuda(), device.index, device, Lanes.on(device))
+    return Gpu(LibCuda(), device.index, device, Lanes.on(device, scatter_of(device)))
+
+
+def scatter_of(device: torch.device) -> Scatter:
+    """The kernel for copies of scattered blocks; where their bytes do not suit it, its plain twin."""
+    from memserve.kernels.triton.copy_blocks import VECTOR_BYTES, BlockMemory, BlockPart, copy_blocks
+
+    def scatter(
+        to: torch.Tensor,
+        to_ids: torch.Tensor,
+        source: torch.Tensor,
+        source_ids: torch.Tensor,
+        first_byte: int,
+        num_bytes: int,
+    ) -> None:
+        memories = BlockMemory.of(source), BlockMemory.of(to)
+        sizes = (*(each.address for each in memories), memories[0].block_bytes, first_byte, num_bytes)
+        if all(size % VECTOR_BYTES == 0 for size in sizes):
+            copy_blocks(*memories, source_ids, to_ids, BlockPart(first_byte, num_bytes))
+            return
+        width = to.element_size()
+        columns = slice(first_byte // width, (first_byte + num_bytes) // width)
+        to[to_ids, columns] = source[source_ids, columns]
+
+    return scatter
 
 
 def make_arena(

@@ -14,7 +14,7 @@ only then go back to the pool.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -23,8 +23,8 @@ from memserve.model_config import blocks_for
 from memserve.pool.allocator import BlockIds
 from memserve.pool.block_table import BlockTable
 from memserve.pool.incoming import tail
+from memserve.pool.pending import Pending
 from memserve.pool.transports.base import FailedPull, Pull, PullResult
-from memserve.radix_tree import common_tokens
 from memserve.workers.request import Request
 from memserve.workers.scheduler import MIN_FOLLOWED_TOKENS
 
@@ -37,6 +37,8 @@ class Fetcher(Protocol):
     def alloc_mem(self, num_blocks: int, /) -> BlockIds | None: ...
     def acquire(self, tokens: bytes, salt: str, /) -> BlockTable: ...
     def release(self, table: BlockTable, /) -> None: ...
+    def expect(self, tokens: bytes, salt: str, /) -> Pending: ...
+    def pending(self, tokens: bytes, salt: str, /) -> Pending | None: ...
     def fetch(self, refs: BlockRefs, into: BlockIds, layers_from: int | None = None, /) -> Pull: ...
 
 
@@ -109,6 +111,7 @@ class _Running(NamedTuple):
     num_here: int
     parts: tuple[_Part, ...]
     num_ahead: int
+    pending: Pending
     num_bytes: int = 0
 
 
@@ -117,22 +120,27 @@ class _Ahead:
     """What was pulled of a request that has not come. Owner of the table."""
 
     attempt: int
-    tokens: bytes
-    salt: str
     table: BlockTable
+    pending: Pending
     parts: list[_Part] = field(default_factory=list)
+
+
+class _Claimed(NamedTuple):
+    """What was pulled ahead of a request that has come and waits."""
+
+    pending: Pending
+    parts: list[_Part]
 
 
 class Pulls:
     """The pulls under way, cancelled ones and those ahead of their request included."""
 
-    def __init__(self, pool: Fetcher, block_size: int, *, caches: bool) -> None:
-        self._caches = caches
+    def __init__(self, pool: Fetcher, block_size: int) -> None:
         self._pool = pool
         self._block_size = block_size
         self._running: dict[Request, _Running] = {}
         self._ahead: dict[str, _Ahead] = {}
-        self._claimed: dict[Request, list[_Part]] = {}
+        self._claimed: dict[Request, _Claimed] = {}
         self._cancelled: list[tuple[Sequence[_Part], BlockTable]] = []
 
     def __bool__(self) -> bool:
@@ -156,22 +164,12 @@ class Pulls:
         tokens = message.token_ids[: num_blocks * self._block_size * 4]
         table = self._pool.acquire(tokens, message.cache_salt)
         useful = table.num_shared * self._block_size + MIN_FOLLOWED_TOKENS
-        if any(
-            salt == message.cache_salt and common_tokens(other, tokens) >= useful
-            for salt, other in self._under_way()
-        ):
+        other = self._pool.pending(tokens, message.cache_salt)
+        if other is not None and other.num_common(tokens) >= useful:
             self._pool.release(table)
             return
-        self._ahead[message.request_id] = _Ahead(message.attempt, tokens, message.cache_salt, table)
-
-    def _under_way(self) -> Iterator[tuple[str, bytes]]:
-        """Salt and tokens of what is being pulled."""
-        if not self._caches:
-            return
-        for ahead in self._ahead.values():
-            yield ahead.salt, ahead.tokens
-        for request in (*self._claimed, *self._running):
-            yield request.cache_salt, request.token_bytes(0, request.num_tokens)
+        pending = self._pool.expect(tokens, message.cache_salt)
+        self._ahead[message.request_id] = _Ahead(message.attempt, table, pending)
 
     def begin_ahead(self, message: PullAhead) -> None:
         """Start on blocks of a request that will come. What does not fit or follow is left to its
@@ -196,27 +194,29 @@ class Pulls:
         if ahead is None or ahead.attempt != request.attempt:
             return
         offer = request.offer
-        if offer is None or offer.first_block or ahead.table.num_blocks > len(offer.refs.blocks):
+        num_ahead = ahead.table.num_blocks
+        # Without a block it comes like any other, which others' pulls may spare a pull of its own.
+        if offer is None or offer.first_block or not 0 < num_ahead <= len(offer.refs.blocks):
             self.drop_ahead(request.request_id, request.attempt)
             return
         del self._ahead[request.request_id]
         request.table = ahead.table
-        self._claimed[request] = ahead.parts
+        self._claimed[request] = _Claimed(ahead.pending, ahead.parts)
 
     def drop_ahead(self, request_id: str, attempt: int) -> None:
         """No request will claim this attempt, or an older one: give the blocks back."""
         ahead = self._ahead.get(request_id)
         if ahead is not None and ahead.attempt <= attempt:
             del self._ahead[request_id]
-            self._stop(ahead.parts, ahead.table)
+            self._stop(ahead.parts, ahead.table, ahead.pending)
 
     def unclaim(self, request: Request) -> None:
         """A waiting request gives up what was pulled ahead for it; all of its offer is pulled when it
         runs.
         """
-        parts = self._claimed.pop(request, None)
-        if parts is not None:
-            self._stop(parts, request.take_table())
+        claimed = self._claimed.pop(request, None)
+        if claimed is not None:
+            self._stop(claimed.parts, request.take_table(), claimed.pending)
 
     def drop_all_ahead(self) -> None:
         """Nothing will come any more."""
@@ -247,9 +247,15 @@ class Pulls:
         offer = request.offer
         assert offer is not None
         num_shared = request.table.num_shared
-        parts = self._claimed.pop(request, [])
-        num_ahead = len(parts)
         fault = self._fault_of(offer, request)
+        claimed = self._claimed.pop(request, None)
+        if claimed is None:
+            num_expected = 0 if fault else offer.num_tokens // self._block_size * self._block_size
+            claimed = _Claimed(
+                self._pool.expect(request.token_bytes(0, num_expected), request.cache_salt), []
+            )
+        pending, parts = claimed
+        num_ahead = len(parts)
         if fault is None:
             done = num_shared + sum(part.num_blocks for part in parts)
             end = offer.first_block + len(offer.refs.blocks)
@@ -260,7 +266,9 @@ class Pulls:
         else:  # nothing counts, but the copies of what was pulled ahead must have stopped all the same
             parts.insert(0, _Part(FailedPull(fault), 1))
             num_ahead = 0
-        self._running[request] = _Running(request, offer, num_shared, num_shared, tuple(parts), num_ahead)
+        self._running[request] = _Running(
+            request, offer, num_shared, num_shared, tuple(parts), num_ahead, pending
+        )
 
     def poll(self) -> list[Arrival]:
         """The pulls that ended since the last call; frees the blocks of cancelled ones that have stopped."""
@@ -274,6 +282,7 @@ class Pulls:
             if arrival is None:
                 continue
             del self._running[running.request]
+            running.pending.end()
             arrivals.append(arrival)
         self._reclaim_stopped()
         return arrivals
@@ -281,7 +290,7 @@ class Pulls:
     def cancel(self, request: Request) -> None:
         """Give a pull up. Its blocks leave the request now and reach the pool when the copy has stopped."""
         running = self._running.pop(request)
-        self._stop(running.parts, request.take_table())
+        self._stop(running.parts, request.take_table(), running.pending)
 
     # --- inside ---
 
@@ -290,7 +299,7 @@ class Pulls:
 
         None if that was a part pulled ahead: the offer stands, so the rest is pulled from it, once.
         """
-        request, offer, num_shared, num_blocks, parts, num_ahead, num_bytes = running
+        request, offer, num_shared, num_blocks, parts, num_ahead, _, num_bytes = running
         num_bytes += sum(result.num_bytes for result in results)
         failure: str | None = None
         for index, (part, result) in enumerate(zip(parts, results, strict=True)):
@@ -330,7 +339,8 @@ class Pulls:
         )
         return Arrival(request, num_tokens, message)
 
-    def _stop(self, parts: Sequence[_Part], table: BlockTable) -> None:
+    def _stop(self, parts: Sequence[_Part], table: BlockTable, pending: Pending) -> None:
+        pending.end()
         for part in parts:
             part.pull.cancel()
         self._cancelled.append((parts, table))

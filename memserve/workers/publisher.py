@@ -15,13 +15,35 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
-from memserve.messages import Removed, Stored
+from numpy.typing import ArrayLike
+
+from memserve.messages import BlockRefs, Removed, Stored
 from memserve.model_config import blocks_for
+from memserve.pool.block_table import BlockTable
 from memserve.pool.lanes import Mark
-from memserve.pool.mempool import MemPool
 from memserve.workers.request import Request
 from memserve.workers.steps import Chunk
+
+
+class Progress(Protocol):
+    """See `pool.arena.Progress`."""
+
+    @property
+    def count(self) -> int: ...
+
+
+class Pool(Protocol):
+    """What is needed of a `MemPool`."""
+
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def progress(self) -> Progress: ...
+    def publish(self, table: BlockTable, tokens: bytes, /) -> None: ...
+    def addresses(self, ids: ArrayLike, /) -> BlockRefs: ...
+    def take_removed(self) -> list[Removed]: ...
 
 
 class Publisher:
@@ -30,9 +52,20 @@ class Publisher:
     Args:
         pool: whose blocks they are.
         send: takes messages for the router.
+        by_layer: the pool's progress tells when a layer is written, as it does where computing is not only
+            enqueued; if not, nothing is announced, and blocks are told when they are complete.
     """
 
-    def __init__(self, pool: MemPool, send: Callable[[Stored | Removed], None]) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        send: Callable[[Stored | Removed], None],
+        *,
+        by_layer: bool,
+        swaps_mark: Callable[[], Mark | None] = lambda: None,
+    ) -> None:
+        self._by_layer = by_layer
+        self._swaps_mark = swaps_mark
         self._pool = pool
         self._send = send
         self._held: deque[Stored | Removed | Mark] = deque()
@@ -51,11 +84,10 @@ class Publisher:
         """Tell what was held back and is true now, in order."""
         while self._held:
             first = self._held[0]
-            if not isinstance(first, Stored | Removed):
-                if not first.is_done():
-                    return
-            else:
+            if isinstance(first, Stored | Removed):
                 self._send(first)
+            elif not first.is_done():
+                return
             self._held.popleft()
 
     def _post(self, message: Stored | Removed) -> None:
@@ -65,20 +97,20 @@ class Publisher:
         else:
             self._send(message)
 
-    def announce(self, chunks: Sequence[Chunk]) -> None:
-        """Tell of the blocks that the step about to run will complete, where that is asked for.
+    def announce(self, chunks: Sequence[Chunk]) -> bool:
+        """Tell of the blocks that the step about to run will complete, where that is asked for; whether
+        anybody will follow it.
 
         The partial block of a prompt's end is among them: nothing more will be written to it here.
         """
         block_size = self._pool.block_size
-        # Where nothing tells of layers, blocks are told when they are complete.
-        followed = [chunk for chunk in chunks if chunk.request.tell_layers and self._pool.tells_layers]
-        self._pool.progress.follow(bool(followed))
+        followed = [chunk for chunk in chunks if chunk.request.tell_layers] if self._by_layer else []
         for request, num_new in followed:
             stop = request.num_computed_tokens + num_new
             is_last = stop == request.num_tokens
             end = blocks_for(stop, block_size) if is_last else stop // block_size
             self._tell(request, end, self._pool.progress.count)
+        return bool(followed)
 
     def publish(self, request: Request) -> None:
         """The blocks that are complete now are shared."""
@@ -97,7 +129,7 @@ class Publisher:
         """Tell what is no longer cached where it was."""
         removed = self._pool.take_removed()
         if removed:
-            self.hold(self._pool.swaps_mark())
+            self.hold(self._swaps_mark())
         for each in removed:
             self._post(each)
 

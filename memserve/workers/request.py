@@ -34,6 +34,7 @@ from memserve.messages import (
     unpack_tokens,
 )
 from memserve.pool.block_table import BlockTable
+from memserve.pool.pending import Pending
 
 
 class RequestKind(Enum):
@@ -63,11 +64,13 @@ class Request:
     (any more). `cached`: the tokens found in the pool when the request was first admitted, and pulled for it
     (None before).
     `began_at`: when its first step began.
+    `pending` is a pull that brings them for one that is not here yet; who waits for a pull does so until
+    `patience_ends`.
     `offer` is KV to be pulled; None when there is none, or no longer. `leader` computes or pulls the first
     `num_common_tokens` of a waiting request, which is admitted when they are there; it was the
     `num_follows`th such. `tell_blocks`: the router
     hears of each block as it fills, `num_told_blocks` so far; `tell_layers`: already when the step begins.
-    `is_pending`: the last token is; `is_at_end`: and whichever it is, nothing follows it here.
+    `is_drawing`: the last token is; `is_at_end`: and whichever it is, nothing follows it here.
     """
 
     request_id: str
@@ -89,12 +92,14 @@ class Request:
     _tells_cached: bool = True
     table: BlockTable = field(default_factory=BlockTable)
     leader: Request | None = None
+    pending: Pending | None = None
+    patience_ends: float = 0.0
     num_common_tokens: int = 0
     num_follows: int = 0
     tell_blocks: bool = False
     tell_layers: bool = False
     num_told_blocks: int = 0
-    is_pending: bool = False
+    is_drawing: bool = False
     is_at_end: bool = False
     _tokens: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32), repr=False)
 
@@ -157,16 +162,16 @@ class Request:
 
     def expect(self, max_model_len: int) -> None:
         """The next token is being drawn, and pending from now on."""
-        assert not self.is_pending
+        assert not self.is_drawing
         self._extend(0)
-        self.is_pending = True
+        self.is_drawing = True
         self.is_at_end = self.kind is RequestKind.PREFILL or self._is_full(self.num_tokens, max_model_len)
 
     def unexpect(self) -> None:
         """The pending token was not drawn."""
-        if self.is_pending:
+        if self.is_drawing:
             self.num_tokens -= 1
-            self.is_pending = False
+            self.is_drawing = False
 
     def settle(self, token_id: int) -> None:
         """Take the pending token: it is this one."""
@@ -175,7 +180,7 @@ class Request:
 
     def append(self, token_id: int) -> None:
         """Take the token just drawn."""
-        assert not self.is_pending
+        assert not self.is_drawing
         self._extend(token_id)
         self.output_ids.append(token_id)
 
@@ -186,6 +191,17 @@ class Request:
             self._tokens = grown
         self._tokens[self.num_tokens] = token_id
         self.num_tokens += 1
+
+    def extend(self, token_ids: NDArray[np.int32]) -> None:
+        """Take several drawn tokens at once."""
+        end = self.num_tokens + len(token_ids)
+        if end > len(self._tokens):
+            grown = np.empty(max(64, 2 * end), np.int32)
+            grown[: self.num_tokens] = self._tokens[: self.num_tokens]
+            self._tokens = grown
+        self._tokens[self.num_tokens : end] = token_ids
+        self.num_tokens = end
+        self.output_ids.extend(token_ids.tolist())
 
     def finish_reason(self, max_model_len: int) -> FinishReason | None:
         """Whether the last drawn token ends the request. All attempts count: from the prompt's end."""

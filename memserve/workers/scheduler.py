@@ -7,7 +7,8 @@ in order of arrival. Blocks:
   request to grow by; it gets them at once, so that only a decode that crosses a block boundary can find
   the pool empty. What the pool has cached of its tokens it shares, and computes only the rest.
 - While another computes or pulls a long prefix that it needs too, it waits for it, holding nothing, and
-  those behind it may pass: a burst on one cold prefix computes it once.
+  those behind it may pass: a burst on one cold prefix computes it once. For a pull it waits no longer than
+  `patience` says (patience.py).
 - If a decode finds the pool empty, the youngest running request is preempted: it waits again at its place of
   arrival, and what the pool no longer has of it by then is recomputed. The oldest running request is never
   preempted for another, so there is always progress.
@@ -21,8 +22,9 @@ flight and an offer take theirs over (`handoff`).
 
 from __future__ import annotations
 
+import math
 from bisect import insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import msgspec
@@ -33,6 +35,7 @@ from memserve.model_config import blocks_for
 from memserve.pool.allocator import BlockIds
 from memserve.pool.block_table import BlockTable
 from memserve.pool.index import Match
+from memserve.pool.pending import Pending
 from memserve.workers.budget import MIN_CHUNK_TOKENS, StepTally
 from memserve.workers.request import Request, RequestState
 from memserve.workers.steps import Chunk, Refusal, StepPlan
@@ -54,6 +57,11 @@ class BlockSource(Protocol):
     def match(self, tokens: bytes, salt: str, /) -> Match: ...
     def acquire(self, tokens: bytes, salt: str, /) -> BlockTable: ...
     def release(self, table: BlockTable, /) -> None: ...
+    def pending(self, tokens: bytes, salt: str, /) -> Pending | None: ...
+
+
+def _no_limit(request: Request, num_cached: int, num_tokens: int) -> float:
+    return math.inf
 
 
 def _arrival(request: Request) -> int:
@@ -68,13 +76,24 @@ class Scheduler:
         block_size: tokens of one.
         max_running: seats, of running and pulling requests together.
         caches: whether the pool keeps what was computed, so that it is worth waiting for.
+        patience: how many seconds a request waits for a pull that brings its first so many tokens, of which
+            so many are here.
     """
 
-    def __init__(self, pool: BlockSource, block_size: int, max_running: int, *, caches: bool = False) -> None:
+    def __init__(
+        self,
+        pool: BlockSource,
+        block_size: int,
+        max_running: int,
+        *,
+        caches: bool = False,
+        patience: Callable[[Request, int, int], float] = _no_limit,
+    ) -> None:
         self._pool = pool
         self._block_size = block_size
         self._max_running = max_running
         self._caches = caches
+        self._patience = patience
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.pulling: list[Request] = []
@@ -146,15 +165,28 @@ class Scheduler:
         """Asked when a step has nothing to compute: whether requests want blocks, as running ones that cannot
         grow do too, and none here will give any back.
         """
-        return bool(self.waiting or self.running) and not self.pulling
+        wants_blocks = self.running or any(request.pending is None for request in self.waiting)
+        return bool(wants_blocks) and not self.pulling
 
     @property
     def may_preempt(self) -> bool:
         """Whether the next step could find the pool empty."""
         return self._pool.num_available < len(self.running)
 
-    def schedule(self, tally: StepTally) -> StepPlan:
-        """Fill `tally` with the next step. Takes and frees blocks; the caller then runs the plan's chunks.
+    @property
+    def patience_ends(self) -> float | None:
+        """When the first request that waits for a pull will do so no more; None if none does."""
+        ends = [
+            request.patience_ends
+            for request in self.waiting
+            if request.pending or (request.leader and request.leader.state is RequestState.PULLING)
+        ]
+        end = min(ends, default=math.inf)
+        return None if end == math.inf else end
+
+    def schedule(self, tally: StepTally, now: float = 0.0) -> StepPlan:
+        """Fill `tally` with the next step, at `now` seconds. Takes and frees blocks; the caller then runs the
+        plan's chunks.
 
         The step before may still run, its draws pending, unless `may_preempt`: a request is preempted only
         when all of its tokens are known.
@@ -164,7 +196,7 @@ class Scheduler:
         if prefilling:
             self._plan_chunks(prefilling, plan, tally)
         if self.waiting:
-            self._admit(plan, tally)
+            self._admit(plan, tally, now)
         return plan
 
     def _plan_decodes(self, plan: StepPlan, tally: StepTally) -> list[Request]:
@@ -175,7 +207,7 @@ class Scheduler:
         for request in tuple(self.running):
             if request.state is not RequestState.RUNNING:
                 continue  # preempted by an older one just now
-            if request.is_pending and request.is_at_end:
+            if request.is_drawing and request.is_at_end:
                 continue
             num_computed = request.num_computed_tokens
             if request.num_tokens - num_computed > 1:
@@ -227,14 +259,14 @@ class Scheduler:
             tally.add_chunk(num_new, context_len)
         return True
 
-    def _admit(self, plan: StepPlan, tally: StepTally) -> None:
+    def _admit(self, plan: StepPlan, tally: StepTally, now: float) -> None:
         """Let waiting requests in, in order of arrival, until the step, the blocks or the seats are full."""
         for request in tuple(self.waiting):
             if len(self.running) + len(self.pulling) >= self._max_running:
                 return
             if request.offer is None and tally.room(0) == 0:
                 return
-            if self._follows(request):
+            if self._follows(request, now):
                 continue
             if blocks_for(request.num_tokens, self._block_size) > self._pool.num_blocks:
                 self.finish(request)
@@ -282,7 +314,7 @@ class Scheduler:
             return b""
         return request.token_bytes(0, (request.num_tokens - 1) // self._block_size * self._block_size)
 
-    def _follows(self, request: Request) -> bool:
+    def _follows(self, request: Request, now: float) -> bool:
         """Whether another is about to have much of what this one needs, so that it is better to wait.
 
         It waits for one that runs or pulls, and so gets on, and a few times at most.
@@ -290,9 +322,17 @@ class Scheduler:
         if not self._caches or request.prompt_logprobs is not None or request.table.num_blocks:
             return False
         leader, request.leader = request.leader, None
+        pending, request.pending = request.pending, None
         if leader is not None and self._is_behind(leader, request.num_common_tokens):
-            request.leader = leader
-            return True
+            if leader.state is RequestState.RUNNING or now < request.patience_ends:
+                request.leader = leader
+                return True
+            request.num_follows = MAX_FOLLOWS
+        elif pending is not None and not pending.is_over:
+            if now < request.patience_ends:
+                request.pending = pending
+                return True
+            request.num_follows = MAX_FOLLOWS
         if request.num_follows == MAX_FOLLOWS:
             return False
         for other in self._producers():
@@ -301,12 +341,27 @@ class Scheduler:
             num_common = self._common_tokens(request, other)
             if num_common - self._progress(other) < MIN_FOLLOWED_TOKENS:
                 continue
-            num_cached = self._pool.match(self._cacheable(request), request.cache_salt).num_tokens
-            if num_common - num_cached >= MIN_FOLLOWED_TOKENS:
-                request.leader, request.num_common_tokens = other, num_common
-                request.num_follows += 1
+            if self._begins_to_follow(request, num_common, now):
+                request.leader = other
+                return True
+        tokens = self._cacheable(request)
+        pending = self._pool.pending(tokens, request.cache_salt)
+        if pending is not None:
+            num_common = pending.num_common(tokens) // self._block_size * self._block_size
+            if self._begins_to_follow(request, num_common, now):
+                request.pending = pending
                 return True
         return False
+
+    def _begins_to_follow(self, request: Request, num_common: int, now: float) -> bool:
+        """Whether what another will have is much beside what is here; then it waits, not for ever."""
+        num_cached = self._pool.match(self._cacheable(request), request.cache_salt).num_tokens
+        if num_common - num_cached < MIN_FOLLOWED_TOKENS:
+            return False
+        request.num_common_tokens = num_common
+        request.num_follows += 1
+        request.patience_ends = now + self._patience(request, num_cached, num_common)
+        return True
 
     def _is_behind(self, leader: Request, num_tokens: int) -> bool:
         """Whether it gets on, and has not got so far yet."""

@@ -39,6 +39,7 @@ from memserve.messages import (
     DeviceGrant,
     Failed,
     FinishReason,
+    Load,
     Measure,
     Offer,
     Output,
@@ -64,6 +65,7 @@ from memserve.workers.executor import Executor, Flight
 from memserve.workers.gauges import Gauges
 from memserve.workers.handoff import OfferBook, Pulls
 from memserve.workers.measurer import Measurer
+from memserve.workers.patience import Patience
 from memserve.workers.publisher import Publisher
 from memserve.workers.pull_backs import PullBacks
 from memserve.workers.request import Request, RequestKind, RequestState
@@ -79,6 +81,8 @@ ARRIVAL_LOOK_S = 0.00025
 EXPIRY_LOOKS = 4
 # How often an idle loop looks whether what it has to tell is true by now: a GPU rings no doorbell.
 HELD_LOOK_S = 2e-4
+# A worker that has had nothing to do for so long says what its load is.
+REST_S = 0.02
 
 
 class Worker:
@@ -100,11 +104,20 @@ class Worker:
         self._executor = Executor(runner, pool, config.max_model_len)
         self._overlaps = runner.overlaps
         self._flight: Flight | None = None
-        self._publisher = Publisher(pool, channel.send)
+        self._publisher = Publisher(
+            pool, channel.send, by_layer=pool.tells_layers, swaps_mark=pool.swaps_mark
+        )
         self._clock = clock
-        self._scheduler = Scheduler(pool, config.block_size, config.max_running, caches=config.caches)
         self.budget = StepBudget(config.max_batch_tokens, config.max_step_ms, pair_cost(config.model))
-        self._pulls = Pulls(pool, config.block_size, caches=config.caches)
+        self._patience = Patience(self.budget)
+        self._scheduler = Scheduler(
+            pool,
+            config.block_size,
+            config.max_running,
+            caches=config.caches,
+            patience=self._patience.seconds,
+        )
+        self._pulls = Pulls(pool, config.block_size)
         self._pull_backs = PullBacks(pool, config.instance)
         self._cache_admin = CacheAdmin(pool)
         self._measurer = Measurer(config, pool, runner)
@@ -114,6 +127,7 @@ class Worker:
         self._arrivals = 0
         self._stopping = False
         self._expires_at = 0.0
+        self._told_load = Load()
 
     # --- the loop ---
 
@@ -122,9 +136,30 @@ class Worker:
         while not self._stopping:
             if not self.step() and not self._stopping:
                 self._receive_grants()
-                ttl_s = self._config.cache_ttl_s
-                pause_s = None if ttl_s is None else ttl_s / EXPIRY_LOOKS
-                doorbell.wait(HELD_LOOK_S if self._publisher.is_holding else pause_s)
+                self._rest(doorbell)
+
+    def _rest(self, doorbell: Doorbell) -> None:
+        """Sleep until there is something to do. What came of the last steps is told after a moment of rest,
+        not only with the next heartbeat: where blocks are free again, requests may be waiting for them.
+        """
+        if self.gauges.load() != self._told_load:
+            if doorbell.wait(REST_S if self._rest_s is None else min(REST_S, self._rest_s)):
+                return
+            beat = self.gauges.heartbeat()
+            self._told_load = beat.load
+            self._channel.send(beat)
+        doorbell.wait(self._rest_s)
+
+    @property
+    def _rest_s(self) -> float | None:
+        """How long the loop may sleep at most."""
+        rests: list[float] = [HELD_LOOK_S] if self._publisher.is_holding else []
+        if self._config.cache_ttl_s is not None:
+            rests.append(self._config.cache_ttl_s / EXPIRY_LOOKS)
+        patience_ends = self._scheduler.patience_ends
+        if patience_ends is not None:
+            rests.append(max(0.0, patience_ends - self._clock()))
+        return min(rests, default=None)
 
     def step(self) -> bool:
         """One turn of the loop. False = there is nothing to do until the doorbell rings."""
@@ -151,7 +186,7 @@ class Worker:
         if self._flight is not None and (self._flight.looks_back or self._scheduler.may_preempt):
             self._land()
         tally = self.budget.open()
-        plan = self._scheduler.schedule(tally)
+        plan = self._scheduler.schedule(tally, self._clock())
         self._publisher.tell_removed()  # before it is told what is in those blocks now
         for request, reason in plan.refused:
             self._fail(request, reason)
@@ -174,7 +209,7 @@ class Worker:
 
     def _run(self, chunks: Sequence[Chunk], tally: StepTally) -> None:
         """Begin a step; then the one before it lands, or itself."""
-        self._publisher.announce(chunks)
+        self._pool.progress.follow(self._publisher.announce(chunks))
         now = self._clock()
         for request, _ in chunks:
             if request.began_at is None:
@@ -232,6 +267,8 @@ class Worker:
         """Pulls that ended: their requests run from now on."""
         arrived: list[Request] = []
         for request, num_tokens, pulled in self._pulls.poll():
+            if pulled.failure is None:
+                self._patience.observe(pulled.num_tokens - pulled.num_cached_tokens, pulled.pull_ms)
             self._scheduler.pulled(request, num_tokens)
             self._publisher.publish(request)
             self._publisher.tell(request)

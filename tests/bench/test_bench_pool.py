@@ -26,6 +26,8 @@ COPY = CopyRow(
     median_ms=2.0,
     memcpy_ms=1.0,
     of_memcpy=0.5,
+    send_recv_ms=1.6,
+    of_send_recv=1.25,
 )
 
 
@@ -44,7 +46,7 @@ def test_a_quick_run(tmp_path: Path) -> None:
     report = json.loads(out.read_text())["report"]
     # 1. each call, at each fill level and batch, or in both trees
     calls = Counter(row["call"] for row in report["calls"])
-    assert calls.pop("alloc_mem") == calls.pop("free_mem") == 12
+    assert calls.pop("alloc_mem") == calls.pop("free_mem") == 15
     assert set(calls) == {
         "insert",
         "insert, to fill",
@@ -67,8 +69,12 @@ def test_a_quick_run(tmp_path: Path) -> None:
     # 2. each way to copy, at both sizes
     copies = Counter((row["mode"], row["layout"]) for row in report["copies"])
     pulls = [("pull", layout) for layout in ("contiguous", "scattered", "discrete")]
-    others = [(mode, "contiguous") for mode in ("pull by layer", "pull, gloo", "swap_out", "swap_in")]
-    assert copies == dict.fromkeys(pulls + others, 2)
+    by_gloo = [("pull, gloo", layout) for layout in ("contiguous", "scattered")]
+    others = [(mode, "contiguous") for mode in ("pull by layer", "swap_out", "swap_in")]
+    assert copies == dict.fromkeys(pulls + by_gloo + others, 2)
+    for row in report["copies"]:  # 3. those over gloo beside what gloo does by itself
+        beside = row["send_recv_ms"], row["of_send_recv"]
+        assert all(beside) if row["mode"] == "pull, gloo" else beside == (None, None)
     assert all(row["num_bytes"] == row["num_blocks"] << 17 for row in report["copies"])
 
 
@@ -78,7 +84,7 @@ def test_report(tmp_path: Path) -> None:
     console = Console(width=110, record=True, file=io.StringIO())
     print_report(report, console)
     words = console.export_text().split()
-    for word in ("500", "15.5", "2.0", "50%"):  # ns a block, bytes a block, GB/s, of memcpy
+    for word in ("500", "15.5", "2.0", "50%", "125%"):  # ns and bytes a block, GB/s, of memcpy, of send/recv
         assert word in words
     plot(tmp_path / "out.png", report)
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")

@@ -24,7 +24,7 @@ def longest_run(ids: list[int]) -> int:
 
 
 class AllocatorMachine(RuleBasedStateMachine):
-    """Any order of operations; the oracle is a list of holders per block, and the set of lost blocks."""
+    """Any order of operations; the oracle is which blocks are held, and which are lost."""
 
     @initialize(inherited=st.lists(st.integers(6, 9), min_size=1, max_size=40))
     def start(self, inherited: list[int]) -> None:
@@ -33,20 +33,24 @@ class AllocatorMachine(RuleBasedStateMachine):
         self.lost = {block for block, generation in enumerate(inherited) if generation % 2}
         self.freed: list[int] = []
         self.allocator = BlockAllocator(num_blocks, self.generations, lambda ids: self.freed.extend(ids))
-        self.counts = [0] * num_blocks
-        self.expected_generations = list(inherited)
+        self.held: set[int] = set()
+        self.before = list(inherited)
 
     def free_blocks(self) -> list[int]:
-        return [block for block, count in enumerate(self.counts) if count == 0]
+        return [block for block in range(self.num_blocks) if block not in self.held]
 
     def some(self, data: st.DataObject, blocks: list[int]) -> list[int]:
         return data.draw(st.lists(st.sampled_from(blocks), unique=True, max_size=len(blocks)))
 
-    def release(self, ids: list[int]) -> list[int]:
-        for block in ids:
-            self.counts[block] -= 1
-            self.expected_generations[block] += self.counts[block] == 0
-        return sorted(block for block in ids if self.counts[block] == 0)
+    def raised(self, ids: list[int]) -> None:
+        """These and no others have a new generation, which was never there before."""
+        now, highest = self.generations.tolist(), max(self.before)
+        for block, (old, new) in enumerate(zip(self.before, now, strict=True)):
+            if block in ids:
+                assert new > highest and new % 2 == (block in self.held)
+            else:
+                assert new == old
+        self.before = now
 
     @rule(num_wanted=st.integers(0, 45))
     def allocate(self, num_wanted: int) -> None:
@@ -60,48 +64,47 @@ class AllocatorMachine(RuleBasedStateMachine):
         assert got == sorted(set(got)) and len(got) == num_wanted
         assert set(got) <= set(free)
         others = [block for block in free if block not in self.lost]
-        if 0 < num_wanted <= longest_run(others):
+        if 0 < num_wanted <= len(others) == longest_run(others):
             assert longest_run(got) == num_wanted
         assert len(self.lost & set(got)) == max(0, num_wanted - len(others)), "lost blocks come last"
-        for block in got:
-            self.counts[block] = 1
-            self.expected_generations[block] += 2 if block in self.lost else 1
+        self.held |= set(got)
         self.lost -= set(got)
+        self.raised(got)
 
-    @precondition(lambda self: any(self.counts))
-    @rule(data=st.data(), by_unlock=st.booleans())
-    def free(self, data: st.DataObject, by_unlock: bool) -> None:
-        ids = self.some(data, [block for block, count in enumerate(self.counts) if count])
-        self.freed.clear()
-        (self.allocator.unlock if by_unlock else self.allocator.free)(ids)
-        assert self.freed == self.release(ids)
-
-    @precondition(lambda self: any(self.counts))
+    @precondition(lambda self: self.held)
     @rule(data=st.data())
-    def lock(self, data: st.DataObject) -> None:
-        ids = self.some(data, [block for block, count in enumerate(self.counts) if count])
-        self.allocator.lock(ids)
-        for block in ids:
-            self.counts[block] += 1
+    def free(self, data: st.DataObject) -> None:
+        ids = self.some(data, sorted(self.held))
+        self.freed.clear()
+        self.allocator.free(ids)
+        assert self.freed == sorted(ids)
+        self.held -= set(ids)
+        self.raised(ids)
 
-    @precondition(lambda self: not all(self.counts))
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def renew(self, data: st.DataObject) -> None:
+        ids = self.some(data, sorted(self.held))
+        self.allocator.renew(ids)
+        self.raised(ids)
+
+    @precondition(lambda self: len(self.held) < self.num_blocks)
     @rule(data=st.data())
     def misuse(self, data: st.DataObject) -> None:
         stray = data.draw(st.sampled_from(self.free_blocks()))
-        held = self.some(data, [block for block, count in enumerate(self.counts) if count] or [stray])
-        for misuse in (self.allocator.free, self.allocator.lock, self.allocator.unlock):
+        held = self.some(data, sorted(self.held) or [stray])
+        for misuse in (self.allocator.free, self.allocator.renew):
             with pytest.raises(AssertionError):
                 misuse([*held, stray])
 
     @invariant()
     def agrees(self) -> None:
-        if not hasattr(self, "counts"):
+        if not hasattr(self, "held"):
             return
         assert self.allocator.num_blocks == self.num_blocks
         assert self.allocator.num_free == len(self.free_blocks())
-        held = [block for block, count in enumerate(self.counts) if count]
-        assert self.allocator.held_blocks().tolist() == held
-        assert self.generations.tolist() == self.expected_generations
+        assert self.allocator.held_blocks().tolist() == sorted(self.held)
+        assert self.generations.tolist() == self.before
         assert self.allocator.num_lost == len(self.lost)
 
 
@@ -114,16 +117,17 @@ def test_generation_is_new_before_the_caller_has_the_ids() -> None:
     allocator = BlockAllocator(4, generations)
     # 1. a first life of blocks 0 and 1
     first = allocator.allocate(2)
-    assert first is not None and generations.tolist() == [1, 1, 0, 0]
-    # 2. a lock that is not the last one changes nothing; the end of the last holder does
-    allocator.lock(first)
+    assert first is not None and first.tolist() == [0, 1]
+    in_first_life = generations.tolist()
+    assert all(generation % 2 for generation in in_first_life[:2]) and in_first_life[2:] == [0, 0]
+    # 2. its end
     allocator.free(first)
-    assert generations.tolist() == [1, 1, 0, 0]
-    allocator.free(first)
-    assert generations.tolist() == [2, 2, 0, 0]
+    after_it = generations.tolist()
+    assert all(g > h and g % 2 == 0 for g, h in zip(after_it[:2], in_first_life[:2], strict=True))
     # 3. a second life
     assert allocator.allocate(2) is not None
-    assert generations.tolist() == [3, 3, 0, 0]
+    assert all(g > h and g % 2 for g, h in zip(generations.tolist()[:2], after_it[:2], strict=True))
+    assert generations.tolist()[2:] == [0, 0]
 
 
 def test_what_a_dead_owner_held_is_taken_last() -> None:
@@ -132,17 +136,19 @@ def test_what_a_dead_owner_held_is_taken_last() -> None:
     first = BlockAllocator(6, generations)
     assert first.allocate(4) is not None
     first.free([2])
-    assert generations.tolist() == [1, 1, 2, 1, 0, 0]
+    inherited = generations.tolist()
+    assert [generation % 2 for generation in inherited] == [1, 1, 0, 1, 0, 0]
     # 2. its replacement leaves them alone as long as it can
     second = BlockAllocator(6, generations)
     assert (second.num_free, second.num_lost) == (6, 3)
     ids = second.allocate(2)
     assert ids is not None and ids.tolist() == [4, 5]
-    assert generations.tolist() == [1, 1, 2, 1, 1, 1]
+    assert generations.tolist()[:4] == inherited[:4]
     # 3. then it takes them too, and their old addresses end
     more = second.allocate(2)
     assert more is not None and more.tolist() == [0, 2]
-    assert generations.tolist() == [3, 1, 3, 1, 1, 1] and second.num_lost == 2
+    assert generations[0] > inherited[0] and second.num_lost == 2
+    assert generations[1] == inherited[1] and generations[3] == inherited[3]
     # 4. what it frees is free like any other
     second.free(more)
     again = second.allocate(1)
@@ -150,22 +156,11 @@ def test_what_a_dead_owner_held_is_taken_last() -> None:
     assert second.num_lost == 2
 
 
-def test_lock_outlives_its_first_holder() -> None:
-    allocator = make_allocator(2)
-    ids = allocator.allocate(1)
-    assert ids is not None
-    allocator.lock(ids)
-    allocator.free(ids)
-    assert allocator.num_free == 1
-    allocator.unlock(ids)
-    assert allocator.num_free == 2
-
-
 @pytest.mark.parametrize("ids", [[0, 0], [-1], [4], [3]])
 def test_misuse_is_caught_and_changes_nothing(ids: list[int]) -> None:
     allocator = make_allocator(4)
     assert allocator.allocate(2) is not None
-    for misuse in (allocator.free, allocator.lock, allocator.unlock):
+    for misuse in (allocator.free, allocator.renew):
         with pytest.raises(AssertionError):
             misuse(ids)
     assert allocator.num_free == 2
@@ -175,11 +170,11 @@ def test_misuse_is_caught_and_changes_nothing(ids: list[int]) -> None:
 def test_a_run_is_preferred_to_lower_holes() -> None:
     allocator = make_allocator(16)
     assert allocator.allocate(16) is not None
-    allocator.free([1, 3, 5, 8, 9, 10, 15])
+    allocator.free([1, 3, 5, 8, 9, 10])
     run = allocator.allocate(3)
     assert run is not None and run.tolist() == [8, 9, 10]
-    rest = allocator.allocate(4)
-    assert rest is not None and rest.tolist() == [1, 3, 5, 15]
+    rest = allocator.allocate(3)
+    assert rest is not None and rest.tolist() == [1, 3, 5]
 
 
 @pytest.mark.parametrize("num_wanted", [1, 7, 5000])

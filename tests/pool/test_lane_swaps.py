@@ -135,7 +135,7 @@ def test_room_made_ahead_makes_no_step_wait(make_pool) -> None:
 def test_nobody_is_told_of_a_swap_before_it_is_done(make_pool) -> None:
     pool = make_pool("pool", num_blocks=16, host_blocks=32, is_free=False)
     said: list[object] = []
-    publisher = Publisher(pool.pool, said.append)
+    publisher = Publisher(pool.pool, said.append, by_layer=True, swaps_mark=pool.pool.swaps_mark)
     keep(pool, 1, 8)
     pool.lanes.run()
     pool.pool.swap_out(8)

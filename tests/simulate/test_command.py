@@ -17,7 +17,7 @@ from memserve.router.scheduling.policies.policies import POLICIES
 from memserve.router.scheduling.predictor import Predictor
 from memserve.simulate.command import POLICY_NAMES, at_load, simulate
 from memserve.simulate.report import Report
-from memserve.simulate.traces import read_mooncake
+from memserve.simulate.traces import read_trace
 
 ROW = '{"timestamp": 1, "input_length": 600, "output_length": 1, "hash_ids": [1, 2]}'
 
@@ -46,7 +46,7 @@ def test_all_policies_and_the_bound(trace: Path, tmp_path: Path) -> None:
     reports = msgspec.json.decode(out.read_bytes(), type=list[Report])
     assert [report.policy for report in reports] == [*POLICIES, "bound"] == [*POLICY_NAMES, "bound"]
     assert all(report.num_requests == 60 for report in reports)
-    assert len(result.output.splitlines()) == 7
+    assert len(result.output.splitlines()) == 8
     by_name = {report.policy: report for report in reports}
     assert by_name["bound"].ttft_ms.mean <= by_name["prompt-tree"].ttft_ms.mean
     assert by_name["prompt-tree"].ttft_ms.mean < by_name["random"].ttft_ms.mean
@@ -61,15 +61,33 @@ def test_a_calibration_colocated_and_a_plot(trace: Path, tmp_path: Path) -> None
         *("--policy", "session", "--no-bound", "--plot", plot),
     )
     assert result.exit_code == 0, result.output
-    assert result.output.splitlines()[1].startswith("session")
+    assert result.output.splitlines()[2].startswith("session")
     assert plot.read_text().startswith("<?xml")
 
 
 def test_load_is_a_share_of_the_prefill_sides_time(trace: Path) -> None:
     model = h800_llama_2_13b()
-    stretched = at_load(read_mooncake(trace), model, 3, 0.25)
+    stretched = at_load(read_trace(trace), model, 3, 0.25)
     work_s = 60 * Predictor(model).prefill_ms(2560, 0) / 1e3
-    assert stretched.jobs[-1].at_s == pytest.approx(work_s / (3 * 0.25))
+    assert stretched.dues is not None and max(stretched.dues) == pytest.approx(work_s / (3 * 0.25))
+
+
+def test_loads_and_cache_sizes_make_a_grid(trace: Path, tmp_path: Path) -> None:
+    out = tmp_path / "reports.json"
+    sizes, loads = ("--cache-tokens", 20_000, "--cache-tokens", 60_000), ("--load", 0.3, "--load", 0.6)
+    result = invoke(
+        *("--trace", trace, "--prefill", 2, "--decode", 2, "--policy", "prompt-tree", "--limit", 20),
+        *(*sizes, *loads, "--json", out),
+    )
+    assert result.exit_code == 0, result.output
+    reports = msgspec.json.decode(out.read_bytes(), type=list[Report])
+    assert [(report.load, report.cache_tokens, report.policy) for report in reports] == [
+        (load, size, policy)
+        for load in (0.3, 0.6)
+        for size in (20_000, 60_000)
+        for policy in ("prompt-tree", "bound")
+    ]
+    assert "load 60%, pools of 60,000 tokens, 20 requests" in result.output
 
 
 @pytest.mark.parametrize(
@@ -97,7 +115,7 @@ def test_a_trace_that_is_none_is_a_usage_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "row, options, said",
     [
-        ("", [], "no requests"),
+        ("", [], "nothing in it"),
         ('{"timestamp": -1, "input_length": 9, "output_length": 1, "hash_ids": [1]}', [], "cannot be read"),
         ('{"timestamp": 1, "input_length": 9, "output_length": 1, "hash_ids": []}', [], "cannot be read"),
         (ROW, ["--load", "nan"], "nan"),

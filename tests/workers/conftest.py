@@ -157,16 +157,16 @@ class LateStep:
     def _piece(self, chunk: Chunk, previous: LateStep | None) -> Callable[[], None]:
         """Read all that is needed of a request now; compute it later."""
         request, num_new = chunk
-        assert num_new > 0 and not (request.is_pending and request.looks_back)
+        assert num_new > 0 and not (request.is_drawing and request.looks_back)
         start = request.num_computed_tokens
         stop = start + num_new
         tokens = request.tokens(start, stop).copy()
         block_ids = request.table.ids(-(-stop // self._runner.block_size)).copy()
         draws = stop == request.num_tokens
-        is_pending = draws and request.is_pending
+        is_drawing = draws and request.is_drawing
 
         def run() -> None:
-            if is_pending:
+            if is_drawing:
                 assert previous is not None
                 token_id = previous.rows[request].token_id
                 tokens[-1] = 0 if token_id is None else token_id
@@ -211,7 +211,7 @@ class LateRunner(HashRunner):
         return self._last
 
     def execute(self, chunks: Sequence[Chunk]) -> list[Drawn]:
-        assert not self.num_waiting and not any(request.is_pending for request, _ in chunks)
+        assert not self.num_waiting and not any(request.is_drawing for request, _ in chunks)
         return self.begin(chunks).result()
 
     def hash_chunk(self, tokens: np.ndarray, block_ids: np.ndarray, start: int) -> Drawn:

@@ -227,7 +227,7 @@ def test_chunks_that_do_not_follow_are_left_to_the_decode(make_rig, tools):
     for item in stored[1:]:
         pair.d.send(PullAhead("a", 0, item.first_block, item.refs))
     pair.d.run()
-    pair.d.pool.assert_idle()
+    assert pair.d.pool.num_available == pair.d.pool.num_blocks
     first = tools.Transcript.of(said, "a")
     heard = pair.decode("a", prompt, first, 6)
     assert first.token_ids + heard.token_ids == tools.expected(prompt, 6)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from memserve.errors import EngineError
-from memserve.messages import Cancel, FinishReason, Init, Release, Shutdown, StepOutputs
+from memserve.messages import Cancel, FinishReason, Heartbeat, Init, Release, Shutdown, StepOutputs
+from memserve.workers.worker import REST_S
 
 BLOCK_SIZES = (1, 4, 16)
 
@@ -179,19 +180,28 @@ def test_a_worker_whose_steps_keep_failing_gives_up(make_rig, tools):
     rig.assert_idle()
 
 
-def test_an_idle_loop_sleeps(make_rig, tools):
-    """It waits on the bell once for each time there is nothing to do."""
+def test_an_idle_loop_sleeps_and_says_what_its_load_is(make_rig, tools):
     rig = make_rig()
     rig.send(tools.decode("a", tools.prompt(5)))
     heard = []
 
     class Bell:
-        def wait(self, timeout_s: float | None) -> None:
-            heard.append(len(rig.runner.batches))
-            rig.send(tools.decode("b", tools.prompt(5)) if len(heard) == 1 else Shutdown())
+        """1. a rest too short to tell anything; 2. a longer one; 3. and on, with nothing new to tell."""
+
+        def wait(self, timeout_s: float | None) -> bool:
+            heard.append((len(rig.runner.batches), timeout_s))
+            if len(heard) == 1:
+                rig.send(tools.decode("b", tools.prompt(5)))
+            elif len(heard) == 3:
+                rig.send(Cancel("nobody", 0))
+            elif len(heard) == 4:
+                rig.send(Shutdown())
+            return len(heard) != 2
 
     rig.worker.run(Bell())
-    assert heard == [8, 16]
+    assert heard == [(8, REST_S), (16, REST_S), (16, None), (16, None)]
+    (beat,) = (message for message in rig.take() if isinstance(message, Heartbeat))
+    assert (beat.num_steps, beat.load.num_running, beat.load.num_active_blocks) == (16, 0, 0)
     rig.assert_idle()
 
 

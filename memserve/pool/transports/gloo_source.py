@@ -43,13 +43,14 @@ _IDLE_S = 86400.0  # an idle link costs nothing; the receiver forms a new one wh
 
 @dataclass(slots=True)
 class _Sent:
-    """A chunk that was posted. `generations`: its tier's."""
+    """A chunk that was posted. `generations`: its tier's. `is_proven`: its proof is written, not sent."""
 
     generations: NDArray[np.uint64]
     ids: BlockIds
     places: list[Bytes]
     works: list[Work]
     proof: Proof
+    is_proven: bool
 
 
 class Sender:
@@ -169,15 +170,27 @@ class Sender:
         proof.set_before(generations[ids])
         self._options.on_chunk(ids)
         places = staging.places(ids, ends, self._turn)
-        if staging.is_staged(places):
+        is_staged = staging.is_staged(places)
+        if is_staged:
             staging.gather(ids, self._turn)
         works = [pair.send(torch.from_numpy(place), DATA_TAG) for place in places]
-        return _Sent(generations, ids, places, works, proof)
+        sent = _Sent(generations, ids, places, works, proof, is_staged)
+        if is_staged:
+            self._prove(sent)
+        return sent
 
     def _finish(self, pair: GlooPair, sent: _Sent) -> None:
-        """Wait until a chunk has left, then say what its generations are now."""
-        for work in sent.works:
+        """Send a chunk's proof, after those of the chunks before it, and wait until all of it has left."""
+        works = sent.works
+        if sent.is_proven:
+            works = [*works, pair.send(sent.proof.tensor, PROOF_TAG)]
+        for work in works:
             pair.wait(work, self._options.stall_s)
+        if not sent.is_proven:
+            self._prove(sent)
+            pair.wait(pair.send(sent.proof.tensor, PROOF_TAG), self._options.stall_s)
+
+    def _prove(self, sent: _Sent) -> None:
+        """The chunk was copied out of the arena: note what its generations are now."""
         self._options.on_sent(sent.ids)
         sent.proof.set_after(sent.generations[sent.ids])
-        pair.wait(pair.send(sent.proof.tensor, PROOF_TAG), self._options.stall_s)

@@ -30,7 +30,7 @@ ASK_TAG, DATA_TAG, PROOF_TAG = range(FIRST_TAG, FIRST_TAG + 3)
 CHUNKS_UNDER_WAY = 2
 MAX_CHUNK_BLOCKS = 1024
 MAX_PIECES = 64
-_MIN_PIECE_BYTES = 128 << 10  # a message more costs what copying so much does
+_MIN_PIECE_BYTES = 512 << 10  # a message more costs what copying so much at both ends does
 
 _NUM_BLOCKS, _MORE, _NUM_PIECES, _TIER, _BLOCKS = 0, 1, 2, 3, 4  # layout of an ask
 _ENDS = _BLOCKS + MAX_CHUNK_BLOCKS  # of its pieces, as positions

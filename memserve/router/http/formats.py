@@ -49,14 +49,20 @@ def cached_header(choices: Sequence[Choice]) -> str:
     """Cached tokens by source, those of all prompts together: "device=512, host=64, pulled=0"; what was
     pulled also names the instances that it came from.
     """
-    cached = cached_of(choices)
-    sums = [sum(getattr(each, source) for each in cached) for source in CACHE_SOURCES]
-    sources = "+".join(sorted({each.pulled_from for each in cached if each.pulled}))
-    text = ", ".join(f"{source}={count}" for source, count in zip(CACHE_SOURCES, sums, strict=True))
-    return f"{text};from={sources}" if sources else text
+    device = host = pulled = 0
+    sources = set()
+    for each in cached_of(choices):
+        device, host, pulled = device + each.device, host + each.host, pulled + each.pulled
+        if each.pulled:
+            sources.add(each.pulled_from)
+    text = f"device={device}, host={host}, pulled={pulled}"
+    return f"{text};from={'+'.join(sorted(sources))}" if sources else text
 
 
 def _firsts(choices: Sequence[Choice]) -> Iterable[Choice]:
+    """The first choice of each prompt."""
+    if len(choices) == 1:
+        return choices
     return {choice.plan.prompt_index: choice for choice in reversed(choices)}.values()
 
 

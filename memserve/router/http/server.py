@@ -257,6 +257,8 @@ class _Server:
         if (request.content_length or 0) > self._limits.max_body_bytes:
             raise web.HTTPRequestEntityTooLarge(self._limits.max_body_bytes, request.content_length or 0)
         try:
+            if request.content.is_eof():  # it came with the head, as most do: no timer is needed
+                return await request.read()
             async with asyncio.timeout(self._limits.body_timeout_s):
                 return await request.read()
         except TimeoutError:

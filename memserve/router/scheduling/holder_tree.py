@@ -6,23 +6,24 @@ Invariants
     first blocks. So the deepest node in which a life appears says how far it holds a prefix.
   * Some life holds the whole of each edge: what nobody holds is cut off.
   * `life.slots[code]` is the node in whose span of that life the code stands, and in no other.
-  * Every leaf is in the candidate heap exactly once. An entry may be older than its node's use: it is put
-    back when it comes up.
+  * Every leaf is in the candidate heap, with the time that it knows of (`candidate_at`); entries with another
+    are void. An entry may be older than its node's use: it is put back when it comes up.
 """
 
 from __future__ import annotations
 
 import heapq
-import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from memserve.radix_tree import Match, RadixNode, RadixTree
 from memserve.router.scheduling.holders import (
+    CODE_BYTES,
     NO_SLOT,
+    PACKED_UNKNOWN,
     UNKNOWN,
     Codes,
     Generations,
@@ -30,7 +31,6 @@ from memserve.router.scheduling.holders import (
     Holding,
     Life,
     Span,
-    no_codes,
     num_in_host,
 )
 
@@ -64,9 +64,8 @@ class HolderTree:
         self.block_bytes = self._tree.block_bytes
         self._nodes: list[Node | None] = [None]  # by slot; NO_SLOT is nobody's
         self._free_slots: list[int] = []
-        self.candidates: list[tuple[float, int, Node]] = []
+        self.candidates: list[tuple[float, int]] = []  # when it was last used, and a node's slot
         self._num_candidates = 0
-        self._serial = itertools.count()
 
     def __iter__(self) -> Iterator[Node]:
         """Every node, parents first. For tests and statistics."""
@@ -80,32 +79,29 @@ class HolderTree:
         live: dict[str, Holding] = {}
         lost: list[Holding] = []
         seen: set[Life] = set()
-        new: Iterable[tuple[Life, Span]]
         new_tuple = tuple.__new__
         block_size, step = self.block_size, self.block_bytes
         node, take, end = found.node, found.num_blocks_in_node, found.num_blocks
         while node.parent is not None:
-            spans = node.payload.spans
             above = end - take
-            new = [(life, spans[life]) for life in spans.keys() - seen] if seen else spans.items()
-            is_any_stale = False
-            for life, span in new:
-                if span.seen_at < fresh:
-                    is_any_stale = True
+            # what is the same for all that hold all of it, as most do
+            all_tokens, all_packed = end * block_size, take * CODE_BYTES
+            for span in node.payload.spans:
+                life = span.life
+                if life in seen or span.seen_at < fresh:
                     continue
-                num_here = len(span.codes)
-                num_here = take if num_here > take else num_here
-                num_host = self._num_host(life, node, num_here) if life.num_host else 0
+                seen.add(life)
+                num_tokens, num_host = all_tokens, 0
+                if len(span.packed) < all_packed:
+                    num_tokens = (above + span.num_blocks) * block_size
+                if life.num_host:
+                    num_host = self._num_host(node, span, min(take, span.num_blocks)) * block_size
                 # half the time of `Holding(...)`
-                holding = new_tuple(Holding, (life, (above + num_here) * block_size, num_host * block_size))
+                holding = new_tuple(Holding, (life, num_tokens, num_host))
                 if life.is_lost:
                     lost.append(holding)
                 else:
                     live[life.instance] = holding
-            if is_any_stale:
-                seen.update(life for life, span in new if span.seen_at >= fresh)
-            else:
-                seen.update(spans)
             node, end = node.parent, above
             take = len(node.key) // step
         return Found(found.node, found.num_blocks, live, lost)
@@ -119,14 +115,23 @@ class HolderTree:
 
     def codes(self, life: Life, found: Found | Match[Held]) -> Codes:
         """A life's blocks of a matched prefix, as far as it holds it; UNKNOWN ones among them."""
+        return np.frombuffer(self._packed(life, found), dtype=np.int32)
+
+    def num_known(self, life: Life, found: Found | Match[Held]) -> int:
+        """How many of them come before the first UNKNOWN one."""
+        packed = self._packed(life, found)
+        first = packed.find(PACKED_UNKNOWN)
+        return (len(packed) if first < 0 else first) // CODE_BYTES
+
+    def _packed(self, life: Life, found: Found | Match[Held]) -> bytes:
         parts = []
         node = found.node
         while node.parent is not None:
-            span = node.payload.spans.get(life)
+            span = node.payload.span_of(life)
             if span is not None:
-                parts.append(span.codes)
+                parts.append(span.packed)
             node = node.parent
-        return np.concatenate(parts[::-1])[: found.num_blocks] if parts else no_codes()
+        return b"".join(reversed(parts))[: found.num_blocks * CODE_BYTES]
 
     # --- blocks come ---
 
@@ -157,13 +162,15 @@ class HolderTree:
 
     def take_out(self, life: Life, codes: Codes) -> None:
         """Cut a life's spans where these blocks are."""
-        slots = life.slots[codes]
-        for slot in np.unique(slots[slots != NO_SLOT]).tolist():
+        slots = set(life.slots[codes].tolist())
+        life.slots[codes] = NO_SLOT
+        for slot in slots - {NO_SLOT}:
             node = self._nodes[slot]
-            span = None if node is None else node.payload.spans.get(life)
+            span = None if node is None else node.payload.span_of(life)
             if node is None or span is None:
                 continue  # it went with what was above it
-            is_gone = np.isin(span.codes, codes)
+            here = span.codes
+            is_gone = (here != UNKNOWN) & (life.slots[here] != slot)
             first = int(is_gone.argmax())
             if is_gone[first]:
                 self._cut(life, node, first)
@@ -174,14 +181,16 @@ class HolderTree:
         for slot in np.unique(slots).tolist():
             node = self._nodes[slot]
             assert node is not None
-            span = node.payload.spans[life]
+            span = node.payload.span_of(life)
+            assert span is not None
             here = slots == slot
             order = np.argsort(codes[here])
             old, new = codes[here][order], new_codes[here][order]
-            at = np.flatnonzero(np.isin(span.codes, old))
-            picked = np.searchsorted(old, span.codes[at])
+            moved = span.codes.copy()
+            at = np.flatnonzero(np.isin(moved, old))
+            moved[at] = new[np.searchsorted(old, moved[at])]
             num_host = num_in_host(new) - num_in_host(old)
-            span.codes[at] = new[picked]
+            span.packed = moved.tobytes()
             span.num_host += num_host
             life.num_host += num_host
             life.slots[old] = NO_SLOT
@@ -200,7 +209,7 @@ class HolderTree:
 
     def forget(self, life: Life) -> None:
         """Leave a life nothing. Walks the tree."""
-        nodes = [node for node in self._tree if life in node.payload.spans]
+        nodes = [node for node in self._tree if node.payload.span_of(life) is not None]
         for node in reversed(nodes):
             self._truncate(life, node, 0)
 
@@ -223,11 +232,11 @@ class HolderTree:
         if rest:
             if 0 < found.num_blocks_in_node < len(node.key) // self.block_bytes:
                 node = self._split(node, found.num_blocks_in_node)
-            span = node.payload.spans.get(life)
-            if span is not None and not node.children and len(span.codes) * self.block_bytes == len(node.key):
+            span = node.payload.span_of(life)
+            if span is not None and not node.children and span.num_blocks * self.block_bytes == len(node.key):
                 node.key += rest  # as in decoding; other holders' spans may be shorter than an edge
             else:
-                node = self._tree.add(node, rest, Held({}, 0.0))
+                node = self._tree.add(node, rest, Held((), 0.0))
                 self._register(node)
         path = []
         at: Node | None = node
@@ -248,22 +257,23 @@ class HolderTree:
     def _split(self, node: Node, num_blocks: int) -> Node:
         upper = self._tree.split(node, num_blocks)
         self._register(upper)
-        for life, span in upper.payload.spans.items():
-            life.slots[span.codes[span.codes >= 0]] = upper.payload.slot
+        for span in upper.payload.spans:
+            codes = span.codes
+            span.life.slots[codes[codes != UNKNOWN]] = upper.payload.slot
         return upper
 
     def _cover(self, life: Life, node: Node, num_blocks: int, now: float) -> Span:
         """Note that a life holds the first blocks of an edge, whatever their addresses."""
         held = node.payload
         held.last_used = now
-        span = held.spans.get(life)
+        span = held.span_of(life)
         if span is None:
-            span = held.spans[life] = Span(np.full(num_blocks, UNKNOWN, dtype=np.int32), now)
+            span = Span(life, PACKED_UNKNOWN * num_blocks, now)
+            held.spans = (*held.spans, span)
             self.num_blocks += num_blocks
-        elif len(span.codes) < num_blocks:
-            more = np.full(num_blocks - len(span.codes), UNKNOWN, dtype=np.int32)
-            self.num_blocks += len(more)
-            span.codes = np.concatenate([span.codes, more])
+        elif (num_more := num_blocks - span.num_blocks) > 0:
+            span.packed += PACKED_UNKNOWN * num_more
+            self.num_blocks += num_more
         span.seen_at = now
         self._consider(node)
         return span
@@ -272,10 +282,14 @@ class HolderTree:
         self, life: Life, node: Node, span: Span, at: int, codes: Codes, generations: Generations
     ) -> None:
         """Put addresses into a span, from its block `at` on."""
-        old = span.codes[at : at + len(codes)]
-        life.slots[old[old != UNKNOWN]] = NO_SLOT
-        num_host = num_in_host(codes) - num_in_host(old)
-        span.codes[at : at + len(codes)] = codes
+        packed, start = codes.tobytes(), at * CODE_BYTES
+        end = start + len(packed)
+        num_host = num_in_host(codes)
+        if span.packed[start:end] != PACKED_UNKNOWN * len(codes):
+            old = span.codes[at : at + len(codes)]
+            life.slots[old[old != UNKNOWN]] = NO_SLOT
+            num_host -= num_in_host(old)
+        span.packed = span.packed[:start] + packed + span.packed[end:]
         span.num_host += num_host
         life.num_host += num_host
         life.slots[codes] = node.payload.slot
@@ -283,54 +297,59 @@ class HolderTree:
 
     def _cut(self, life: Life, node: Node, num_blocks: int) -> None:
         """Leave a life the first blocks of an edge, and nothing below it."""
-        span = node.payload.spans.get(life)
-        if span is None or len(span.codes) <= num_blocks:
+        span = node.payload.span_of(life)
+        if span is None or span.num_blocks <= num_blocks:
             return
         below = [node]
         for above in below:
-            below.extend(child for child in above.children.values() if life in child.payload.spans)
+            below.extend(child for child in above.children.values() if child.payload.span_of(life))
         for each in reversed(below[1:]):
             self._truncate(life, each, 0)
         self._truncate(life, node, num_blocks)
 
     def _truncate(self, life: Life, node: Node, num_blocks: int) -> None:
-        spans = node.payload.spans
-        span = spans[life]
+        held = node.payload
+        span = held.span_of(life)
+        assert span is not None
         gone = span.codes[num_blocks:]
         life.slots[gone[gone != UNKNOWN]] = NO_SLOT
-        num_host = num_in_host(gone)
+        num_host = num_in_host(gone) if span.num_host else 0
         life.num_host -= num_host
         self.num_blocks -= len(gone)
         if num_blocks:
-            span.codes = span.codes[:num_blocks].copy()
+            span.packed = span.packed[: num_blocks * CODE_BYTES]
             span.num_host -= num_host
         else:
-            del spans[life]
+            held.spans = tuple(each for each in held.spans if each is not span)
         self._trim(node)
 
     def _trim(self, node: Node) -> None:
         """Cut off what nobody holds at the end of a sequence."""
         while node.parent is not None and not node.children:
             held = node.payload
-            longest = max((len(span.codes) for span in held.spans.values()), default=0)
+            longest = max((span.num_blocks for span in held.spans), default=0)
             if longest:
                 node.key = node.key[: longest * self.block_bytes]
                 self._consider(node)
                 return
-            if held.is_candidate:
-                held.is_candidate = False
+            if held.candidate_at is not None:
+                held.candidate_at = None
                 self._num_candidates -= 1
             self._nodes[held.slot] = None
             self._free_slots.append(held.slot)
             node = self._tree.remove(node)
         self._drop_if_empty(node)
 
-    def _num_host(self, life: Life, node: Node, num_here: int) -> int:
-        span = node.payload.spans[life]
-        count = span.num_host if num_here == len(span.codes) else num_in_host(span.codes[:num_here])
+    def _num_host(self, node: Node, span: Span, num_here: int) -> int:
+        """How many of a life's first blocks, down to so many of this node, are in its host tier."""
+        count = span.num_host
+        if count and num_here < span.num_blocks:
+            count = num_in_host(span.codes[:num_here])
         above = node.parent
         while above is not None and above.parent is not None:
-            count += above.payload.spans[life].num_host
+            whole = above.payload.span_of(span.life)
+            assert whole is not None
+            count += whole.num_host
             above = above.parent
         return count
 
@@ -341,30 +360,35 @@ class HolderTree:
         it is put back when it comes up.
         """
         held = node.payload
-        if held.is_candidate or node.children or node.parent is None:
+        if held.candidate_at is not None or node.children or node.parent is None:
             return
-        held.is_candidate = True
+        held.candidate_at = held.last_used
         self._num_candidates += 1
-        heapq.heappush(self.candidates, (held.last_used, next(self._serial), node))
+        heapq.heappush(self.candidates, (held.last_used, held.slot))
         if len(self.candidates) > 2 * self._num_candidates + 64:  # mostly nodes that were cut elsewhere
-            self.candidates = [entry for entry in self.candidates if entry[2].payload.is_candidate]
+            self.candidates = [entry for entry in set(self.candidates) if self._candidate(*entry) is not None]
             heapq.heapify(self.candidates)
+
+    def _candidate(self, candidate_at: float, slot: int) -> Node | None:
+        """The node of an entry; None if it is void."""
+        node = self._nodes[slot]
+        return node if node is not None and node.payload.candidate_at == candidate_at else None
 
     def _evict_one(self, before: float) -> None:
         """Look at the candidate that was not used for longest, and drop it if that is so and before then."""
-        last_used, _, node = heapq.heappop(self.candidates)
-        held = node.payload
-        if not held.is_candidate:
+        node = self._candidate(*heapq.heappop(self.candidates))
+        if node is None:
             return
-        held.is_candidate = False
+        held = node.payload
+        is_used_since, held.candidate_at = held.last_used != held.candidate_at, None
         self._num_candidates -= 1
         if node.children:
             return
-        if last_used < held.last_used or held.last_used >= before:
+        if is_used_since or held.last_used >= before:
             self._consider(node)
             return
-        for life in list(held.spans):
-            self._truncate(life, node, 0)
+        for span in held.spans:
+            self._truncate(span.life, node, 0)
 
     def _drop_if_empty(self, node: Node) -> None:
         if node.payload.root_of is not None and not node.children:  # namespaces come from clients
@@ -372,18 +396,18 @@ class HolderTree:
 
 
 def _new_root(namespace: str) -> Held:
-    return Held({}, 0.0, root_of=namespace)
+    return Held((), 0.0, root_of=namespace)
 
 
 def _split_held(held: Held, num_blocks: int) -> tuple[Held, Held]:
     """The lower part keeps its slot and its place among the candidates."""
-    upper = Held({}, held.last_used)
-    below = {}
-    for life, span in held.spans.items():
-        above = span.codes[:num_blocks].copy()
-        num_host = num_in_host(above) if span.num_host else 0
-        upper.spans[life] = Span(above, span.seen_at, num_host)
-        if len(span.codes) > num_blocks:
-            below[life] = Span(span.codes[num_blocks:].copy(), span.seen_at, span.num_host - num_host)
-    held.spans = below
-    return upper, held
+    cut = num_blocks * CODE_BYTES
+    above, below = [], []
+    for span in held.spans:
+        packed, rest = span.packed[:cut], span.packed[cut:]
+        num_host = num_in_host(np.frombuffer(packed, dtype=np.int32)) if span.num_host else 0
+        above.append(Span(span.life, packed, span.seen_at, num_host))
+        if rest:
+            below.append(Span(span.life, rest, span.seen_at, span.num_host - num_host))
+    held.spans = tuple(below)
+    return Held(tuple(above), held.last_used), held

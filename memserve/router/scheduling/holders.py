@@ -5,7 +5,8 @@ generation. So an address without tokens (`Removed`) finds its place, and an add
 and 12 in the tables.
 
 A block of a life is one number in a node, its *code*: block * 2 + tier; UNKNOWN where it is believed to
-be there, but nobody has told its address.
+be there, but nobody has told its address. Nodes are many and short, so they hold codes as packed bytes, a
+third of a NumPy array's size, and holders in a tuple: most have one.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ Codes = NDArray[np.int32]
 Generations = NDArray[np.int64]
 
 UNKNOWN = -1
+CODE_BYTES = 4
+# No other four bytes in a row look like it: the highest byte of a code is below 0x80.
+PACKED_UNKNOWN = b"\xff" * CODE_BYTES
 MAX_BLOCK = 2**30
 NO_SLOT = 0
 _NO_CODES: Codes = np.empty(0, dtype=np.int32)
@@ -44,7 +48,8 @@ class Addresses(NamedTuple):
 
     def codes(self) -> Codes:
         """One number a block."""
-        assert not len(self.blocks) or 0 <= self.blocks.min() <= self.blocks.max() < MAX_BLOCK
+        # seen as unsigned, a negative number is larger than all others
+        assert not len(self.blocks) or self.blocks.view(np.uint64).max() < MAX_BLOCK
         return (self.blocks * 2 + self.tiers).astype(np.int32)
 
     def refs(self, instance: str, incarnation: int) -> tuple[BlockRefs, ...]:
@@ -87,24 +92,46 @@ class Life:
             self.generations = np.concatenate([self.generations, more])
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Span:
-    """What a life holds of an edge: its first blocks. `seen_at`: when it was last told or expected."""
+    """What a life holds of an edge: its first blocks, `packed` codes. `seen_at`: when it was last told or
+    expected.
+    """
 
-    codes: Codes
+    life: Life
+    packed: bytes
     seen_at: float
     num_host: int = 0
 
+    @property
+    def num_blocks(self) -> int:
+        """How many."""
+        return len(self.packed) // CODE_BYTES
 
-@dataclass(slots=True)
+    @property
+    def codes(self) -> Codes:
+        """A view that cannot be written to."""
+        return np.frombuffer(self.packed, dtype=np.int32)
+
+
+@dataclass(slots=True, eq=False)
 class Held:
-    """What a node owns. `slot` is its number in the tree; `root_of` a root's namespace."""
+    """What a node owns: a span for each holder. `slot` is its number in the tree, `candidate_at` the time
+    with which it stands among the candidates for eviction, `root_of` a root's namespace.
+    """
 
-    spans: dict[Life, Span]
+    spans: tuple[Span, ...]
     last_used: float
     slot: int = NO_SLOT
-    is_candidate: bool = False
+    candidate_at: float | None = None
     root_of: str | None = None
+
+    def span_of(self, life: Life) -> Span | None:
+        """What a life holds of the edge."""
+        for span in self.spans:
+            if span.life is life:
+                return span
+        return None
 
 
 class Holding(NamedTuple):

@@ -229,10 +229,7 @@ class PromptTree:
 
     def num_known_tokens(self, found: Found, life: Life) -> int:
         """For how many tokens `addresses` has addresses."""
-        codes = self.nodes.codes(life, found)
-        is_unknown = codes == UNKNOWN
-        first = int(is_unknown.argmax()) if len(codes) else 0
-        return (first if len(codes) and is_unknown[first] else len(codes)) * self.block_size
+        return self.nodes.num_known(life, found) * self.block_size
 
     # --- inside ---
 

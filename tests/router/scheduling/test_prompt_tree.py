@@ -34,8 +34,9 @@ def assert_sound(tree: PromptTree) -> None:
     for node in tree.nodes:
         held = node.payload
         size = len(node.key) // step
-        assert max(len(span.codes) for span in held.spans.values()) == size
-        for life, span in held.spans.items():
+        assert max(len(span.codes) for span in held.spans) == size
+        for span in held.spans:
+            life = span.life
             num_blocks += len(span.codes)
             assert 0 < len(span.codes) <= size
             known = span.codes[span.codes != UNKNOWN]
@@ -47,14 +48,14 @@ def assert_sound(tree: PromptTree) -> None:
             above = node.parent
             assert above is not None
             if above.parent is not None:
-                assert len(above.payload.spans[life].codes) == len(above.key) // step
+                whole = above.payload.span_of(life)
+                assert whole is not None and len(whole.codes) == len(above.key) // step
     assert num_blocks == tree.num_blocks
-    lives = {life for node in tree.nodes for life in node.payload.spans}
+    lives = {life for node in tree.nodes for life in (span.life for span in node.payload.spans)}
     for life in lives:
         assert np.count_nonzero(life.slots != NO_SLOT) == sum(owner == id(life) for owner, _ in places)
-        hosted = sum(
-            span.num_host for node in tree.nodes for key, span in node.payload.spans.items() if key is life
-        )
+        spans = (span for node in tree.nodes for span in node.payload.spans)
+        hosted = sum(span.num_host for span in spans if span.life is life)
         assert life.num_host == hosted
 
 
