@@ -18,6 +18,7 @@ from memserve.pool.allocator import BlockAllocator, BlockIds
 from memserve.pool.block_table import BlockTable
 from memserve.pool.incoming import Incoming, begin_transfer
 from memserve.pool.index import Index, Match
+from memserve.pool.pending import Pending, PendingBook
 from memserve.pool.removals import RemovalLog
 from memserve.pool.transports.base import Pull
 
@@ -64,9 +65,17 @@ class ModelledPool:
         storage: shared with others or not.
         clock: seconds, for the order of eviction.
         fetch: begins a copy of blocks of another instance.
+        wake: has the worker look again, as something that it waited for is over.
     """
 
-    def __init__(self, instance: str, storage: Storage, clock: Callable[[], float], fetch: Fetch) -> None:
+    def __init__(
+        self,
+        instance: str,
+        storage: Storage,
+        clock: Callable[[], float],
+        fetch: Fetch,
+        wake: Callable[[], None],
+    ) -> None:
         self.storage = storage
         self.progress = StepCount()
         self._instance = instance
@@ -74,6 +83,7 @@ class ModelledPool:
         self._removals = RemovalLog(self._addresses)
         self._clock = clock
         self._fetch = fetch
+        self._pending = PendingBook(wake)
 
     @property
     def num_blocks(self) -> int:
@@ -133,6 +143,14 @@ class ModelledPool:
         if table.lock is not None:
             self.storage.index.unlock(table.lock)
             table.lock = None
+
+    def expect(self, tokens: bytes, salt: str) -> Pending:
+        """Blocks of `tokens` are being pulled, until the caller ends the entry."""
+        return self._pending.expect(tokens, salt)
+
+    def pending(self, tokens: bytes, salt: str) -> Pending | None:
+        """What is expected of `tokens` by a pull under way."""
+        return self._pending.best(tokens, salt)
 
     def addresses(self, ids: ArrayLike) -> BlockRefs:
         """Where blocks can be pulled from."""

@@ -179,10 +179,13 @@ class Simulation:
             self._at(copy.ends_at, self.workers[name].wake)
             return copy
 
+        def wake() -> None:
+            self._at(self._clock(), self.workers[name].wake)
+
         return ModelledWorker(
             name,
             self.setup.model,
-            ModelledPool(name, storage, self._clock, fetch),
+            ModelledPool(name, storage, self._clock, fetch, wake),
             self.setup.max_running,
             self._answers,
             partial(self._hear, name),

@@ -101,7 +101,7 @@ class ModelledWorker:
         self._scheduler = Scheduler(pool, pool.block_size, max_running, caches=True)
         # layers can be followed where computing is not only enqueued: on a CPU, whose steps have a time limit
         self._publisher = Publisher(pool, send, by_layer=max_step_ms is not None)
-        self._pulls = Pulls(pool, pool.block_size, caches=True)
+        self._pulls = Pulls(pool, pool.block_size)
         self._pull_backs = PullBacks(pool, name)
         self._offers = OfferBook()
         self._requests: dict[str, Request] = {}
