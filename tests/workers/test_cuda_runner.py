@@ -193,7 +193,7 @@ def test_prompt_logprobs(make_real, tools, parts):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of the interpreter
-def test_a_row_that_is_not_a_number_fails_alone(make_real, tools, parts):
+def test_a_row_that_is_not_a_number_fails_alone(make_real, tools, parts, caplog):
     """Also when the next step has already begun on its token."""
     prompt = [token_id % parts[0].model.vocab_size for token_id in tools.prompt(10)]
     rig = make_real("graphs")
@@ -205,6 +205,7 @@ def test_a_row_that_is_not_a_number_fails_alone(make_real, tools, parts):
     rig.run()
     messages = rig.take()
     assert "not a number" in tools.Transcript.of(messages, "bad").failed
+    assert "tried by itself" not in caplog.text  # the step on its token had something to compute with
     assert len(tools.Transcript.of(messages, "good").token_ids) == 5
     rig.assert_idle()
 
