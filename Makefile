@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
 
-.PHONY: install serve test check chaos bench-engine bench-handoff bench-pool bench-load clean
+.PHONY: install serve test check chaos bench-engine bench-handoff bench-pool bench-load bench-router bench-routing clean
 
 install: $(VENV)/.installed
 	@:
@@ -35,6 +35,12 @@ bench-pool: $(VENV)/.installed
 
 bench-load: $(VENV)/.installed
 	@$(BIN)/python benchmarks/load_generator.py $(ARGS)
+
+bench-router: $(VENV)/.installed
+	@$(BIN)/python benchmarks/router.py $(ARGS)
+
+bench-routing: $(VENV)/.installed
+	@$(BIN)/python benchmarks/routing.py $(ARGS)
 
 check: $(VENV)/.installed-dev
 	@$(BIN)/ruff check .

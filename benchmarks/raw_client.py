@@ -1,8 +1,6 @@
 """HTTP requests with next to no client: bytes made beforehand, kept connections, answers counted, not parsed.
 
 One request costs this process some tens of microseconds, so that what is measured is the server.
-`NothingServer` answers each request at once with fixed bytes: the round trip with no server to speak of, and
-how many requests the client can make at most.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import cast
 
-_END_OF_HEAD = b"\r\n\r\n"
+END_OF_HEAD = b"\r\n\r\n"
 _LENGTH = b"content-length: "
 _END_OF_CHUNKS = b"\r\n0\r\n\r\n"
 
@@ -23,6 +21,12 @@ def request_bytes(path: str, body: dict[str, object]) -> bytes:
     data = json.dumps(body).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n"
     return head.encode() + f"Content-Length: {len(data)}\r\n\r\n".encode() + data
+
+
+def content_length(head: bytes) -> int:
+    """What the head of a request or an answer says of the body's length; 0 = nothing."""
+    _, found, rest = head.lower().partition(_LENGTH)
+    return int(rest.partition(b"\r\n")[0]) if found else 0
 
 
 class Answer:
@@ -58,16 +62,14 @@ class RawConnection(asyncio.Protocol):
         assert answer is not None
         answer.data += data
         if self._wants < 0:
-            head_end = answer.data.find(_END_OF_HEAD)
+            head_end = answer.data.find(END_OF_HEAD)
             if head_end < 0:
                 return
-            head = bytes(answer.data[:head_end]).lower()
-            if not head.startswith(b"http/1.1 200"):
+            head = bytes(answer.data[:head_end])
+            if not head.startswith(b"HTTP/1.1 200"):
                 raise RuntimeError(answer.data.decode())
-            at = head.find(_LENGTH)
-            self._wants = 0
-            if at >= 0:
-                self._wants = head_end + 4 + int(head[at + len(_LENGTH) :].split(b"\r\n", 1)[0])
+            length = content_length(head)
+            self._wants = head_end + len(END_OF_HEAD) + length if length else 0
         if not answer.first_at and (self._wants > 0 or b"data: " in answer.data):
             answer.first_at = time.perf_counter()
         if len(answer.data) >= self._wants if self._wants else answer.data.endswith(_END_OF_CHUNKS):
@@ -122,22 +124,3 @@ async def run_requests(
         await loop.create_connection(lambda: RawConnection(run), "127.0.0.1", port)
     await asyncio.wait_for(run.done, timeout_s)
     return run.answers
-
-
-class NothingServer(asyncio.Protocol):
-    """Reads a request of `request_bytes`, answers fixed bytes."""
-
-    _ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 300\r\n\r\n" + b"x" * 300
-
-    def __init__(self) -> None:
-        self._received = b""
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.WriteTransport, transport)
-
-    def data_received(self, data: bytes) -> None:
-        self._received += data
-        head, end, body = self._received.partition(_END_OF_HEAD)
-        if end and len(body) >= int((head.lower() + b"\r\n").partition(_LENGTH)[2].split(b"\r\n")[0] or 0):
-            self._received = b""
-            self._transport.write(self._ANSWER)

@@ -7,15 +7,16 @@ itself; workers that compute nothing (`instant_worker.py`) and the load generato
 last one. Prompts are 1.7 KB of words, no two alike.
 
 * latency: one request at a time, from its sending to its answer (one token) or to the first event of a
-  stream; the median of tokenising the same prompts is subtracted, and nothing else: workers, sockets and the
-  client are in it. `nothing` is the same round trip to a server that does nothing.
+  stream; and what of it the router adds: all but the median that the same takes through a bare server, which
+  tokenises the prompt, passes it to the same worker and answers (`bare_server.py`).
 * requests/s: 16 connections, one token each.
 * tokens/s: 64-token streams, of a worker that draws `--tokens-per-s` in steps of one token a stream. As long
   as the router keeps up, a token is an event; where it lags, tokens that have gathered share one, so the
   figure counts only beside the number of tokens an event.
 
-Beside each: processor time of the router process, all threads, which other processes do not disturb as much,
-and what share of a core it and the client had. Needs two cores, and nothing else on them.
+`nothing` is a server that answers at once: what the client can do. Beside each figure: processor time of the
+server's process, all threads, which other processes do not disturb as much, and what share of a core it and
+the client had. Needs two cores, and nothing else on them.
 """
 
 from __future__ import annotations
@@ -34,16 +35,19 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import uvloop
-from raw_client import Answer, NothingServer, request_bytes, run_requests
+from bare_server import BareConnection, BareWorker, NothingConnection
+from raw_client import Answer, request_bytes, run_requests
 from rich.console import Console
 from rig import BUNDLED_MODEL, SHAPES, free_port, wait_ready
 
 from memserve.config import ServeConfig, WorkerOptions
 from memserve.router.app import bind, resolve, serve
+from memserve.router.supervision.supervisor import Supervisor
 from memserve.router.text.tokenizer import Tokenizer
 
 PROMPT_CHARS = 1700
@@ -101,40 +105,67 @@ class Cost(NamedTuple):
 # --- the router process ---
 
 
-def serve_here(
-    folder: Path, port: int, layout: str, tokenizer: Path, tokens_per_s: float, cpus: list[int]
-) -> int:
-    """Be the router, on the first core, with workers on the last."""
-    os.sched_setaffinity(0, {cpus[0]})
-    roles = {"colocated": 1} if layout == "colocated" else {"prefill": 1, "decode": 1}
-    config = ServeConfig(
-        model=str(folder),
-        load_format="dummy",
-        tokenizer=str(tokenizer),
-        device="cpu",
-        calibration="off",
-        max_model_len=4096,
-        worker=WorkerOptions(device_memory="1GiB", threads=1, max_running=256),
-        port=port,
-        log_level="warning",
-        **roles,  # type: ignore[arg-type]
-    )
-    worker = Path(__file__).with_name("instant_worker.py")
-    command = (sys.executable, str(worker), "--cpu", str(cpus[-1]), "--tokens-per-s", str(tokens_per_s))
-    run = resolve(config)
-    with bind(config.host, config.port) as sock:
-        console = Console(stderr=True)
-        return uvloop.run(serve(run, sock, console, worker_command=command))
+@dataclass(frozen=True)
+class Server:
+    """What a process of this file is to be, on the first core: a router, or what it is held against."""
 
+    kind: str
+    folder: Path
+    port: int
+    tokenizer: Path
+    tokens_per_s: float
+    cpus: Sequence[int]
 
-async def serve_nothing(port: int, core: int) -> None:
-    """Be a server that does nothing, until a signal."""
-    os.sched_setaffinity(0, {core})
-    loop = asyncio.get_running_loop()
-    stopped = asyncio.Event()
-    loop.add_signal_handler(signal.SIGINT, stopped.set)
-    async with await loop.create_server(NothingServer, "127.0.0.1", port):
-        await stopped.wait()
+    def run(self) -> int:
+        """Serve until SIGINT; the exit status."""
+        os.sched_setaffinity(0, {self.cpus[0]})
+        if self.kind in ("nothing", "bare"):
+            uvloop.run(self._serve_bare())
+            return 0
+        found = resolve(self._config())
+        with bind("127.0.0.1", self.port) as sock:
+            work = serve(found, sock, Console(stderr=True), worker_command=self._worker_command())
+            return uvloop.run(work)
+
+    async def _serve_bare(self) -> None:
+        loop, stopped = asyncio.get_running_loop(), asyncio.Event()
+        loop.add_signal_handler(signal.SIGINT, stopped.set)
+        if self.kind == "nothing":
+            async with await loop.create_server(NothingConnection, "127.0.0.1", self.port):
+                await stopped.wait()
+            return
+        found, worker = resolve(self._config()), BareWorker()
+        supervisor = Supervisor(found.plan, found.config, worker, command=self._worker_command())
+        worker.send = supervisor.send
+        await supervisor.start()
+        try:
+            factory = partial(BareConnection, worker, found.model.tokenizer)
+            async with await loop.create_server(factory, "127.0.0.1", self.port):
+                await stopped.wait()
+        finally:
+            await supervisor.shutdown()
+
+    def _config(self) -> ServeConfig:
+        is_split = self.kind == "disaggregated"
+        return ServeConfig(
+            model=str(self.folder),
+            load_format="dummy",
+            tokenizer=str(self.tokenizer),
+            device="cpu",
+            calibration="off",
+            prefill=1 if is_split else None,
+            decode=1 if is_split else None,
+            colocated=None if is_split else 1,
+            max_model_len=4096,
+            worker=WorkerOptions(device_memory="1GiB", threads=1, max_running=256),
+            port=self.port,
+            log_level="warning",
+        )
+
+    def _worker_command(self) -> tuple[str, ...]:
+        program = str(Path(__file__).with_name("instant_worker.py"))
+        options = ("--cpu", str(self.cpus[-1]), "--tokens-per-s", str(self.tokens_per_s))
+        return (sys.executable, program, *options)
 
 
 @contextmanager
@@ -192,21 +223,25 @@ def percentile(values: Sequence[float], share: float) -> float:
 class Bench:
     """Measurements on one server."""
 
-    def __init__(self, server: tuple[int, int], tokenise_ms: float = 0.0, repeats: int = 1) -> None:
+    def __init__(self, server: tuple[int, int], repeats: int = 1) -> None:
         self._port, self._pid = server
-        self._tokenise_ms, self._repeats = tokenise_ms, repeats
+        self._repeats = repeats
         self._seed = 0
         self.rows: list[Row] = []
 
-    async def latency(self, name: str, count: int, *, stream: bool = False, has_floor: bool = True) -> None:
-        """One request at a time."""
+    async def latency(self, name: str, count: int, bare_ms: float | None, *, stream: bool = False) -> float:
+        """One request at a time; the median. `bare_ms`: that of the bare server."""
         await self._run(bodies(self._texts(100), 1, stream=stream), 1)
         answers, cost = await self._run(bodies(self._texts(count), 1, stream=stream), 1)
         times = sorted(1e3 * ((a.first_at if stream else a.ended_at) - a.sent_at) for a in answers)
         for share, floor_ms in ((0.5, 0.5), (0.99, 1.5)):
-            added_ms = percentile(times, share) - self._tokenise_ms
-            floor = (f"<= {floor_ms}", added_ms <= floor_ms) if has_floor else ("", None)
-            self._add(Row(f"{name}, p{100 * share:.0f}", added_ms, "ms", *floor, *cost.each(count)))
+            took_ms = percentile(times, share)
+            self._add(Row(f"{name}, p{100 * share:.0f}", took_ms, "ms", "", None, *cost.each(count)))
+            if bare_ms is not None:
+                added_ms = took_ms - bare_ms
+                verdict = (f"<= {floor_ms}", added_ms <= floor_ms)
+                self._add(Row("    adds to the bare server's", added_ms, "ms", *verdict, *cost.each(count)))
+        return percentile(times, 0.5)
 
     async def requests(self, count: int, concurrency: int, *, has_floor: bool = True) -> None:
         """As many as it takes; the best of the repeats, as others on the machine only take away."""
@@ -261,23 +296,20 @@ def measure_tokenising(tokenizer: Tokenizer, core: int, texts: Sequence[str]) ->
     return statistics.median(times) * 1e3
 
 
-async def measure_nothing(server: tuple[int, int]) -> list[Row]:
-    """What sockets, kernel and client take: a round trip, and as many as the client can make."""
-    bench = Bench(server)
-    await bench.latency("round trip", 2000, has_floor=False)
-    await bench.requests(8000, 16, has_floor=False)
-    return bench.rows
-
-
-async def measure(server: tuple[int, int], tokenise_ms: float, quick: bool) -> list[Row]:
-    """All of it on one router."""
-    bench = Bench(server, tokenise_ms, repeats=1 if quick else 3)
-    await bench.latency("adds to a whole answer", 300 if quick else 2000)
-    await bench.latency("adds to a stream's first event", 300 if quick else 2000, stream=True)
-    await bench.requests(500 if quick else 4000, 16)
+async def measure(kind: str, server: tuple[int, int], bare_ms: float, quick: bool) -> tuple[list[Row], float]:
+    """All that is measured of one kind of server; the median of its latency."""
+    bench = Bench(server, repeats=1 if quick else 3)
+    count = 300 if quick else 2000
+    if kind in ("nothing", "bare"):
+        p50_ms = await bench.latency("answer", count, None)
+        await bench.requests(4 * count, 16, has_floor=False)
+        return bench.rows, p50_ms
+    p50_ms = await bench.latency("whole answer", count, bare_ms)
+    await bench.latency("first event of a stream", count, bare_ms, stream=True)
+    await bench.requests(2 * count, 16)
     for concurrency in (16, 64, 256):
         await bench.tokens(concurrency * (4 if quick else 12), concurrency)
-    return bench.rows
+    return bench.rows, p50_ms
 
 
 def main() -> None:
@@ -285,37 +317,35 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--layout", choices=["colocated", "disaggregated", "both"], default="both")
     parser.add_argument("--tokenizer", type=Path, default=BUNDLED_MODEL)
-    parser.add_argument("--tokens-per-s", type=float, default=25_000.0, help="of the worker; 0 = no bound")
+    parser.add_argument("--tokens-per-s", type=float, default=22_000.0, help="of the worker; 0 = no bound")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--serve-on", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--kind", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     cpus = sorted(os.sched_getaffinity(0))
     if args.serve_on is not None:
-        if args.layout == "both":
-            uvloop.run(serve_nothing(args.serve_on, cpus[0]))
-            return
-        sys.exit(serve_here(args.folder, args.serve_on, args.layout, args.tokenizer, args.tokens_per_s, cpus))
-    tokenise_ms = measure_tokenising(Tokenizer.load(args.tokenizer), cpus[0], prompts(500, 0))
+        server = Server(args.kind, args.folder, args.serve_on, args.tokenizer, args.tokens_per_s, cpus)
+        sys.exit(server.run())
+    if len(cpus) < 2:
+        parser.error("two cores are needed")
+    tokenise_ms, bare_ms = measure_tokenising(Tokenizer.load(args.tokenizer), cpus[0], prompts(500, 0)), 0.0
     results: dict[str, object] = {"tokenise_ms": tokenise_ms}
     print(f"tokenising {PROMPT_CHARS} characters: {tokenise_ms:.3f} ms, p50")
     layouts = ["colocated", "disaggregated"] if args.layout == "both" else [args.layout]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         (folder / "config.json").write_text(json.dumps(SHAPES["small"].config()))
-        for layout in ("nothing", *layouts):
-            print(f"{layout:<44}{'':>14}{'floor':>10}{'':<8}{'cpu us':>10}{'router':>9}{'client':>8}")
-            options = ["--tokenizer", str(args.tokenizer), "--tokens-per-s", str(args.tokens_per_s)]
-            options += [] if layout == "nothing" else ["--layout", layout]
-            with started(folder, *options) as server:
+        for kind in ("nothing", "bare", *layouts):
+            print(f"{kind:<44}{'':>14}{'floor':>10}{'':<8}{'cpu us':>10}{'server':>9}{'client':>8}")
+            options = ("--kind", kind, "--tokenizer", str(args.tokenizer))
+            with started(folder, *options, "--tokens-per-s", str(args.tokens_per_s)) as process:
                 os.sched_setaffinity(0, {cpus[-1]})
-                if layout == "nothing":
-                    rows = uvloop.run(measure_nothing(server))
-                else:
-                    rows = uvloop.run(measure(server, tokenise_ms, args.quick))
+                rows, p50_ms = uvloop.run(measure(kind, process, bare_ms, args.quick))
                 os.sched_setaffinity(0, cpus)
-            results[layout] = [asdict(row) for row in rows]
+            bare_ms = p50_ms if kind == "bare" else bare_ms
+            results[kind] = [asdict(row) for row in rows]
     if args.json is not None:
         args.json.write_text(json.dumps(results, indent=1))
 

@@ -1,20 +1,25 @@
 """The router's decision at size: 64 instances, 100,000 cached prefixes, a prompt of 4,096 tokens.
 
-    python benchmarks/routing.py
+    python benchmarks/routing.py [decisions|memory|inserts]
 
-Prints microseconds (p50 and p99 of single decisions: the matches in both trees and the choice together), for
-prompts that nobody, one or every prefill worker has a part of; and the memory of a tree. Processor time,
-so that others on the machine do not count; without full garbage collections, as a server has it that freezes
-what it holds.
+* decisions: microseconds (p50 and p99 of single decisions: the matches in both trees and the choice), for
+  prompts that nobody, one or every prefill worker has a part of, against 200 us. Processor time, so that
+  others on the machine do not count; without full garbage collections, as a server has it that freezes what
+  it holds.
+* memory: bytes of a tree for each block and holder beside the token ids, against 100: of documents, of
+  documents with questions of one to three blocks each, of conversations, and of such short ends alone, where
+  a node's own size counts most.
+* inserts: a million random prefixes into a tree that may hold fewer, and what it takes meanwhile.
 """
 
 from __future__ import annotations
 
 import gc
 import random
+import sys
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
@@ -58,13 +63,7 @@ class Rig:
             self.stems[i % NUM_STEMS] + self.tokens(int(self.rng.integers(2, 40)) * BLOCK_SIZE)
             for i in range(NUM_PREFIXES)
         ]
-        tracemalloc.start()
         self.prefill_tree = self.fill(self.names)
-        held = tracemalloc.get_traced_memory()[0]
-        tracemalloc.stop()
-        ids = sum(len(node.key) for node in self.prefill_tree.nodes)
-        each = (held - ids) / self.prefill_tree.num_blocks
-        print(f"{self.prefill_tree.num_blocks} blocks held, {each:.0f} bytes for each beside token ids")
         self.decode_tree = self.fill(self.decode_names)
 
     def tokens(self, count: int) -> bytes:
@@ -78,13 +77,7 @@ class Rig:
         taken = dict.fromkeys(names, 0)
         for prompt in self.prompts:
             name = names[int(self.rng.integers(len(names)))]
-            holding = tree.match("", prompt, 0.0).live.get(name)
-            first = holding.num_tokens // BLOCK_SIZE if holding else 0
-            count = len(prompt) // (4 * BLOCK_SIZE) - first
-            blocks = np.arange(taken[name], taken[name] + count)
-            taken[name] += count
-            told = Addresses(blocks, np.zeros(count, np.uint8), np.ones(count, np.int64))
-            tree.hold(name, 1, "", prompt, 0.0, first_block=first, addresses=told)
+            tell(tree, taken, name, prompt)
         return tree
 
     def candidates(self, model: CostModel) -> list[Candidate]:
@@ -147,14 +140,114 @@ def measure(rig: Rig) -> None:
                 timed(f"{policy}, {model.name}, {kind}", call, prompts)
 
 
-def main() -> None:
-    """Run everything."""
+def random_tokens(rng: np.random.Generator, num_blocks: int) -> bytes:
+    """Whole blocks that nothing else begins with."""
+    return rng.integers(0, 32_000, num_blocks * BLOCK_SIZE).astype("<i4").tobytes()
+
+
+def documents(rng: np.random.Generator) -> Iterator[tuple[str, bytes]]:
+    """Who holds what: 64 to 256 blocks each."""
+    for number in range(500):
+        yield f"w{number % 4}", random_tokens(rng, int(rng.integers(64, 257)))
+
+
+def questions(rng: np.random.Generator) -> Iterator[tuple[str, bytes]]:
+    """Each document with five questions of one to three blocks, some of them on another worker."""
+    for number, (name, document) in enumerate(documents(rng)):
+        for question in range(5):
+            other = f"w{(number + 1) % 4}"
+            asked = document + random_tokens(rng, int(rng.integers(1, 4)))
+            yield other if question == 4 else name, asked
+
+
+def conversations(rng: np.random.Generator) -> Iterator[tuple[str, bytes]]:
+    """A system prompt of four blocks for all; turns of 2 to 20 blocks, of which one in five is asked anew."""
+    system = random_tokens(rng, 4)
+    for number in range(2000):
+        history = system
+        for _ in range(6):
+            if rng.random() < 0.2:
+                yield f"w{number % 4}", history + random_tokens(rng, int(rng.integers(1, 4)))
+            history += random_tokens(rng, int(rng.integers(2, 21)))
+            yield f"w{number % 4}", history
+
+
+def short_ends(rng: np.random.Generator) -> Iterator[tuple[str, bytes]]:
+    """One to three blocks that share nothing: what no use of a cache looks like."""
+    for number in range(50_000):
+        yield f"w{number % 4}", random_tokens(rng, int(rng.integers(1, 4)))
+
+
+def memory() -> None:
+    """Bytes for each block and holder."""
+    print(
+        f"{'bytes for each block and holder beside token ids':<58}{'bytes':>8}{'floor':>8}{'blocks/node':>13}"
+    )
+    for mix in (documents, questions, conversations, short_ends):
+        tracemalloc.start()
+        tree = PromptTree(BLOCK_SIZE, max_blocks=10**9)
+        for number in range(4):
+            tree.join(f"w{number}", 1)
+        taken = dict.fromkeys(("w0", "w1", "w2", "w3"), 0)
+        for name, tokens in mix(np.random.default_rng(0)):
+            tell(tree, taken, name, tokens)
+        held = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        sizes = [len(node.key) for node in tree.nodes]
+        each = (held - sum(sizes)) / tree.num_blocks
+        per_node = sum(sizes) / (len(sizes) * 4 * BLOCK_SIZE)
+        print(f"{mix.__name__:<58}{each:>8.0f}{'<= 100':>8}{per_node:>13.1f}")
+
+
+def tell(tree: PromptTree, taken: dict[str, int], name: str, tokens: bytes) -> None:
+    """A worker stores what it does not hold yet, in blocks that it has not used before."""
+    holding = tree.match("", tokens, 0.0).live.get(name)
+    first = holding.num_tokens // BLOCK_SIZE if holding else 0
+    count = len(tokens) // (4 * BLOCK_SIZE) - first
+    blocks = np.arange(taken[name], taken[name] + count)
+    taken[name] += count
+    told = Addresses.at(blocks, np.zeros(count, np.uint8), np.ones(count, np.int64))
+    tree.hold(name, 1, "", tokens, 0.0, first_block=first, addresses=told)
+
+
+def inserts(num_inserts: int = 1_000_000, max_blocks: int = 50_000) -> None:
+    """Random prefixes, a quarter of which go on from others; workers whose pools are reused in a ring."""
+    rng, tree = np.random.default_rng(0), PromptTree(BLOCK_SIZE, max_blocks)
+    stems = [random_tokens(rng, 8) for _ in range(100)]
+    for number in range(4):
+        tree.join(f"w{number}", 1)
+    at, started = dict.fromkeys(range(4), 0), time.perf_counter()
+    tracemalloc.start()
+    for number in range(1, num_inserts + 1):
+        stem = stems[int(rng.integers(100))] if number % 4 == 0 else b""
+        tokens = stem + random_tokens(rng, int(rng.integers(1, 6)))
+        worker, count = number % 4, len(tokens) // (4 * BLOCK_SIZE)
+        blocks = (at[worker] + np.arange(count)) % max_blocks
+        at[worker] += count
+        told = Addresses.at(blocks, np.zeros(count, np.uint8), np.full(count, number))
+        tree.hold(f"w{worker}", 1, "", tokens, float(number), addresses=told)
+        if number % (num_inserts // 10) == 0:
+            held = tracemalloc.get_traced_memory()[0] / 2**20
+            took_s = time.perf_counter() - started
+            print(f"{number} inserts: {tree.num_blocks} blocks, {held:.1f} MiB, {took_s:.0f} s", flush=True)
+    tracemalloc.stop()
+
+
+def decisions() -> None:
+    """How long a decision takes."""
     for num_prefill, num_decode in ((48, 16), (32, 32)):
         rig = Rig(num_prefill, num_decode)
         gc.collect()
         gc.freeze()
         print(f"{f'us, {num_prefill} prefill + {num_decode} decode workers':<58}{'p50':>8}{'p99':>8}")
         measure(rig)
+
+
+def main() -> None:
+    """Run what is named, or everything."""
+    parts = {"decisions": decisions, "memory": memory, "inserts": inserts}
+    for name in sys.argv[1:] or parts:
+        parts[name]()
 
 
 if __name__ == "__main__":

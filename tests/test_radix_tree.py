@@ -117,3 +117,14 @@ def test_namespaces_share_nothing_and_can_be_forgotten() -> None:
     tree.remove(leaf)
     tree.drop_root("a")
     assert list(tree) == []
+
+
+def test_children_of_one_leaf_are_not_those_of_another() -> None:
+    tree = make_tree(1)
+    first, second = (tree.add(tree.root(""), key_of([token]), [token]) for token in (1, 2))
+    below = tree.add(first, key_of([3]), [3])
+    assert list(first.children.values()) == [below] and not second.children and not below.children
+    tree.remove(below)
+    assert not first.children
+    tree.add(second, key_of([3]), [3])
+    assert not first.children and not below.children

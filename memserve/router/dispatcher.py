@@ -72,6 +72,9 @@ from memserve.router.scheduling.policy import Placement, WorkerView, blocks_for,
 
 logger = logging.getLogger(__name__)
 
+# In which of its phases a request may get tokens from its decode worker.
+_DRAWS = (Phase.HANDOFF, Phase.DECODING)
+
 
 @dataclass(frozen=True, slots=True)
 class DispatcherLimits:
@@ -443,8 +446,7 @@ class Dispatcher:
 
     def _on_output(self, event: FromWorker, output: Output, now: float) -> None:
         request = self._asked(output.request_id, output.attempt)
-        running = request is not None and request.phase in (Phase.HANDOFF, Phase.DECODING)
-        if request is None or not running or not _sits(request.decode, event):
+        if request is None or request.phase not in _DRAWS or not _sits(request.decode, event):
             self.counters.stale += 1
             return
         seat = request.decode

@@ -19,6 +19,9 @@ from memserve.router.http.validation import ChoicePlan
 from memserve.router.text.stop import StopMatcher
 from memserve.router.text.tokenizer import Tokenizer
 
+# More than any decoder looks at.
+_CONTEXT_TOKENS = 8
+
 
 class TokenEntry(NamedTuple):
     """A token with what the client asked to know of it. `logprobs` is None for the first token of a prompt.
@@ -86,14 +89,14 @@ class Choice:
         if self.plan.hide_output:
             self.finish_reason = FinishReason.LENGTH
             return
-        last = len(delta.token_ids) - 1
+        reason, last = delta.finish_reason, len(delta.token_ids) - 1
         for i, token_id in enumerate(delta.token_ids):
             logprobs = delta.logprobs[i] if delta.logprobs is not None else None
-            ends_here = delta.finish_reason is FinishReason.STOP and i == last and token_id in self._stop_ids
+            ends_here = reason is not None and i == last and self._is_hidden(token_id, reason)
             if self._push_token(token_id, logprobs, hidden=ends_here):
                 return
-        if delta.finish_reason is not None:
-            self._end(delta.finish_reason)
+        if reason is not None:
+            self._end(reason)
 
     def take(self) -> ChoiceUpdate | None:
         """What may be shown and was not taken yet; None if there is nothing. The end is told once."""
@@ -123,6 +126,10 @@ class Choice:
         """All that was drawn, and the text that it became, echo apart; only for a prompt with a `reading`."""
         assert self._keeps
         return self._drawn, "".join(self._said)
+
+    def _is_hidden(self, last_id: int, reason: FinishReason) -> bool:
+        """Whether the last token is a stop token, which is counted but not shown."""
+        return reason is FinishReason.STOP and last_id in self._stop_ids
 
     def _push_token(self, token_id: int, logprobs: TokenLogprobs | None, *, hidden: bool) -> bool:
         """One token; True if a stop string ended the choice with it."""
@@ -194,7 +201,7 @@ class Choice:
 
 def _context(plan: ChoicePlan, tokenizer: Tokenizer) -> list[int] | None:
     """What the output's text follows; None where it begins the text, the prompt being bos or so alone."""
-    token_ids: list[int] = plan.prompt.token_ids.tolist()
-    if plan.skip_special_tokens and tokenizer.special_ids.issuperset(token_ids):
-        return None
-    return token_ids[-8:]
+    token_ids = plan.prompt.token_ids
+    end: list[int] = token_ids[-_CONTEXT_TOKENS:].tolist()
+    is_special = plan.skip_special_tokens and tokenizer.special_ids.issuperset(end)
+    return None if is_special and tokenizer.special_ids.issuperset(token_ids.tolist()) else end

@@ -40,7 +40,8 @@ async def make_choices(job: Job, tokenizer: Tokenizer) -> list[Choice]:
 class Generation:
     """One job while it runs: `start`, `next` until it has nothing more, `close` in any case.
 
-    A choice that ended is remembered in `history` before its end is told: the next turn may follow at once.
+    A choice that ended is remembered in `history` before anything is read that comes after its end was told:
+    the next turn may follow at once.
     """
 
     def __init__(
@@ -130,6 +131,7 @@ class Generation:
             return
         token_ids, text = choice.answer()
         if len(token_ids) <= _INLINE_TOKENS:
-            self._history.remember(reading, token_ids, text)
+            # after the end is written, and before all that the loop hears of from then on
+            asyncio.get_running_loop().call_soon(self._history.remember, reading, token_ids, text)
         else:
             await asyncio.to_thread(self._history.remember, reading, token_ids, text)

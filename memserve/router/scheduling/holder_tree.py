@@ -163,6 +163,8 @@ class HolderTree:
     def take_out(self, life: Life, codes: Codes) -> None:
         """Cut a life's spans where these blocks are."""
         slots = set(life.slots[codes].tolist())
+        if len(slots) == 1 and self._take_out_end(life, next(iter(slots)), codes):
+            return
         life.slots[codes] = NO_SLOT
         for slot in slots - {NO_SLOT}:
             node = self._nodes[slot]
@@ -174,6 +176,15 @@ class HolderTree:
             first = int(is_gone.argmax())
             if is_gone[first]:
                 self._cut(life, node, first)
+
+    def _take_out_end(self, life: Life, slot: int, codes: Codes) -> bool:
+        """The same where these blocks are the end of one span, as they mostly are; False if they are not."""
+        node = self._nodes[slot]
+        span = None if node is None else node.payload.span_of(life)
+        if node is None or span is None or not span.packed.endswith(codes.tobytes()):
+            return False
+        self._cut(life, node, span.num_blocks - len(codes))
+        return True
 
     def move(self, life: Life, codes: Codes, new_codes: Codes, generations: Generations) -> None:
         """Blocks of a life, all placed, go by other codes, of which none is placed."""
@@ -300,11 +311,12 @@ class HolderTree:
         span = node.payload.span_of(life)
         if span is None or span.num_blocks <= num_blocks:
             return
-        below = [node]
-        for above in below:
-            below.extend(child for child in above.children.values() if child.payload.span_of(life))
-        for each in reversed(below[1:]):
-            self._truncate(life, each, 0)
+        if node.children:
+            below = [node]
+            for above in below:
+                below.extend(child for child in above.children.values() if child.payload.span_of(life))
+            for each in reversed(below[1:]):
+                self._truncate(life, each, 0)
         self._truncate(life, node, num_blocks)
 
     def _truncate(self, life: Life, node: Node, num_blocks: int) -> None:
@@ -327,8 +339,8 @@ class HolderTree:
         """Cut off what nobody holds at the end of a sequence."""
         while node.parent is not None and not node.children:
             held = node.payload
-            longest = max((span.num_blocks for span in held.spans), default=0)
-            if longest:
+            if held.spans:
+                longest = max([span.num_blocks for span in held.spans])
                 node.key = node.key[: longest * self.block_bytes]
                 self._consider(node)
                 return

@@ -6,7 +6,8 @@ and 12 in the tables.
 
 A block of a life is one number in a node, its *code*: block * 2 + tier; UNKNOWN where it is believed to
 be there, but nobody has told its address. Nodes are many and short, so they hold codes as packed bytes, a
-third of a NumPy array's size, and holders in a tuple: most have one.
+third of a NumPy array's size, and holders in a tuple: most have one. They are msgspec structs, which are
+smaller and sooner made than others, and which the garbage collector need not walk.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -35,33 +37,48 @@ _NO_GENERATIONS: Generations = np.empty(0, dtype=np.int64)
 class Addresses(NamedTuple):
     """Where consecutive blocks of a sequence lie on one life of an instance: parallel arrays."""
 
-    blocks: NDArray[np.int64]
-    tiers: NDArray[np.uint8]
+    codes: Codes
     generations: Generations
 
     @classmethod
     def of(cls, refs: BlockRefs) -> Addresses:
         """The same without the common part."""
-        blocks = np.asarray(refs.blocks, dtype=np.int64)
-        tiers = np.full(len(blocks), refs.tier, dtype=np.uint8)
-        return cls(blocks, tiers, np.asarray(refs.generations, dtype=np.int64))
+        codes = np.array(refs.blocks, dtype=np.int32)  # raises OverflowError where one is no block at all
+        codes *= 2
+        if refs.tier is Tier.HOST:
+            codes += 1
+        return cls(codes, np.array(refs.generations, dtype=np.int64))
 
-    def codes(self) -> Codes:
-        """One number a block."""
-        # seen as unsigned, a negative number is larger than all others
-        assert not len(self.blocks) or self.blocks.view(np.uint64).max() < MAX_BLOCK
-        return (self.blocks * 2 + self.tiers).astype(np.int32)
+    @classmethod
+    def at(cls, blocks: NDArray[np.int64], tiers: NDArray[np.uint8], generations: Generations) -> Addresses:
+        """Of blocks that may lie in different tiers."""
+        return cls((blocks * 2 + tiers).astype(np.int32), generations)
+
+    @property
+    def blocks(self) -> NDArray[np.int32]:
+        """Numbers of blocks in their tiers."""
+        return self.codes >> 1
+
+    @property
+    def tiers(self) -> NDArray[np.int32]:
+        """The tier of each."""
+        return self.codes & 1
+
+    def first(self, num_blocks: int) -> Addresses:
+        """Of the first blocks, at most so many."""
+        return Addresses(self.codes[:num_blocks], self.generations[:num_blocks])
 
     def refs(self, instance: str, incarnation: int) -> tuple[BlockRefs, ...]:
         """As on the wire: one for each run of blocks in the same tier."""
-        cuts = np.flatnonzero(np.diff(self.tiers)) + 1
-        bounds = [0, *cuts.tolist(), len(self.blocks)]
+        blocks, tiers = self.blocks, self.tiers
+        cuts = np.flatnonzero(np.diff(tiers)) + 1
+        bounds = [0, *cuts.tolist(), len(blocks)]
         return tuple(
             BlockRefs(
                 instance,
                 incarnation,
-                Tier(int(self.tiers[start])),
-                tuple(self.blocks[start:end].tolist()),
+                Tier(int(tiers[start])),
+                tuple(blocks[start:end].tolist()),
                 tuple(self.generations[start:end].tolist()),
             )
             for start, end in zip(bounds, bounds[1:], strict=False)
@@ -84,7 +101,9 @@ class Life:
 
     def reserve(self, codes: Codes) -> None:
         """Make the tables long enough for these blocks."""
-        needed = int(codes.max()) + 1 if len(codes) else 0
+        # seen as unsigned, a negative number is larger than all others
+        needed = int(codes.view(np.uint32).max()) + 1 if len(codes) else 0
+        assert needed <= 2 * MAX_BLOCK
         if needed > len(self.slots):
             size = max(needed, len(self.slots) * 5 // 4, 256)
             self.slots = np.concatenate([self.slots, np.zeros(size - len(self.slots), dtype=np.int32)])
@@ -92,8 +111,7 @@ class Life:
             self.generations = np.concatenate([self.generations, more])
 
 
-@dataclass(slots=True, eq=False)
-class Span:
+class Span(msgspec.Struct, eq=False, gc=False):
     """What a life holds of an edge: its first blocks, `packed` codes. `seen_at`: when it was last told or
     expected.
     """
@@ -114,8 +132,7 @@ class Span:
         return np.frombuffer(self.packed, dtype=np.int32)
 
 
-@dataclass(slots=True, eq=False)
-class Held:
+class Held(msgspec.Struct, eq=False, gc=False):
     """What a node owns: a span for each holder. `slot` is its number in the tree, `candidate_at` the time
     with which it stands among the candidates for eviction, `root_of` a root's namespace.
     """

@@ -140,8 +140,8 @@ class PromptTree:
         num_blocks = len(tokens) // block_bytes
         codes, generations = no_codes(), no_generations()
         if addresses is not None:
-            num_blocks = min(num_blocks, first_block + len(addresses.blocks))
-            codes = addresses.codes()[: max(0, num_blocks - first_block)]
+            num_blocks = min(num_blocks, first_block + len(addresses.codes))
+            codes = addresses.codes[: max(0, num_blocks - first_block)]
             generations = addresses.generations
         if num_blocks == 0:
             return
@@ -167,17 +167,19 @@ class PromptTree:
         life = self._live_life(instance, incarnation)
         if life is None:
             return
-        codes = addresses.codes()
+        codes, generations = addresses
         is_known = codes < len(life.slots)
-        codes, generations = codes[is_known], addresses.generations[is_known]
-        self.nodes.take_out(life, codes[life.generations[codes] == generations])
+        if not is_known.all():
+            codes, generations = codes[is_known], generations[is_known]
+        is_told = life.generations[codes] == generations
+        self.nodes.take_out(life, codes if is_told.all() else codes[is_told])
 
     def move_blocks(self, instance: str, incarnation: int, addresses: Addresses, moved_to: Addresses) -> None:
         """Blocks are elsewhere now, in the same order: swapped out or in, or moved together."""
         life = self._live_life(instance, incarnation)
         if life is None:
             return
-        codes, new_codes = addresses.codes(), moved_to.codes()
+        codes, new_codes = addresses.codes, moved_to.codes
         life.reserve(codes)
         life.reserve(new_codes)
         # What was believed to be at the new places is there no more, wherever it was.
@@ -224,8 +226,7 @@ class PromptTree:
         unknown = np.flatnonzero(codes == UNKNOWN)
         if len(unknown):
             codes = codes[: unknown[0]]
-        tiers = (codes & 1).astype(np.uint8)
-        return Addresses((codes >> 1).astype(np.int64), tiers, life.generations[codes])
+        return Addresses(codes, life.generations[codes])
 
     def num_known_tokens(self, found: Found, life: Life) -> int:
         """For how many tokens `addresses` has addresses."""

@@ -67,12 +67,13 @@ class Reading:
     """A prompt's ids. The first `num_reused` of them are remembered ones.
 
     `diverged_at`: the prompt agrees in so many tokens with what is remembered, which then goes on otherwise;
-    None where it goes on from it, ends within it, or has nothing in common with it. `known` is what
-    `remember` needs, None where the ids do not read as the text.
+    None where it goes on from it, ends within it, or has nothing in common with it. `data` is the prompt;
+    `known` the same as what was remembered of it and what follows.
     """
 
     token_ids: Ints
     scope: Scope
+    data: bytes
     num_reused: int = 0
     diverged_at: int | None = None
     known: _Sequence | None = None
@@ -102,18 +103,17 @@ class TokenHistory:
         else:
             num_reused = 0
             token_ids = self._tokenizer.encode(text, add_special_tokens=scope.add_special_tokens)
-            ends = self._texts.ends_of_prompt(token_ids, data, has_front=scope.add_special_tokens)
-            known = None if ends is None else _Sequence(data, Tokens(token_ids, ends), ())
         diverged_at = None if nearest is None else _divergence(token_ids, nearest.tokens.token_ids)
-        return Reading(token_ids, scope, num_reused, diverged_at, known)
+        return Reading(token_ids, scope, data, num_reused, diverged_at, known)
 
     def remember(self, prompt: Reading, token_ids: Sequence[int], text: str) -> None:
         """An answer to `prompt` has ended: `token_ids` were drawn, `text` was delivered. Of the ids those are
         kept that read as the text: no stop token, no half character, nothing that a stop string took away.
         """
-        if prompt.known is None:
+        known = prompt.known or self._of_prompt(prompt)
+        if known is None:
             return
-        before, data = prompt.known.text, text.encode()
+        before, data = prompt.data, text.encode()
         drawn = np.asarray(token_ids, dtype=np.int32)
         num_kept, ends = self._texts.num_reading_as(drawn, before, data)
         if not num_kept:
@@ -122,11 +122,9 @@ class TokenHistory:
         said = data[: int(ends[-1])]
         tokens = Tokens(
             np.concatenate((prompt.token_ids, drawn[:num_kept])),
-            np.concatenate((prompt.known.tokens.ends, ends + np.int32(len(before)))),
+            np.concatenate((known.tokens.ends, ends + np.int32(len(before)))),
         )
-        self._add(
-            prompt.scope, _Sequence(before + said, tokens, (*prompt.known.drawn, (first, first + num_kept)))
-        )
+        self._add(prompt.scope, _Sequence(before + said, tokens, (*known.drawn, (first, first + num_kept))))
 
     def clear(self) -> None:
         """Forget all."""
@@ -138,6 +136,12 @@ class TokenHistory:
     def __len__(self) -> int:
         """How many sequences are remembered."""
         return len(self._sequences)
+
+    def _of_prompt(self, prompt: Reading) -> _Sequence | None:
+        """A prompt that nothing was reused for; None where its ids do not read as its text."""
+        has_front = prompt.scope.add_special_tokens
+        ends = self._texts.ends_of_prompt(prompt.token_ids, prompt.data, has_front=has_front)
+        return None if ends is None else _Sequence(prompt.data, Tokens(prompt.token_ids, ends), ())
 
     # --- reading -------------------------------------------------------------------------------------------
 
@@ -185,6 +189,8 @@ class TokenHistory:
         ends = sequence.tokens.ends
         limit = num_agreed
         for first, last in reversed(sequence.drawn):
+            if ends[first] > limit:
+                continue  # it agrees in none of these
             num_tokens = min(last, int(np.searchsorted(ends, limit, side="right")))
             while num_tokens > first:
                 cut = int(ends[num_tokens - 1])

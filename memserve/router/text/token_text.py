@@ -162,6 +162,10 @@ class TokenText:
 def agreement(a: bytes, b: bytes) -> int:
     """The number of leading bytes in which `a` and `b` agree."""
     length = min(len(a), len(b))
+    # Texts that are nothing to each other mostly part within these: a tenth of the time of the arrays below.
+    head = min(length, 16)
+    if differing := int.from_bytes(a[:head], "little") ^ int.from_bytes(b[:head], "little"):
+        return ((differing & -differing).bit_length() - 1) // 8
     if a.startswith(b) or b.startswith(a):
         return length
     differ = np.frombuffer(a, np.uint8, length) != np.frombuffer(b, np.uint8, length)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ def key_of(tokens: list[int]) -> bytes:
 
 
 def addresses(blocks: list[int], tier: Tier = Tier.DEVICE, generation: int = 1) -> Addresses:
-    return Addresses(
+    return Addresses.at(
         np.asarray(blocks, dtype=np.int64),
         np.full(len(blocks), tier, dtype=np.uint8),
         np.full(len(blocks), generation, dtype=np.int64),
@@ -169,7 +170,7 @@ class PromptTreeMachine(RuleBasedStateMachine):
         self.now += 1
         first = data.draw(st.integers(0, len(prefixes)))
         places = self.fresh(instance, len(prefixes) - first, tier, data)
-        told = Addresses(
+        told = Addresses.at(
             np.asarray([p[0] for p in places], dtype=np.int64),
             np.asarray([p[1] for p in places], dtype=np.uint8),
             np.asarray([p[2] for p in places], dtype=np.int64),
@@ -199,7 +200,7 @@ class PromptTreeMachine(RuleBasedStateMachine):
     def removed(self, instance: str, blocks: list[int], tier: int) -> None:
         incarnation = self.live.get(instance, 0)
         generations = [self.generations.get((instance, block * 2 + tier), 0) for block in blocks]
-        gone = Addresses(
+        gone = Addresses.at(
             np.asarray(blocks, dtype=np.int64),
             np.full(len(blocks), tier, dtype=np.uint8),
             np.asarray(generations, dtype=np.int64),
@@ -265,7 +266,8 @@ class PromptTreeMachine(RuleBasedStateMachine):
                 after = places[first:]
                 known = after[: after.index(None)] if None in after else after
                 told = self.tree.addresses(found, holding.life, first)
-                assert list(zip(*(column.tolist() for column in told), strict=True)) == known
+                columns = (told.blocks, told.tiers, told.generations)
+                assert list(zip(*(column.tolist() for column in columns), strict=True)) == known
                 if first == 0:
                     assert self.tree.num_known_tokens(found, holding.life) == len(known) * self.block_size
 
@@ -300,7 +302,7 @@ def test_life_of_a_prefix() -> None:
         BlockRefs("p0", 1, Tier.DEVICE, (3,), (1,)),
         BlockRefs("p0", 1, Tier.HOST, (5, 6), (9, 9)),
     )
-    assert Addresses.of(refs[1]).codes().tolist() == [11, 13]
+    assert Addresses.of(refs[1]).codes.tolist() == [11, 13]
     # 3. a removal of another generation changes nothing; the right one takes what follows along
     tree.remove_blocks("p0", 1, addresses([3], generation=2))
     assert tree.match("", prompt, 1.0).live["p0"].num_tokens == 16
@@ -361,3 +363,20 @@ def _insert_at_random(block_size: int, num_inserts: int, max_blocks: int) -> Non
         most = max(most, len(tree.nodes.candidates))
     assert most <= 2 * max_blocks + 64 and len(list(tree.nodes)) <= max_blocks
     assert_sound(tree)
+
+
+@pytest.mark.parametrize(("num_blocks", "most_bytes"), [(1, 600), (2, 400), (100, 60)])
+def test_what_a_block_takes_beside_its_token_ids(num_blocks: int, most_bytes: int) -> None:
+    """Short edges pay for their nodes, long ones for their addresses: 4 bytes, and 12 to 30 in the tables."""
+    rng, count = np.random.default_rng(0), 4000 // num_blocks
+    tracemalloc.start()
+    tree = PromptTree(16, max_blocks=10**6)
+    tree.join("a", 1)
+    for number in range(count):
+        tokens = rng.integers(0, 32_000, num_blocks * 16).astype("<i4").tobytes()
+        told = addresses(list(range(number * num_blocks, (number + 1) * num_blocks)))
+        tree.hold("a", 1, "", tokens, 0.0, addresses=told)
+    held = tracemalloc.get_traced_memory()[0] - sum(len(node.key) for node in tree.nodes)
+    tracemalloc.stop()
+    assert tree.num_blocks == count * num_blocks
+    assert held / tree.num_blocks <= most_bytes

@@ -21,24 +21,27 @@ _MAX_EXPECTED_TOKENS = 128
 # Holders asked for their addresses, the longest first: the first mostly has them.
 _MAX_TRIED = 4
 _new_row = tuple.__new__
+# To look a member up on its class takes 0.2 us, and a table has a row for each worker.
+_PREFILL, _DECODE, _TRANSFER = Phase.PREFILL, Phase.DECODE, Phase.TRANSFER
 # From this share of blocks taken on, preemption comes near.
 _FULL_SHARE = 0.8
 
 
 def source_of(tree: PromptTree, found: Found) -> Source | None:
-    """The life that holds most of a matched prefix at known addresses, in its device tier: the one to pull
-    from. (A sequence goes to the host tier from its end, and an offer names blocks of one tier.)
+    """The life that holds most of a matched prefix at known addresses, in either tier: the one to pull from.
+    (A sequence goes to the host tier from its end.)
     """
     best = None
     holdings = [*found.live.values(), *found.lost]
     for holding in sorted(holdings, key=itemgetter(1), reverse=True)[:_MAX_TRIED]:
-        num_in_device = holding.num_tokens - holding.num_host_tokens
-        if best is not None and best.num_tokens >= num_in_device:
+        if best is not None and best.num_tokens >= holding.num_tokens:
             continue
-        num_tokens = min(num_in_device, tree.num_known_tokens(found, holding.life))
+        num_tokens = min(holding.num_tokens, tree.num_known_tokens(found, holding.life))
         if num_tokens > (0 if best is None else best.num_tokens):
             life = holding.life
-            best = Source(life.instance, life.incarnation, num_tokens, life.is_lost)
+            num_in_device = holding.num_tokens - holding.num_host_tokens
+            num_host = max(0, num_tokens - num_in_device)
+            best = Source(life.instance, life.incarnation, num_tokens, life.is_lost, num_host)
     return best
 
 
@@ -79,19 +82,19 @@ def price_prefills(
         if view.num_decoding:
             batch = Batch(view.num_decoding, view.num_context)
             ways = _ways(predictor, ask.num_tokens, most, own, in_host, source, batch)
-            factor = correction.factor(Phase.PREFILL, True)
+            factor = correction.factor(_PREFILL, True)
         else:
             key = (predictor, own, in_host)
             maybe = known.get(key)
             if maybe is None:
                 maybe = _ways(predictor, ask.num_tokens, most, own, in_host, source, IDLE)
                 known[key] = maybe
-            ways, factor = maybe, correction.factor(Phase.PREFILL, False)
+            ways, factor = maybe, correction.factor(_PREFILL, False)
         num_device, num_host, swap_in_ms, exec_ms, num_pulled, pull_ms, pulled_exec_ms = ways
         exec_ms *= factor
         total_ms = queue_ms + swap_in_ms + exec_ms
         if num_pulled:
-            pull_ms = view.link_ms + pull_ms * correction.factor(Phase.TRANSFER, False)
+            pull_ms = view.link_ms + pull_ms * correction.factor(_TRANSFER, False)
             pulled_exec_ms *= factor
             with_ms = (queue_ms if queue_ms > pull_ms else pull_ms) + swap_in_ms + pulled_exec_ms
             if with_ms < total_ms and source_name != name:
@@ -133,8 +136,15 @@ def _ways(
     upto = min(source.num_tokens, most) if source is not None else 0
     if source is None or upto <= own:
         return _Ways(own - in_host, in_host, swap_in_ms, exec_ms, 0, 0.0, 0.0)
-    pull_ms = predictor.pull_ms(upto - own)
+    in_device = source.num_tokens - source.num_host_tokens
+    num_from_host = max(0, upto - max(own, in_device))
+    pull_ms = predictor.pull_ms(upto - own - num_from_host) + predictor.pull_host_ms(num_from_host)
     pulled_exec_ms = predictor.prefill_ms(num_tokens, upto, batch)
+    if num_from_host and in_device > own:  # or what is in the device tier alone
+        less_ms = predictor.pull_ms(in_device - own)
+        more_exec_ms = predictor.prefill_ms(num_tokens, in_device, batch)
+        if less_ms + more_exec_ms <= pull_ms + pulled_exec_ms:
+            upto, pull_ms, pulled_exec_ms = in_device, less_ms, more_exec_ms
     return _Ways(own - in_host, in_host, swap_in_ms, exec_ms, upto - own, pull_ms, pulled_exec_ms)
 
 
@@ -149,7 +159,7 @@ def price_decodes(candidates: Sequence[Candidate], ask: Ask, found: Found | None
         holding = live.get(view.instance)
         num_moved = num_tokens if holding is None else max(0, num_tokens - holding.num_tokens)
         move_ms = view.link_ms + predictor.pull_ms(num_moved)
-        factor = candidate.correction.factor(Phase.DECODE, False)
+        factor = candidate.correction.factor(_DECODE, False)
         num_decoding, num_context = view.num_decoding, view.num_context
         step_ms = predictor.decode_ms(num_decoding + 1, num_context + num_tokens) * factor
         # what the others wait longer for each token, because of this one
