@@ -34,6 +34,7 @@ from memserve.config import (
     TransportChoice,
     WorkerOptions,
 )
+from memserve.doctor.command import doctor
 from memserve.errors import StartupError
 from memserve.simulate.command import simulate
 from memserve.sizes import parse_memory
@@ -56,6 +57,7 @@ def cli() -> None:
 
 
 cli.add_command(bench)
+cli.add_command(doctor)
 cli.add_command(simulate)
 cli.add_command(top)
 

@@ -127,7 +127,9 @@ class _CudaLane:
             if not is_plain and self._scatter is not None and to.is_cuda and source.device == to.device:
                 first, stop, _ = columns.indices(to.shape[1])
                 size = to.element_size()
-                ids, others = (torch.from_numpy(each).to(to.device) for each in (to_ids, source_ids))
+                ids, others = (
+                    torch.from_numpy(each).to(to.device, non_blocking=True) for each in (to_ids, source_ids)
+                )
                 self._scatter(to, ids, source, others, first * size, (stop - first) * size)
                 return len(to_ids) * (stop - first) * size
             for start, stop in pieces:

@@ -86,8 +86,7 @@ class LaneSwaps:
         """See `Swaps`, here and below."""
         lanes = self._lanes
         self._has_copied = True
-        lanes.swap_out.wait(lanes.compute.mark())
-        lanes.swap_out.wait(lanes.swap_in.mark())
+        lanes.swap_out.wait(lanes.compute.mark())  # which is behind every swap in
         for start, stop in self._pinned.pieces(into):
             lanes.swap_out.copy_blocks(self._host, into[start:stop], self._device, blocks[start:stop])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -14,11 +15,7 @@ from memserve.workers.publisher import Publisher
 from tests.pool.fake_lanes import FakeGpu, FakeMark
 from tests.pool.gpu_pools import FakePins, GpuPool, gpu_pools
 
-ORDERS = (
-    ("compute", "swap_out", "swap_in", "pull"),
-    ("swap_in", "compute", "swap_out", "pull"),
-    ("swap_out", "swap_in", "compute", "pull"),
-)
+ORDERS = tuple(permutations(("compute", "swap_out", "swap_in")))
 
 
 @pytest.fixture
@@ -70,15 +67,21 @@ def test_a_block_is_written_anew_only_after_it_was_swapped_out(make_pool, order)
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_what_is_swapped_in_is_there_when_a_step_reads_it(make_pool, order) -> None:
-    pool = make_pool("pool", num_blocks=16, host_blocks=32, is_free=False)
+@pytest.mark.parametrize("num_blocks", [16, 32])  # all of it is used anew, or there is room beside
+def test_what_is_swapped_in_is_there_when_a_step_reads_it(make_pool, order, num_blocks: int) -> None:
+    pool = make_pool("pool", num_blocks=num_blocks, host_blocks=32, is_free=False)
     keep(pool, 1, 8)
     keep(pool, 50, 8)
-    # 1. swapped out and in again, without a moment for the lanes in between
+    # 1. swapped out, and others write to whatever is free then
     pool.pool.swap_out(16)
+    if num_blocks == 16:
+        others = pool.pool.alloc_mem(16)
+        pool.fill(others, 200)
+        pool.pool.free_mem(others)
+    # 2. swapped in again, without a moment for the lanes in between
     table = pool.pool.acquire(tokens(1, 8))
     assert table.num_swapped_in == 8
-    # 2. a step reads it
+    # 3. a step reads it
     blocks, seen = pool.arena.as_bytes(), []
     ids = torch.from_numpy(table.ids(8).copy())
     pool.lanes.compute.put(lambda: seen.extend(blocks[ids][:, 0].tolist()))

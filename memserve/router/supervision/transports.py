@@ -55,12 +55,16 @@ def check_allocator(plan: Sequence[WorkerConfig], environ: Mapping[str, str]) ->
     if not any("cuda_ipc" in config.transports for config in plan):
         return
     for name in ALLOCATOR_SETTINGS:
-        settings = environ.get(name, "").replace(" ", "").lower().split(",")
-        if "expandable_segments:true" in settings:
+        if asks_for_expandable_segments(environ.get(name, "")):
             raise ConfigError(
                 f"{name} sets expandable_segments:True, but memory of torch's expandable segments cannot be "
                 "shared between workers: set it to False, or leave it out"
             )
+
+
+def asks_for_expandable_segments(settings: str) -> bool:
+    """Whether torch, told this, takes GPU memory in segments that grow."""
+    return "expandable_segments:true" in settings.replace(" ", "").lower().split(",")
 
 
 def transfer_mode(serve: ServeConfig, plan: Sequence[WorkerConfig]) -> Transfer:
