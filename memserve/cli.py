@@ -197,6 +197,12 @@ COUNT = click.IntRange(1, 64)
     type=click.Choice(get_args(TransportChoice)),
 )
 @_option(
+    "--cuda-graphs/--no-cuda-graphs",
+    "Replay decode steps on a GPU from CUDA graphs, captured at start-up [default: replay].",
+    metavar=None,
+    default=None,
+)
+@_option(
     "--caching",
     "Where the KV of finished requests is kept for reuse: nowhere, on prefill workers, on both sides, or on "
     "both and what was generated goes back to the prefill side.",

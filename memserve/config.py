@@ -81,6 +81,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     max_model_len: int | None = None
     transfer: Transfer = "layer"
     transport: TransportChoice = "auto"
+    cuda_graphs: bool = True
     caching: Caching = "full"
     reuse_history_tokens: bool = True
     eviction: Eviction = "lru"
@@ -111,7 +112,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     the KV of finished requests is kept and reused, until it was not used for `cache_ttl_s` or room is needed.
     `host_blocks`: size of the host tier at first, None = there is none; `max_host_blocks`: to which it can
     grow. `max_blocks`: more than a pool on its GPU can ever have. `transports`: how its KV can get to others,
-    and theirs here, the better first; two workers use the first that both have.
+    and theirs here, the better first; two workers use the first that both have. `shares_weights`: others are
+    on its GPU, and need the same. `cuda_graphs`: decode steps are replayed.
     """
 
     instance: str
@@ -138,4 +140,6 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_host_blocks: int = 0
     max_blocks: int = 0
     transports: tuple[Transport, ...] = ("shm",)
+    shares_weights: bool = False
+    cuda_graphs: bool = True
     log_level: LogLevel = "info"

@@ -276,8 +276,8 @@ class Init(_Message, frozen=True, array_like=True, tag=True, gc=False):
     """First message on a connection: who the worker is and what it runs.
 
     `weights_manifest` is None for the worker that loads the weights and lays them out for the others (it
-    answers
-    `Loaded`); the others get the manifest of what lies in the shared weights memfd.
+    answers `Loaded`); the others get the manifest of what lies in the shared weights memfd. On a GPU it is
+    empty if the weights are granted, and None if the worker is to load its own.
     """
 
     config: WorkerConfig
@@ -422,7 +422,9 @@ class Loading(_Message, frozen=True, array_like=True, tag=True, gc=False):
 
 
 class Loaded(_Message, frozen=True, array_like=True, tag=True, gc=False):
-    """The loader laid the weights out in the shared memfd; `manifest` says what lies where."""
+    """The loader laid the weights out in the shared memfd; `manifest` says what lies where. On a GPU it is
+    empty: what lies there follows from the model, and whether others can have it from a `WeightsExport`.
+    """
 
     manifest: bytes
 
@@ -637,10 +639,11 @@ class ArenaGrant(_Message, frozen=True, array_like=True, tag=True, gc=False):
 
 class WeightsGrant(_Message, frozen=True, array_like=True, tag=True, gc=False):
     """Comes with one descriptor: the memfd of the shared weights, read-write for the loader, else
-    read-only.
+    read-only; or, where there is a `memory`, that of memory of the worker's GPU, as another has filled it.
     """
 
     num_bytes: int
+    memory: DeviceExport | None = None
 
 
 class PeerGrant(_Message, frozen=True, array_like=True, tag=True, gc=False):
@@ -688,7 +691,16 @@ class ArenaExport(_Message, frozen=True, array_like=True, tag=True, gc=False):
     memory: DeviceExport
 
 
-Export = ArenaExport
+class WeightsExport(_Message, frozen=True, array_like=True, tag=True, gc=False):
+    """Worker → supervisor, on the socket of the grants and before `Loaded`: the weights are on its GPU, for
+    others there. Comes with the memory's descriptor.
+    """
+
+    num_bytes: int
+    memory: DeviceExport
+
+
+Export = ArenaExport | WeightsExport
 
 
 def generation_table_bytes(num_blocks: int) -> int:

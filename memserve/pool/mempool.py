@@ -461,6 +461,11 @@ class MemPool:
         """Whether `progress` tells when a layer has been written, and not only when it was launched."""
         return self._arena.blocks is not None or self._lanes is not None
 
+    @property
+    def orders_pulls(self) -> bool:
+        """Whether a pull begins after what was launched before it."""
+        return self._lanes is not None
+
     def compute_mark(self) -> Mark | None:
         """When all that was launched so far has been computed; None = it has."""
         return None if self._lanes is None else self._lanes.compute.mark()

@@ -17,12 +17,14 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from memserve.config import WorkerConfig
-from memserve.errors import EngineError, MemoryError_
+from memserve.cuda.memory import DeviceExport
+from memserve.errors import EngineError
 from memserve.memfd import map_bytes
 from memserve.messages import (
     ArenaGrant,
@@ -39,7 +41,7 @@ from memserve.messages import (
 )
 from memserve.model_config import KVGeometry, blocks_for, fingerprint
 from memserve.models.transformer import Transformer
-from memserve.models.weights import Weights, load_weights_to_device, map_weights, write_weights
+from memserve.models.weights import Weights, map_weights, write_weights
 from memserve.pool.arena import Arena, ArenaFds
 from memserve.pool.eviction import least_frequently_used, least_recently_used
 from memserve.pool.mempool import MemPool
@@ -50,20 +52,21 @@ from memserve.pool.transports.cuda_ipc import CudaTransfer
 from memserve.pool.transports.device_sources import Gpu
 from memserve.pool.transports.shm import ShmTransfer
 from memserve.pool.transports.torch_distributed import TorchPool
-from memserve.step_memory import cuda_pool_blocks, cuda_step_bytes
 from memserve.torch_dtypes import TORCH_DTYPES
 from memserve.workers.budget import StepBudget
 from memserve.workers.channel import Channel, Doorbell, GrantSocket, ReceivedGrant, SocketChannel
 from memserve.workers.gpu_arena import export_arena, gpu_of, make_arena
+from memserve.workers.gpu_weights import GpuLoader
 from memserve.workers.request import Request
 from memserve.workers.runner import ModelRunner
-from memserve.workers.steps import Chunk
+from memserve.workers.steps import Chunk, Runner
 from memserve.workers.worker import Worker
+
+if TYPE_CHECKING:
+    from memserve.workers.gpu_model import GpuModel
 
 logger = logging.getLogger(__name__)
 
-# Share of a GPU's free memory that the pool takes where the user named none.
-DEFAULT_DEVICE_MEMORY_FRACTION = 0.9
 # Of malloc.h.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
@@ -80,12 +83,15 @@ def start(init: Init, channel: SocketChannel, grants: GrantSocket) -> tuple[Work
     _keep_pages()
     device, dtype = torch.device(config.device), TORCH_DTYPES[config.dtype]
     geometry = KVGeometry.of(config.model, config.block_size, config.dtype)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # before anything is pinned, which would wake up the first GPU too
     every_core = os.sched_getaffinity(0)
     team = _take_cores(config)
-    granted = Grants(config, grants)
-    weights, digest = _weights(init, channel, granted, device)
+    granted = Grants(init, grants)
+    weights, digest = _weights(init, channel, granted, grants, device)
     gpu = gpu_of(config, device)
-    arena = _arena(init, geometry, granted, device, gpu)
+    gpu_model = None if device.type == "cpu" else _gpu_model(config, weights, device)
+    arena = _arena(init, geometry, granted, gpu_model, gpu)
     host = _host_arena(config, geometry, granted, gpu)
     granted.close()
 
@@ -107,8 +113,12 @@ def start(init: Init, channel: SocketChannel, grants: GrantSocket) -> tuple[Work
         transfer=transfer,
         lanes=None if gpu is None else gpu.lanes,
     )
-    transformer = Transformer(config.model, weights, config.max_model_len, device, dtype)
-    runner = ModelRunner(transformer, pool.kv, config.block_size, pool.progress.advance)
+    runner: Runner
+    if gpu_model is not None:
+        runner = gpu_model.runner(pool.kv, pool.progress.advance)
+    else:
+        transformer = Transformer(config.model, weights, config.max_model_len, device, dtype)
+        runner = ModelRunner(transformer, pool.kv, config.block_size, pool.progress.advance)
     worker = Worker(config, channel, grants, pool, runner)
     # Those there are now are populated before the first step is timed.
     for peer in (*granted.peers, *grants.receive()):
@@ -151,7 +161,8 @@ class Grants:
     generation table. Peers that came early wait.
     """
 
-    def __init__(self, config: WorkerConfig, source: GrantSocket) -> None:
+    def __init__(self, init: Init, source: GrantSocket) -> None:
+        config = init.config
         self.peers: list[ReceivedGrant] = []
         self._arenas: dict[Tier, ReceivedGrant] = {}
         self._weights: ReceivedGrant | None = None
@@ -159,7 +170,8 @@ class Grants:
         needed = {Tier.DEVICE} if is_cpu or "cuda_ipc" in config.transports else set()
         if config.host_blocks is not None:
             needed.add(Tier.HOST)
-        while not needed <= self._arenas.keys() or (is_cpu and self._weights is None):
+        needs_weights = is_cpu or init.weights_manifest is not None
+        while not needed <= self._arenas.keys() or (needs_weights and self._weights is None):
             for received in source.wait():
                 match received.grant:
                     case ArenaGrant(instance=config.instance, tier=tier):
@@ -189,6 +201,14 @@ class Grants:
         grant = self._weights.grant
         assert isinstance(grant, WeightsGrant)
         return self._weights.fds[0], grant.num_bytes
+
+    def gpu_weights(self) -> tuple[DeviceExport, int] | None:
+        """What another worker on the same GPU has loaded, and its descriptor, the caller's from now on."""
+        received, self._weights = self._weights, None
+        if received is None:
+            return None
+        assert isinstance(received.grant, WeightsGrant) and received.grant.memory is not None
+        return received.grant.memory, received.fds[0]
 
     def close(self) -> None:
         """Close the descriptors of arena and weights: mappings do not need them."""
@@ -227,16 +247,21 @@ def _thread_ids() -> set[int]:
     return {int(name) for name in os.listdir("/proc/self/task")}
 
 
-def _weights(init: Init, channel: Channel, granted: Grants, device: torch.device) -> tuple[Weights, str]:
+def _weights(
+    init: Init, channel: Channel, granted: Grants, grants: GrantSocket, device: torch.device
+) -> tuple[Weights, str]:
     """The weights, and what stands for their content: where they are shared, the manifest that all go by."""
     config = init.config
     progress = _Progress(channel, "weights")
     folder = Path(config.model_path)
     if device.type != "cpu":
-        loaded = load_weights_to_device(
-            config.model, folder, config.dtype, device, config.load_format, config.seed, progress
-        )
-        return loaded, _digest(config)
+        loader = GpuLoader(config, device, grants.send, progress)
+        if (granted_memory := granted.gpu_weights()) is not None:
+            return loader.open(*granted_memory), _digest(config)
+        weights = loader.load()
+        if config.shares_weights:
+            channel.send(Loaded(b""))
+        return weights, _digest(config)
     fd, num_bytes = granted.weights()
     manifest = init.weights_manifest
     if manifest is None:
@@ -271,12 +296,20 @@ class _Progress:
             self._told = fraction
 
 
-def _arena(init: Init, geometry: KVGeometry, granted: Grants, device: torch.device, gpu: Gpu | None) -> Arena:
+def _gpu_model(config: WorkerConfig, weights: Weights, device: torch.device) -> GpuModel:
+    from memserve.workers.gpu_model import GpuModel  # and Triton with it, which takes its time
+
+    return GpuModel(config, weights, device)
+
+
+def _arena(
+    init: Init, geometry: KVGeometry, granted: Grants, gpu_model: GpuModel | None, gpu: Gpu | None
+) -> Arena:
     config = init.config
-    if device.type != "cpu":
-        num_blocks = config.num_blocks or _blocks_that_fit(config, geometry, device)
+    if gpu_model is not None:
+        num_blocks = gpu_model.num_blocks(geometry)
         if gpu is None:
-            return Arena.on_device(geometry, num_blocks, device)
+            return Arena.on_device(geometry, num_blocks, torch.device(config.device))
         return make_arena(gpu, geometry, num_blocks, *granted.device_table(), init.incarnation)
     assert config.num_blocks is not None
     return _map_arena(granted, Tier.DEVICE, geometry, config.num_blocks)
@@ -325,29 +358,7 @@ def _transfer(
     return PeerTransfer(wake, shm, torch_pool)
 
 
-def _blocks_that_fit(config: WorkerConfig, geometry: KVGeometry, device: torch.device) -> int:
-    """Blocks for the GPU's free memory, with room left for one full step."""
-    step_bytes = cuda_step_bytes(
-        config.model,
-        config.dtype,
-        max_batch_tokens=config.max_batch_tokens,
-        max_running=config.max_running,
-        max_model_len=config.max_model_len,
-    )
-    free, _ = torch.cuda.mem_get_info(device)
-    fraction = config.device_memory_fraction or DEFAULT_DEVICE_MEMORY_FRACTION
-    num_blocks = cuda_pool_blocks(int((free - step_bytes) * fraction), geometry)
-    needed = blocks_for(config.max_model_len, config.block_size)
-    if num_blocks < needed:
-        lacking_gib = (needed - num_blocks) * geometry.block_bytes / 2**30
-        raise MemoryError_(
-            f"the KV of one request of {config.max_model_len} tokens does not fit on {device}: "
-            f"{lacking_gib:.1f} GiB are missing"
-        )
-    return num_blocks
-
-
-def _warm_up(config: WorkerConfig, pool: MemPool, runner: ModelRunner, budget: StepBudget) -> None:
+def _warm_up(config: WorkerConfig, pool: MemPool, runner: Runner, budget: StepBudget) -> None:
     """Compute a few chunks: the first pays for what is made lazily, the others teach the budget.
 
     Nothing is known before the second, so it is small too; those after it are as long as the time allows.
@@ -365,7 +376,7 @@ def _warm_up(config: WorkerConfig, pool: MemPool, runner: ModelRunner, budget: S
     logger.info("a step of %d tokens takes %.1f ms", num_tokens, step_ms)
 
 
-def _run_once(config: WorkerConfig, pool: MemPool, runner: ModelRunner, num_tokens: int) -> None:
+def _run_once(config: WorkerConfig, pool: MemPool, runner: Runner, num_tokens: int) -> None:
     """Prefill arbitrary tokens and draw one. Raises EngineError if that is not possible."""
     token_ids = pack_tokens(np.arange(num_tokens, dtype=np.int32) % config.model.vocab_size)
     sampling = SamplingParams(max_tokens=1, seed=0)

@@ -2,7 +2,8 @@
 
 `--mode` says how it starts; once ready, the request id of a `Cancel` is an order: "exit" ends the process,
 "garbage" sends nonsense, "report" answers `Failed` with what it was granted, as JSON. In mode "gpu" a memfd
-stands for the memory of a GPU, in mode "no-export" for nothing that anybody sends.
+stands for the memory of a GPU, in mode "no-export" for nothing that anybody sends; in mode "no-weights" the
+loader keeps its weights for itself.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from memserve.messages import (  # noqa: E402
     Shutdown,
     ToRouter,
     ToWorker,
+    WeightsExport,
     WeightsGrant,
     decode_grant,
     decode_to_worker,
@@ -84,7 +86,8 @@ class FakeWorker:
             return 3
         threading.Thread(target=self.beat, daemon=True).start()
         if config.device != "cpu":
-            pass
+            if config.shares_weights:
+                self.share_weights(init)
         elif init.weights_manifest is None:
             for fraction in (0.5, 1.0):
                 self.send(Loading("weights", fraction))
@@ -98,7 +101,7 @@ class FakeWorker:
         other = self.mode == "other-model" and config.instance == "decode-0"
         other = other or (self.mode == "other-model-again" and init.incarnation > 0)
         fingerprint = "other" if other else "fingerprint"
-        if self.mode in ("gpu", "no-export"):
+        if self.mode in ("gpu", "no-weights", "no-export"):
             self.export(config.instance)
         self.send(Ready(num_blocks, block_size, config.max_model_len, fingerprint, "cpu", "float32", 0.0))
         return self.serve()
@@ -110,6 +113,18 @@ class FakeWorker:
         fds = [] if self.mode == "no-export" else [fd]
         socket.send_fds(self.grants, [encode_export(export)], fds)
         os.close(fd)
+
+    def share_weights(self, init: Init) -> None:
+        if init.weights_manifest is not None:
+            assert init.weights_manifest == b""
+            return
+        fd = os.memfd_create("weights", os.MFD_CLOEXEC)
+        os.ftruncate(fd, 512)
+        export = WeightsExport(500, DeviceExport("GPU-0", 512))
+        if self.mode != "no-weights":
+            socket.send_fds(self.grants, [encode_export(export)], [fd])
+        os.close(fd)
+        self.send(Loaded(b""))
 
     def serve(self) -> int:
         while (message := self.receive()) is not None:
@@ -158,7 +173,7 @@ class FakeWorker:
                 assert not fds
                 arenas.append([grant.instance, "revoked", grant.tier])
             elif isinstance(grant, WeightsGrant):
-                assert sizes == [grant.num_bytes]
+                assert sizes == [grant.num_bytes if grant.memory is None else grant.memory.num_bytes]
                 weights.extend(writable)
             for fd in fds:
                 os.close(fd)

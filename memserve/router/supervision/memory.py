@@ -111,6 +111,8 @@ def plan_workers(
             cache_ttl_s=serve.cache_ttl_s,
             host_blocks=host.num_blocks,
             max_host_blocks=host.most,
+            cuda_graphs=serve.cuda_graphs,
+            shares_weights=sum(seat.gpu is not None and seat.gpu == other.gpu for other in seats) > 1,
             max_blocks=0 if seat.gpu is None else max(1, seat.gpu.total_bytes // geometry.block_bytes),
             transports=announced(serve.transport, "cpu" if seat.gpu is None else "cuda"),
             log_level=serve.log_level,
@@ -229,10 +231,10 @@ def _cuda_pools(
     for gpu, others in sharing.items():
         where = f"memory on GPU {gpu.index} ({gpu.name})"
         needed = sum(_cuda_worker_bytes(seat, model, geometry, wanted_len) for seat in others)
-        left = gpu.free_bytes - len(others) * weights_bytes - needed
+        left = gpu.free_bytes - weights_bytes - needed
         what = f"1 worker with {format_bytes(weights_bytes)} of weights"
         if len(others) > 1:
-            what = f"{len(others)} workers with {format_bytes(weights_bytes)} of weights each"
+            what = f"{len(others)} workers with {format_bytes(weights_bytes)} of weights for all"
         if len(others) > 1 and not names_roles(serve):
             what += " (--colocated 1 needs one)"
         _check_left(left, what, where)

@@ -11,6 +11,7 @@ and its peers can still read what it had computed; with the last descriptor they
 
 A worker on a GPU makes its arena itself and hands an export of it over before it is ready (`take_exports`):
 as long as it lives, its peers are granted that. Its generation table is a memfd made here, like those above.
+Where several workers share a GPU, the first exports its weights too, and the others are granted them.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from memserve.messages import (
     PeerGrant,
     RevokeGrant,
     Tier,
+    WeightsExport,
     WeightsGrant,
     decode_export,
     encode_grant,
@@ -96,6 +98,14 @@ class _OnGpu:
             self.fd = None
 
 
+@dataclass(frozen=True, slots=True)
+class _GpuWeights:
+    """The weights on one GPU, which no worker's death ends: the descriptor keeps them."""
+
+    exported: WeightsExport
+    fd: int
+
+
 class SharedMemory:
     """Every memfd of one server. Made once, granted to each life of each worker, closed at the end."""
 
@@ -105,9 +115,11 @@ class SharedMemory:
         self._on_gpus: dict[str, _OnGpu] = {}
         self._weights: _Shared | None = None
         self._weights_bytes = 0
+        self._gpu_weights: dict[str, _GpuWeights] = {}  # by the workers' name of the GPU
         with ExitStack() as descriptors:
             for config in plan:
                 self._add(config, descriptors)
+            descriptors.callback(self._forget_gpu_weights)
             self._descriptors = descriptors.pop_all()
 
     def _add(self, config: WorkerConfig, descriptors: ExitStack) -> None:
@@ -131,8 +143,12 @@ class SharedMemory:
 
     @property
     def has_weights(self) -> bool:
-        """Whether one worker loads the weights for all (on CUDA each loads its own)."""
+        """Whether one worker loads the weights for all, in memory made here (not on GPUs)."""
         return self._weights is not None
+
+    def has_gpu_weights(self, device: str) -> bool:
+        """Whether a worker on that GPU has exported its weights."""
+        return device in self._gpu_weights
 
     def grant_own(self, sock: socket.socket, instance: str, incarnation: int) -> None:
         """Grant a worker its own arenas, to write. OSError here and below: the socket is gone or full."""
@@ -142,8 +158,8 @@ class SharedMemory:
             grant = arena.grant(instance, incarnation)
             _send(sock, grant, arena.blocks.writable, arena.generations.writable)
 
-    def take_exports(self, sock: socket.socket, instance: str) -> None:
-        """Read what a worker that is about to be ready has exported. Raises OSError, ValueError if it is
+    def take_exports(self, sock: socket.socket, instance: str, device: str) -> None:
+        """Read what a worker on `device` has exported by now. Raises OSError, ValueError if it is
         nothing that a worker sends.
         """
         while (received := _receive(sock)) is not None:
@@ -153,12 +169,24 @@ class SharedMemory:
                 exported = decode_export(body)
                 if on_gpu is None or len(fds) != (not exported.memory.handle):
                     raise ValueError(f"an export of {instance} with {len(fds)} descriptors")
+                if isinstance(exported, WeightsExport) and not fds:
+                    raise ValueError(f"weights of {instance} that would end with it")
             except ValueError:
                 for fd in fds:
                     os.close(fd)
                 raise
-            on_gpu.forget()
-            on_gpu.exported, on_gpu.fd = exported, (fds[0] if fds else None)
+            if isinstance(exported, ArenaExport):
+                on_gpu.forget()
+                on_gpu.exported, on_gpu.fd = exported, (fds[0] if fds else None)
+            elif device in self._gpu_weights:  # who was told of them has them
+                os.close(fds[0])
+            else:
+                self._gpu_weights[device] = _GpuWeights(exported, fds[0])
+
+    def _forget_gpu_weights(self) -> None:
+        for weights in self._gpu_weights.values():
+            os.close(weights.fd)
+        self._gpu_weights.clear()
 
     def forget_exports(self, instance: str) -> bool:
         """A worker is dead: its GPU memory is free when its peers have let go of it too. Whether it had
@@ -206,6 +234,11 @@ class SharedMemory:
         if self._weights is not None:
             fd = self._weights.writable if writable else self._weights.readonly
             _send(sock, WeightsGrant(self._weights_bytes), fd)
+
+    def grant_gpu_weights(self, sock: socket.socket, device: str) -> None:
+        """Grant a worker on `device` what another there has exported."""
+        weights = self._gpu_weights[device]
+        _send(sock, WeightsGrant(weights.exported.num_bytes, weights.exported.memory), weights.fd)
 
     def close(self) -> None:
         """Close this process's descriptors; the memory goes when the workers' are closed too."""

@@ -198,6 +198,35 @@ async def test_memory_of_gpus_is_granted_as_long_as_its_owner_lives() -> None:
         ]
 
 
+@pytest.mark.parametrize("mode", ["gpu", "no-weights"])
+async def test_workers_on_one_gpu_get_the_weights_of_the_first(mode: str) -> None:
+    events = Recorder()
+    names = ("prefill-0", "decode-0", "decode-1")
+    supervisor = make_supervisor(events, mode, instances=names, shares_weights=True, **ON_GPU)
+    async with running(supervisor):
+        # 1. The first loads them; the others are introduced when it has, and may have to load their own.
+        given = [True] if mode == "gpu" else []
+        for name, expected in zip(names, ([], given, given), strict=True):
+            assert supervisor.send(name, Cancel("report", 0))
+            report = await events.wait_for("message", name, 0, "report")
+            assert json.loads(str(report[4]))["weights"] == expected
+        # 2. They outlive the worker that loaded them.
+        supervisor.send("prefill-0", Cancel("exit", 0))
+        await events.wait_for("up", "prefill-0", 1)
+        assert supervisor.send("prefill-0", Cancel("report", 0))
+        report = await events.wait_for("message", "prefill-0", 1, "report")
+        assert json.loads(str(report[4]))["weights"] == given
+
+
+async def test_workers_on_other_gpus_wait_for_nobody() -> None:
+    events = Recorder()
+    supervisor = make_supervisor(events, "gpu", **ON_GPU)
+    async with running(supervisor):
+        assert supervisor.send("decode-0", Cancel("report", 0))
+        report = await events.wait_for("message", "decode-0", 0, "report")
+        assert json.loads(str(report[4]))["weights"] == []
+
+
 async def test_an_export_without_its_descriptor_ends_the_worker() -> None:
     supervisor = make_supervisor(Recorder(), "no-export", **ON_GPU)
     with pytest.raises(StartupError, match="exported no memory of its GPU: .* with 0 descriptors"):
