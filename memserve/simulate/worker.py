@@ -50,6 +50,7 @@ from memserve.simulate.pool import ModelledPool, Storage
 from memserve.simulate.steps import Span, is_decode, step_ms
 from memserve.workers.budget import StepBudget
 from memserve.workers.handoff import OfferBook, Pulls
+from memserve.workers.patience import Patience
 from memserve.workers.publisher import Publisher
 from memserve.workers.pull_backs import PullBacks
 from memserve.workers.request import Request, RequestKind, RequestState
@@ -98,7 +99,10 @@ class ModelledWorker:
         if max_step_ms is not None:
             self._budget = StepBudget(model.budget.max_tokens, max_step_ms, speed_of(model).pair_rows or 5e-4)
             self._warm_up()
-        self._scheduler = Scheduler(pool, pool.block_size, max_running, caches=True)
+        self._patience = Patience(self._budget)
+        self._scheduler = Scheduler(
+            pool, pool.block_size, max_running, caches=True, patience=self._patience.seconds
+        )
         # layers can be followed where computing is not only enqueued: on a CPU, whose steps have a time limit
         self._publisher = Publisher(pool, send, by_layer=max_step_ms is not None)
         self._pulls = Pulls(pool, pool.block_size)
@@ -171,7 +175,7 @@ class ModelledWorker:
             for answer in self._pull_backs.poll():
                 self._send(answer)
             tally = self._budget.open()
-            plan = self._scheduler.schedule(tally)
+            plan = self._scheduler.schedule(tally, self._clock())
             self._publisher.tell_removed()
             for request, reason in plan.refused:
                 self._finish(request)
@@ -184,6 +188,9 @@ class ModelledWorker:
             if plan.chunks:
                 break
             if not arrived and not (self._scheduler.is_stuck and self._pulls.make_room()):
+                ends_at = self._scheduler.patience_ends
+                if ends_at is not None and ends_at > self._clock():
+                    self._at(ends_at, self.wake)
                 return
         if all(is_decode(chunk) for chunk in plan.chunks):
             self._begin_span(plan.chunks)
@@ -199,6 +206,8 @@ class ModelledWorker:
     def _take_arrivals(self) -> list[Request]:
         arrived = []
         for request, num_tokens, pulled in self._pulls.poll():
+            if pulled.failure is None:
+                self._patience.observe(pulled.num_tokens - pulled.num_cached_tokens, pulled.pull_ms)
             self._scheduler.pulled(request, num_tokens)
             self._publisher.publish(request)
             self._publisher.tell(request)

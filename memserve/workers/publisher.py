@@ -15,16 +15,18 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from numpy.typing import ArrayLike
 
 from memserve.messages import BlockRefs, Removed, Stored
 from memserve.model_config import blocks_for
 from memserve.pool.block_table import BlockTable
-from memserve.pool.lanes import Mark
 from memserve.workers.request import Request
 from memserve.workers.steps import Chunk
+
+if TYPE_CHECKING:  # the simulator does without torch
+    from memserve.pool.lanes import Mark
 
 
 class Progress(Protocol):
