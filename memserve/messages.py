@@ -11,6 +11,7 @@ Token ids travel as little-endian int32 bytes (`pack_tokens`, `unpack_tokens`): 
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from enum import IntEnum, StrEnum
 from typing import Annotated
 
@@ -115,6 +116,12 @@ class BlockRefs(msgspec.Struct, frozen=True, array_like=True, gc=False):
     blocks: tuple[int, ...]
     generations: tuple[int, ...]
 
+    def tail(self, start: int) -> BlockRefs:
+        """The addresses from the `start`th on."""
+        return BlockRefs(
+            self.instance, self.incarnation, self.tier, self.blocks[start:], self.generations[start:]
+        )
+
 
 class Transfer(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Blocks that one pool offers to another, `target`, which pulls them: those at `refs`, from block
@@ -132,7 +139,8 @@ class Transfer(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Offer(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """KV of the first `num_tokens` tokens of a request: `refs` are its blocks from `first_block` on.
+    """KV of the first `num_tokens` tokens of a request: `refs` are its blocks from `first_block` on, and
+    `more` those after them, where the same instance has them in another tier, and so on.
 
     Those of a prefill are locked there until `Release`; others are good while their generations are.
     """
@@ -140,6 +148,19 @@ class Offer(msgspec.Struct, frozen=True, array_like=True, gc=False):
     refs: BlockRefs
     num_tokens: int
     first_block: int = 0
+    more: tuple[BlockRefs, ...] = ()
+
+    @property
+    def num_blocks(self) -> int:
+        """Addresses in all."""
+        return len(self.refs.blocks) + sum(len(refs.blocks) for refs in self.more)
+
+    def parts(self, start: int) -> Iterator[BlockRefs]:
+        """The addresses from the `start`th on, those of each tier by themselves."""
+        for refs in (self.refs, *self.more):
+            if start < len(refs.blocks):
+                yield refs.tail(start) if start else refs
+            start = max(0, start - len(refs.blocks))
 
 
 class StepSpec(msgspec.Struct, frozen=True, array_like=True, gc=False):

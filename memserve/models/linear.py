@@ -40,14 +40,14 @@ class Linear(Protocol):
 class StridedLinear:
     """`weight` [out, in], `bias` [out] or None."""
 
-    __slots__ = ("_bias", "_weight")
+    __slots__ = ("bias", "weight")
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self._weight = weight
-        self._bias = bias
+        self.weight = weight
+        self.bias = bias
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self._weight, self._bias)
+        return F.linear(x, self.weight, self.bias)
 
     def swish(self, x: Tensor) -> Tensor:
         return F.silu(self(x), inplace=True)
@@ -94,19 +94,15 @@ class GatedLinear(Protocol):
 
 
 class FusedGate:
-    """Gate and up as one matrix [2 * intermediate, in]: one product, then the activation."""
+    """Gate and up as one matrix [2 * intermediate, in]: one product, `gate_up`, then the activation."""
 
-    __slots__ = ("_gate_up",)
+    __slots__ = ("gate_up",)
 
     def __init__(self, gate_up: Linear) -> None:
-        self._gate_up = gate_up
+        self.gate_up = gate_up
 
     def __call__(self, x: Tensor) -> Tensor:
-        return silu_and_mul(self.product(x))
-
-    def product(self, x: Tensor) -> Tensor:
-        """Gate and up side by side, [T, 2 * intermediate], before the activation."""
-        return self._gate_up(x)
+        return silu_and_mul(self.gate_up(x))
 
 
 class SplitGate:

@@ -19,9 +19,10 @@ from memserve.kernels.triton.decode_attention import decode_attention
 from memserve.kernels.triton.kv_store import rotate_and_store
 from memserve.kernels.triton.norm import add_rms_norm_, rms_norm
 from memserve.kernels.triton.prefill_attention import prefill_attention
+from memserve.kernels.triton.skinny_linear import skinny_gated, skinny_linear
 from memserve.kernels.triton.tuning import Tuning
 from memserve.model_config import ModelConfig
-from memserve.models.linear import FusedGate
+from memserve.models.linear import FusedGate, GatedLinear, Linear, StridedLinear
 from memserve.models.paged_step import PagedStep
 from memserve.models.weights import LayerWeights, Weights
 
@@ -90,19 +91,19 @@ class TritonTransformer:
                     q.index_select(0, step.logit_rows), kv, index, step.block_tables, step.logit_sequences,
                     step.logit_lens, self._scale, model.sliding_window[index], step.max_key_len, self.tuning,
                 )  # fmt: skip
-            normed = add_rms_norm_(layer.o(found.flatten(1)), x, layer.post_norm, model.rms_norm_eps)
-            assert isinstance(layer.gate_up, FusedGate)
-            inner = layer.down(silu_and_mul(layer.gate_up.product(normed)))
+            attended = self._product(layer.o, found.flatten(1))
+            normed = add_rms_norm_(attended, x, layer.post_norm, model.rms_norm_eps)
+            inner = self._product(layer.down, self._gated(layer.gate_up, normed))
             following = weights.norm if index == last else weights.layers[index + 1].input_norm
             normed = add_rms_norm_(inner, x, following, model.rms_norm_eps)
-        return weights.lm_head(normed).float()
+        return self._product(weights.lm_head, normed).float()
 
     def _queries(
         self, layer: LayerWeights, normed: Tensor, step: PagedStep, kv: Tensor, index: int
     ) -> Tensor:
         """Queries [T, num_heads, head_dim], rotated; the layer's K and V are stored."""
         model = self.model
-        qkv = layer.qkv(normed).view(len(normed), -1, model.head_dim)
+        qkv = self._product(layer.qkv, normed).view(len(normed), -1, model.head_dim)
         norms = None
         if layer.q_norm is not None and layer.k_norm is not None:
             norms = layer.q_norm, layer.k_norm
@@ -110,6 +111,21 @@ class TritonTransformer:
             qkv, norms, self._rotations, step.positions, step.slots, step.tails, kv, index,
             model.num_heads, model.rms_norm_eps,
         )  # fmt: skip
+
+    def _product(self, linear: Linear, x: Tensor) -> Tensor:
+        """`linear(x)`; of few rows by the kernel for them, where tuning says so."""
+        config = self.tuning.skinny(len(x), x.element_size())
+        if config is None or not isinstance(linear, StridedLinear):
+            return linear(x)
+        return skinny_linear(x, linear.weight, linear.bias, config)
+
+    def _gated(self, gate: GatedLinear, x: Tensor) -> Tensor:
+        """silu(gate) * up of x."""
+        assert isinstance(gate, FusedGate), "packed weights are for CPU workers"
+        config = self.tuning.skinny(len(x), x.element_size())
+        if config is None or not isinstance(gate.gate_up, StridedLinear):
+            return silu_and_mul(gate.gate_up(x))
+        return skinny_gated(x, gate.gate_up.weight, gate.gate_up.bias, config)
 
     def _attend(self, q: Tensor, step: PagedStep, kv: Tensor, index: int) -> Tensor:
         """Attention of all rows: the decodes, then the longer sequences. [T, num_heads, head_dim]."""

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-import msgspec
 import numpy as np
 
 from memserve.messages import BlockRefs, Transfer
@@ -101,7 +100,7 @@ class Incoming:
 
 def tail(refs: BlockRefs, start: int) -> BlockRefs:
     """The addresses from the `start`th on."""
-    return msgspec.structs.replace(refs, blocks=refs.blocks[start:], generations=refs.generations[start:])
+    return refs.tail(start)
 
 
 class Pool(Protocol):

@@ -216,6 +216,8 @@ class Simulation:
 
     def _ask(self, question: Question) -> None:
         """The client sends it; the router has it a little later."""
+        if self.now > self._trace.duration_s:
+            return
         request_id = str(question.number)
         self._asked[request_id] = _Asked(question, self.now)
         self._answers[request_id] = question.answer

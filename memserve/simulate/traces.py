@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import click
 import numpy as np
 from numpy.typing import NDArray
 
@@ -39,6 +40,7 @@ class Trace:
         answers: "live": a conversation goes on with what was drawn, as logged where it is logged;
             "replayed": with the logged answer, while something else was drawn.
         block_size: tokens a block, on all workers.
+        duration_s: nothing is sent later.
     """
 
     workload: Workload
@@ -49,6 +51,7 @@ class Trace:
     answers: Answers
     seed: int
     block_size: int
+    duration_s: float = math.inf
 
     @property
     def num_requests(self) -> int:
@@ -142,6 +145,7 @@ def _trace(workload: Workload, text: TextTokens, load: LoadOptions, block_size: 
         answers=load.answers,
         seed=load.seed,
         block_size=block_size,
+        duration_s=math.inf if load.duration_s is None else load.duration_s,
     )
 
 
@@ -155,13 +159,18 @@ def _repeat(command: Sequence[str], limit: int | None, block_size: int | None) -
         raise WorkloadError(
             f"a report of `{' '.join(words[:3])}` cannot be repeated, only one of bench serve"
         )
-    options = serve.make_context("serve", words[words.index("serve") + 1 :]).params
+    try:
+        options = serve.make_context("serve", words[words.index("serve") + 1 :]).params
+    except click.ClickException as error:
+        raise WorkloadError(f"the report's command cannot be repeated: {error.format_message()}") from error
     spec = workload_spec(options)
     if limit is not None:
         spec = replace(spec, shape=replace(spec.shape, num_sessions=limit))
     text = TextTokens.load(spec.tokenizer)
     workload = load_workload(spec, text)
     load = run_options(options, workload).load
+    if load.concurrency is not None and (load.rate is not None or load.ramp is not None):
+        raise WorkloadError("a limit on concurrency beside a rate is not simulated")
     return _trace(workload, text, load, block_size or SESSION_BLOCK_TOKENS)
 
 

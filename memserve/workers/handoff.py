@@ -196,7 +196,7 @@ class Pulls:
         offer = request.offer
         num_ahead = ahead.table.num_blocks
         # Without a block it comes like any other, which others' pulls may spare a pull of its own.
-        if offer is None or offer.first_block or not 0 < num_ahead <= len(offer.refs.blocks):
+        if offer is None or offer.first_block or not 0 < num_ahead <= offer.num_blocks:
             self.drop_ahead(request.request_id, request.attempt)
             return
         del self._ahead[request.request_id]
@@ -258,11 +258,7 @@ class Pulls:
         num_ahead = len(parts)
         if fault is None:
             done = num_shared + sum(part.num_blocks for part in parts)
-            end = offer.first_block + len(offer.refs.blocks)
-            if done < end:
-                into = request.table.ids(end)[done:].copy()
-                lacking = tail(offer.refs, done - offer.first_block)
-                parts.append(_Part(self._pool.fetch(lacking, into), len(into)))
+            parts += self._fetch(request, offer, done)
         else:  # nothing counts, but the copies of what was pulled ahead must have stopped all the same
             parts.insert(0, _Part(FailedPull(fault), 1))
             num_ahead = 0
@@ -294,6 +290,16 @@ class Pulls:
 
     # --- inside ---
 
+    def _fetch(self, request: Request, offer: Offer, start: int) -> list[_Part]:
+        """Pull the offered blocks of a request from its block `start` on, each tier's by itself."""
+        parts: list[_Part] = []
+        for refs in offer.parts(start - offer.first_block):
+            end = start + len(refs.blocks)
+            into = request.table.ids(end)[start:].copy()
+            parts.append(_Part(self._pool.fetch(refs, into), len(into)))
+            start = end
+        return parts
+
     def _arrive(self, running: _Running, results: Sequence[PullResult]) -> Arrival | None:
         """Parts count up to the first that lacks a block: what is verified is a prefix.
 
@@ -308,11 +314,9 @@ class Pulls:
                 failure = result.failure or "blocks are lacking"
                 if index < num_ahead:
                     logger.info("%s: pulled again from the offer: %s", request.request_id, failure)
-                    end = len(offer.refs.blocks)
-                    into = request.table.ids(end)[num_blocks:].copy()
-                    again = _Part(self._pool.fetch(tail(offer.refs, num_blocks), into), len(into))
+                    again = tuple(self._fetch(request, offer, num_blocks))
                     self._running[request] = running._replace(
-                        num_here=num_blocks, parts=(again,), num_ahead=0, num_bytes=num_bytes
+                        num_here=num_blocks, parts=again, num_ahead=0, num_bytes=num_bytes
                     )
                     return None
                 break
@@ -360,8 +364,11 @@ class Pulls:
         num_blocks = blocks_for(offer.num_tokens, self._block_size) - offer.first_block
         if not 0 < offer.num_tokens < request.num_tokens:
             return f"an offer of {offer.num_tokens} tokens for a request of {request.num_tokens}"
-        if len(offer.refs.blocks) != num_blocks or len(offer.refs.generations) != num_blocks:
-            return f"an offer of {len(offer.refs.blocks)} blocks for {num_blocks}"
+        all_refs = (offer.refs, *offer.more)
+        if offer.num_blocks != num_blocks or any(len(r.blocks) != len(r.generations) for r in all_refs):
+            return f"an offer of {offer.num_blocks} blocks for {num_blocks}"
+        if any(refs.instance != offer.refs.instance for refs in offer.more):
+            return "an offer of several instances"
         if not 0 <= offer.first_block <= request.table.num_shared:
             return f"the offer begins at block {offer.first_block}, and those before it are not here"
         return None

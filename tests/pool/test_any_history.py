@@ -87,7 +87,9 @@ class PoolsMachine(RuleBasedStateMachine):
         # 1. what is already gone before the pull bounds what it can bring
         is_current = [self.content.get(block) == life for block, life in zip(refs.blocks, lives, strict=True)]
         num_certain = next((i for i, current in enumerate(is_current) if not current), len(lives))
-        if reuse:  # 2. and what is given to somebody else during the copy
+        # 2. and what is given to somebody else during the copy (one that is cancelled may not have begun, and
+        # which, is nobody's to say)
+        if reuse and not cancel:
             self.before_copy = lambda: self.compute(3)
         into = self.receiver.alloc_mem(len(lives))
         assert into is not None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 from hypothesis import settings
@@ -62,6 +62,7 @@ class PoolsMachine(PoolsAlone):
         super().__init__()
         self.offers: list[Offer] = []
         self.flights: list[Flight] = []
+        self.waiters: list[tuple[Offer, Incoming]] = []  # behind a flight that brings the same
         self.promised: set[tuple[str, int, int]] = set()  # addresses whose content may not change
 
     # --- transfers: offered ---
@@ -149,6 +150,24 @@ class PoolsMachine(PoolsAlone):
             self.offers.remove(offer)
         self.receive_one(offer, fault, waits_after, spare)
 
+    @precondition(lambda self: any(flight.offer.symbols for flight in self.flights))
+    @rule(data=st.data(), fault=faults, spare=st.integers(0, 1))
+    def receive_again(self, data: st.DataObject, fault: str, spare: int) -> None:
+        """What is being pulled already, or the beginning of it."""
+        flights = [flight for flight in self.flights if flight.offer.symbols]
+        offer = data.draw(st.sampled_from(flights)).offer
+        message = offer.message
+        num_blocks = data.draw(st.integers(message.first_block + 1, len(offer.symbols)))
+        symbols, count = offer.symbols[:num_blocks], num_blocks - message.first_block
+        refs = msgspec.structs.replace(
+            message.refs,
+            blocks=message.refs.blocks[:count],
+            generations=message.refs.generations[:count],
+        )
+        message = msgspec.structs.replace(message, refs=refs, tokens=offer.source.tokens(symbols))
+        again = replace(offer, message=message, values=offer.values[:count], symbols=symbols)
+        self.receive_one(again, fault, False, spare)
+
     def receive_one(self, offer: Offer, fault: str, waits_after: bool, spare: int) -> None:
         held = offer.target
         if any((held, Tier.DEVICE, block) not in self.loose for block in offer.into):
@@ -160,6 +179,23 @@ class PoolsMachine(PoolsAlone):
             held.gate.fault, held.gate.waits_after = fault, waits_after
         self.num_free_before = held.pool.stats().free
         incoming = held.pool.receive(offer.message, spare=spare)
+        if incoming.is_waiting:
+            assert any(
+                each.held is held
+                and each.offer.salt == offer.salt
+                and each.offer.symbols[:1] == offer.symbols[:1]
+                for each in self.flights
+            )
+            assert held.pool.stats().free == self.num_free_before
+            cached = held.walk()
+            held.use([p for p in prefixes(offer.salt, offer.symbols) if p in cached])
+            self.waiters.append((offer, incoming))
+        else:
+            self.begun(offer, incoming)
+
+    def begun(self, offer: Offer, incoming: Incoming) -> None:
+        """It has ended at once, or its pull is under way."""
+        held = offer.target
         held.may_evict()
         num_here = 0
         if offer.symbols:
@@ -224,12 +260,33 @@ class PoolsMachine(PoolsAlone):
             flight.is_spoiled = True
         flight.incoming.cancel()
 
+    @precondition(lambda self: self.waiters)
+    @rule(data=st.data())
+    def cancel_one_that_waits(self, data: st.DataObject) -> None:
+        offer, incoming = waiter = data.draw(st.sampled_from(self.waiters))
+        incoming.cancel()
+        received = incoming.poll()
+        assert received is not None and (received.num_blocks, received.failure) == (0, "cancelled")
+        self.waiters.remove(waiter)
+
     @precondition(lambda self: any(flight.has_ended() for flight in self.flights))
     @rule(data=st.data())
     def finish(self, data: st.DataObject) -> None:
         flight = data.draw(st.sampled_from([flight for flight in self.flights if flight.has_ended()]))
         self.flights.remove(flight)
         self.end(flight)
+        self.let_wait(flight.held)
+
+    def let_wait(self, held: PoolBesideOracle) -> None:
+        """Something has ended: who waited for it looks again."""
+        for offer, incoming in [each for each in self.waiters if each[0].target is held]:
+            self.num_free_before = held.pool.stats().free
+            incoming.poll()
+            cached = held.walk()
+            held.use([p for p in prefixes(offer.salt, offer.symbols) if p in cached])
+            if not incoming.is_waiting:
+                self.waiters.remove((offer, incoming))
+                self.begun(offer, incoming)
 
     def end(self, flight: Flight) -> None:
         held, offer = flight.held, flight.offer
@@ -280,6 +337,7 @@ class PoolsMachine(PoolsAlone):
         self.kept = [each for each in self.kept if each[0] is not held]
         self.sequences = [each for each in self.sequences if each.held is not held]
         self.flights = [each for each in self.flights if each.held is not held]
+        self.waiters = [each for each in self.waiters if each[0].target is not held]
         self.offers = [each for each in self.offers if each.target is not held or not each.into]
         held.begin_life(num_host if Tier.HOST in held.arenas else None)
         for other in self.pools:
@@ -299,12 +357,20 @@ class PoolsMachine(PoolsAlone):
 
     def leave(self) -> None:
         """See `PoolsAlone`; every pull ends before."""
-        for held in self.pools:
-            held.gate.let_pass(ALL)
-            self.settle(held)
         while self.flights:
-            self.end(self.flights.pop())
+            for held in self.pools:
+                held.gate.let_pass(ALL)
+                self.settle(held)
+            self.finish_all()
+        assert not self.waiters, "somebody waits for ever"
         super().leave()
+
+    def finish_all(self) -> None:
+        flights, self.flights = self.flights, []
+        for flight in flights:
+            self.end(flight)
+        for held in self.pools:
+            self.let_wait(held)
 
 
 PoolsMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)

@@ -114,6 +114,15 @@ def test_a_closed_loop_begins_a_session_when_one_ends() -> None:
     assert arrivals[2:] == pytest.approx(ends[:4])
 
 
+def test_nothing_is_sent_after_the_end_of_a_run() -> None:
+    turns = (Turn(blocks(1), None, 5), Turn(blocks(2), None, 5))
+    trace = trace_of([Session(str(i), turns, 0.01 * i) for i in range(10)], duration_s=0.045)
+    outcomes = Simulation(Setup(MODEL, 1, 1, cache_tokens=800), trace).run()
+    assert {outcome.session for outcome in outcomes} == {"0", "1", "2", "3", "4"}
+    assert max(outcome.arrived_at for outcome in outcomes) <= 0.045
+    assert 5 < len(outcomes) < 10
+
+
 # --- whatever the policy ---
 
 

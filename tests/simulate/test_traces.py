@@ -87,8 +87,16 @@ def test_the_report_of_a_run_repeats_it(tmp_path: Path) -> None:
     assert (first.answer < 0).all()
 
 
-def test_other_reports_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("bench compare a b random", "only one of bench serve"),
+        ("bench serve random --nonsense", "No such option"),
+        ("bench serve random --rate 2 --concurrency 3", "not simulated"),
+    ],
+)
+def test_other_reports_are_refused(tmp_path: Path, words: str, said: str) -> None:
     path = tmp_path / "report.json"
-    path.write_bytes(msgspec.json.encode({"command": ["memserve", "bench", "compare", "a", "b", "random"]}))
-    with pytest.raises(WorkloadError, match="bench serve"):
+    path.write_bytes(msgspec.json.encode({"command": ["memserve", *words.split()]}))
+    with pytest.raises(WorkloadError, match=said):
         read_trace(path)

@@ -15,6 +15,7 @@ from memserve.messages import (
     CachedTokens,
     CacheReport,
     CacheVerb,
+    Offer,
     Prefilled,
     Release,
     Removed,
@@ -109,6 +110,64 @@ def test_a_pool_twenty_times_too_small_finishes_everything(make_tiered, tools, b
     )
     assert rig.worker.gauges.load().num_preemptions > 0
     rig.assert_idle()
+
+
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+@pytest.mark.parametrize("fault", ["", "host", "device"])
+def test_a_prefix_in_both_tiers_of_a_source_is_pulled_whole(make_tiered, tools, block_size, fault):
+    source = make_tiered(block_size, instance="a")
+    target = make_tiered(block_size, instance="b")
+    source.grant_to(target)
+    prompt = tools.prompt(81)
+    run(source, tools, "first", prompt, max_tokens=1)
+    # 1. the first 48 tokens are in the device tier of the source, the next 32 in its host tier
+    source.pool.swap_out(32 // block_size + (block_size == 1))  # with one a token the last is cached too
+    tokens = pack_tokens(prompt[:80])
+    here = source.pool.match(tokens)
+    assert (len(here.device_blocks), len(here.host_blocks)) == (48 // block_size, 32 // block_size)
+    refs = source.pool.addresses(here.device_blocks)
+    more = source.pool.addresses(here.host_blocks, Tier.HOST)
+    # 2. what does not verify any more ends the prefix, wherever it is
+    bad = msgspec.structs.replace
+    if fault == "host":
+        more = bad(more, generations=(*more.generations[:-1], more.generations[-1] + 2))
+    if fault == "device":
+        refs = bad(refs, generations=(*refs.generations[:-1], refs.generations[-1] + 2))
+    drawn, cached = run(target, tools, "second", prompt, offer=Offer(refs, 80, more=(more,)))
+    # 3. the output is the same, and what counts is what came
+    assert drawn == tools.expected(prompt, 4)
+    expected = {"": 80, "host": 80 - block_size, "device": 48 - block_size}[fault]
+    assert cached == CachedTokens(pulled=expected, pulled_from="a")
+    for rig in (source, target):
+        rig.run()
+        rig.assert_idle()
+
+
+def test_the_tiers_of_an_offer_may_come_in_any_order(make_tiered, tools):
+    source, target = make_tiered(instance="a"), make_tiered(instance="b")
+    source.grant_to(target)
+    prompt = tools.prompt(33)
+    run(source, tools, "first", prompt, max_tokens=1)
+    tokens = pack_tokens(prompt)
+    in_device = source.pool.match(tokens).device_blocks
+    # a copy of the first and the last two blocks is in the host tier
+    copied = source.pool.alloc_mem(3, Tier.HOST)
+    source.pool._host.arena.blocks[copied] = source.pool._arena.blocks[in_device[[0, 6, 7]]]
+    first, last = (source.pool.addresses(ids, Tier.HOST) for ids in (copied[:1], copied[1:]))
+    between = source.pool.addresses(in_device[1:6])
+    offer = Offer(first, 32, more=(between, last))
+    drawn, cached = run(target, tools, "second", prompt, offer=offer)
+    assert drawn == tools.expected(prompt, 4) and cached.pulled == 32
+    # what is of several instances is refused, and computed
+    other = msgspec.structs.replace(last, instance="c")
+    drawn, cached = run(
+        target, tools, "salted", prompt, offer=Offer(first, 32, more=(between, other)), cache_salt="x"
+    )
+    assert drawn == tools.expected(prompt, 4) and cached.pulled == 0
+    source.pool.free_mem(copied, Tier.HOST)
+    for rig in (source, target):
+        rig.run()
+        rig.assert_idle()
 
 
 def test_pulled_tokens_are_a_source_of_their_own(make_tiered, tools):

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from memserve.config import Role
-from memserve.messages import Prefill, pack_tokens
+from memserve.config import Role, Transport
+from memserve.messages import Prefill, Tier, pack_tokens
 from memserve.router.dispatcher import DispatcherLimits
 from tests.workers.cluster import Cluster, Killed
 
@@ -16,10 +16,10 @@ PROMPT = [(i * 7) % 500 + 3 for i in range(120)]
 OTHER = PROMPT[:100] + [(i * 11) % 400 + 500 for i in range(80)]
 
 
-def make(transfer: str, **worker: object) -> Cluster:
+def make(transfer: str, transport: Transport = "shm", **worker: object) -> Cluster:
     limits = DispatcherLimits(transfer=transfer, pull_back=True)
     fields = {"caches": True, "num_blocks": 256, "max_batch_tokens": 32, **worker}
-    return Cluster(ROLES, limits=limits, policy="prompt-tree", **fields)
+    return Cluster(ROLES, limits=limits, policy="prompt-tree", transport=transport, **fields)
 
 
 def home_of(cluster: Cluster) -> tuple[str, str]:
@@ -96,6 +96,35 @@ def test_a_prefix_elsewhere_is_pulled_rather_than_computed() -> None:
     cluster.submit("b", OTHER)
     (message,) = [each for each in cluster.lives[other].mail if isinstance(each, Prefill)]
     assert message.offer is not None and message.offer.num_tokens == 100
+    cluster.run_out()
+    batches = cluster.lives[other].rig.runner.batches
+    assert sum(n for batch in batches for name, n in batch if name == "b") == len(OTHER) - 100
+    end(cluster)
+
+
+@pytest.mark.parametrize("transport", ["shm", "torch_distributed"])
+def test_a_prefix_in_both_tiers_elsewhere_is_pulled_whole(transport: Transport) -> None:
+    cluster = make("request", transport, host_blocks=64, max_host_blocks=64)
+    cluster.submit("a", PROMPT)
+    home, other = home_of(cluster)
+    cluster.run_out()
+    # 1. its home has the first blocks in the device tier, and has told that the others are in the host tier
+    pool = cluster.lives[home].rig.pool
+    assert pool.swap_out(20) == 20
+    cluster.turn()
+    workers = cluster.dispatcher.scheduler._workers
+    for name in (home, "decode-0"):
+        workers[name].backlog.add("busy", 1e6, 0.0)
+    cluster.lives["decode-0"].rig.pool.flush()
+    cluster.turn()
+    # 2. the offer names both
+    cluster.submit("b", OTHER)
+    (message,) = [each for each in cluster.lives[other].mail if isinstance(each, Prefill)]
+    assert message.offer is not None and message.offer.num_tokens == 100
+    (more,) = message.offer.more
+    assert (message.offer.refs.tier, more.tier) == (Tier.DEVICE, Tier.HOST)
+    assert message.offer.refs.instance == home and message.offer.num_blocks == 25
+    # 3. and both arrive
     cluster.run_out()
     batches = cluster.lives[other].rig.runner.batches
     assert sum(n for batch in batches for name, n in batch if name == "b") == len(OTHER) - 100

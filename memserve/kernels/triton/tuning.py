@@ -37,11 +37,25 @@ class DecodeConfig(msgspec.Struct, frozen=True, kw_only=True):
     programs_per_sm: int
 
 
+class SkinnyConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """`block_n` rows of the matrix, `block_k` elements of each at a time, for x of up to `max_rows` rows.
+
+    Of a gated product half of the rows are the gate's. `max_rows` 0: products are left to the library.
+    """
+
+    max_rows: int = 0
+    block_n: int = 16
+    block_k: int = 256
+    num_warps: int = 4
+    num_stages: int = 4
+
+
 class KernelConfigs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Content of one file."""
 
     prefill: dict[str, PrefillConfig] = {}
     decode: dict[str, DecodeConfig] = {}
+    skinny: SkinnyConfig | None = None
 
 
 class Tuning(msgspec.Struct, frozen=True):
@@ -66,6 +80,14 @@ class Tuning(msgspec.Struct, frozen=True):
         """Likewise."""
         return _nearest(self.configs.decode, element_bytes, block_d)
 
+    def skinny(self, num_rows: int, element_bytes: int) -> SkinnyConfig | None:
+        """For x of so many rows; None where the library's products are to be used.
+
+        Always so in float32, in which a row's result shall not depend on the rows beside it.
+        """
+        config = self.configs.skinny
+        return config if config and num_rows <= config.max_rows and element_bytes < 4 else None
+
 
 def file_name(gpu: str) -> str:
     """The name of a GPU's file, without its ending."""
@@ -83,7 +105,9 @@ def read_configs(name: str) -> KernelConfigs:
     if name == INTERPRETER:
         return found
     return KernelConfigs(
-        prefill={**merged.prefill, **found.prefill}, decode={**merged.decode, **found.decode}
+        prefill={**merged.prefill, **found.prefill},
+        decode={**merged.decode, **found.decode},
+        skinny=found.skinny or merged.skinny,
     )
 
 

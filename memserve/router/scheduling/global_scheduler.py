@@ -17,8 +17,10 @@ import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+import msgspec
+
 from memserve.config import Role, Transport
-from memserve.messages import BlockRefs, CachedTokens, Offer, Tier
+from memserve.messages import BlockRefs, CachedTokens, Offer
 from memserve.router.fleet import Seat
 from memserve.router.request_state import RequestState
 from memserve.router.scheduling.cost_model import CostModel
@@ -171,11 +173,16 @@ class GlobalScheduler:
                 life = holding.life
                 if (life.instance, life.incarnation) != (source.instance, source.incarnation):
                     continue
-                refs = tree.addresses(found, life).refs(life.instance, life.incarnation)
-                if not refs or refs[0].tier is not Tier.DEVICE:
+                num_blocks = row.num_cached_tokens // tree.block_size  # with what is to be pulled
+                wanted = tree.addresses(found, life).first(num_blocks)
+                refs = wanted.refs(life.instance, life.incarnation)
+                if not refs:
                     return None
-                num_tokens = len(refs[0].blocks) * tree.block_size
-                return Offer(refs[0], num_tokens) if num_tokens > row.num_device_tokens else None
+                offer = Offer(refs[0], 0, more=refs[1:])
+                num_tokens = offer.num_blocks * tree.block_size
+                if num_tokens <= row.num_device_tokens:
+                    return None
+                return msgspec.structs.replace(offer, num_tokens=num_tokens)
         return None
 
     def computed(self, request: RequestState, seat: Seat, cached: CachedTokens | None, now: float) -> None:

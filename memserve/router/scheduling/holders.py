@@ -64,6 +64,10 @@ class Addresses(NamedTuple):
         """The tier of each."""
         return self.codes & 1
 
+    def first(self, num_blocks: int) -> Addresses:
+        """Of the first blocks, at most so many."""
+        return Addresses(self.codes[:num_blocks], self.generations[:num_blocks])
+
     def refs(self, instance: str, incarnation: int) -> tuple[BlockRefs, ...]:
         """As on the wire: one for each run of blocks in the same tier."""
         blocks, tiers = self.blocks, self.tiers

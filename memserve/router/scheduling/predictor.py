@@ -107,6 +107,12 @@ class Predictor:
         """Time to pull the KV of so many tokens from another instance's device tier."""
         return self._pull_latency_ms + num_tokens * self._pull_token_ms if num_tokens else 0.0
 
+    def pull_host_ms(self, num_tokens: int) -> float:
+        """The same out of its host tier."""
+        link = self.model.links.from_host
+        size = num_tokens * self.model.kv_token_bytes
+        return link.latency_ms + size / link.bytes_per_ms if num_tokens else 0.0
+
     def _step_through(self, num_tokens: int, num_cached: int, num_rows: int, num_context: int) -> float:
         operators, budget, speed = self.model.operators, self.model.budget, self._speed
         rows_ms = self._rows_ms

@@ -25,14 +25,15 @@ class Candidate:
 
 
 class Source(NamedTuple):
-    """A life of an instance that holds the first `num_tokens` of the request, in its device tier, at known
-    addresses (`PromptTree.addresses` has them).
+    """A life of an instance that holds the first `num_tokens` of the request at known addresses
+    (`PromptTree.addresses` has them), the last `num_host_tokens` of them in its host tier.
     """
 
     instance: str
     incarnation: int
     num_tokens: int
     is_lost: bool = False
+    num_host_tokens: int = 0
 
 
 NOBODY: dict[str, Holding] = {}

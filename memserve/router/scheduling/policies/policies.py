@@ -113,7 +113,7 @@ def prompt_tree(candidates: Sequence[Candidate], ask: Ask) -> Decision | None:
     if not decodes:
         return None
     decode_rows = price_decodes(decodes, ask, ask.decode_found)
-    at = _cheapest([row.total_ms for row in decode_rows], decodes, ask.rng)
+    at = _least([row.total_ms for row in decode_rows], ask.rng)
     decode, alone = decode_rows[at], _alone(decodes[at], decode_rows[at], prefill, ask)
     if alone is not None:
         return Decision(name, Placement(None, decode.instance), alone, decode, [*rows, alone], decode_rows)
@@ -146,6 +146,14 @@ def _cheapest(costs: Sequence[float], candidates: Sequence[Candidate], rng: rand
     ]
     given, cost, _ = min(keys)
     return rng.choice([index for other_given, other, index in keys if (other_given, other) == (given, cost)])
+
+
+def _least(costs: Sequence[float], rng: random.Random) -> int:
+    """The index of the least cost. For decodes: what a worker has of them is in the price itself, and what it
+    was given lately are prompts.
+    """
+    best_ms = min(costs)
+    return rng.choice([index for index, cost in enumerate(costs) if cost == best_ms])
 
 
 def _split(candidates: Sequence[Candidate]) -> tuple[list[Candidate], list[Candidate]]:

@@ -28,19 +28,20 @@ _FULL_SHARE = 0.8
 
 
 def source_of(tree: PromptTree, found: Found) -> Source | None:
-    """The life that holds most of a matched prefix at known addresses, in its device tier: the one to pull
-    from. (A sequence goes to the host tier from its end, and an offer names blocks of one tier.)
+    """The life that holds most of a matched prefix at known addresses, in either tier: the one to pull from.
+    (A sequence goes to the host tier from its end.)
     """
     best = None
     holdings = [*found.live.values(), *found.lost]
     for holding in sorted(holdings, key=itemgetter(1), reverse=True)[:_MAX_TRIED]:
-        num_in_device = holding.num_tokens - holding.num_host_tokens
-        if best is not None and best.num_tokens >= num_in_device:
+        if best is not None and best.num_tokens >= holding.num_tokens:
             continue
-        num_tokens = min(num_in_device, tree.num_known_tokens(found, holding.life))
+        num_tokens = min(holding.num_tokens, tree.num_known_tokens(found, holding.life))
         if num_tokens > (0 if best is None else best.num_tokens):
             life = holding.life
-            best = Source(life.instance, life.incarnation, num_tokens, life.is_lost)
+            num_in_device = holding.num_tokens - holding.num_host_tokens
+            num_host = max(0, num_tokens - num_in_device)
+            best = Source(life.instance, life.incarnation, num_tokens, life.is_lost, num_host)
     return best
 
 
@@ -135,8 +136,15 @@ def _ways(
     upto = min(source.num_tokens, most) if source is not None else 0
     if source is None or upto <= own:
         return _Ways(own - in_host, in_host, swap_in_ms, exec_ms, 0, 0.0, 0.0)
-    pull_ms = predictor.pull_ms(upto - own)
+    in_device = source.num_tokens - source.num_host_tokens
+    num_from_host = max(0, upto - max(own, in_device))
+    pull_ms = predictor.pull_ms(upto - own - num_from_host) + predictor.pull_host_ms(num_from_host)
     pulled_exec_ms = predictor.prefill_ms(num_tokens, upto, batch)
+    if num_from_host and in_device > own:  # or what is in the device tier alone
+        less_ms = predictor.pull_ms(in_device - own)
+        more_exec_ms = predictor.prefill_ms(num_tokens, in_device, batch)
+        if less_ms + more_exec_ms <= pull_ms + pulled_exec_ms:
+            upto, pull_ms, pulled_exec_ms = in_device, less_ms, more_exec_ms
     return _Ways(own - in_host, in_host, swap_in_ms, exec_ms, upto - own, pull_ms, pulled_exec_ms)
 
 

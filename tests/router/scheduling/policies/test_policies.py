@@ -231,8 +231,19 @@ def test_tiers_are_told_apart() -> None:
     assert (row.num_device_tokens, row.num_host_tokens) == (800, 800)
     assert row.swap_in_ms == pytest.approx(0.5 + 4.0)
     assert row.total_ms == pytest.approx(4.5 + 1.0 + 0.1)
-    # only what lies in its device tier is pulled: it comes first, and an offer names one tier
+    # both are pulled, each at its own speed
     candidates["p0"].view.queue_ms, candidates["p1"].view.queue_ms = 1000.0, 0.0
+    row = decide("prompt-tree", candidates, trees.ask(prompt)).prefill
+    assert row.num_pulled_tokens == 1600 and row.pull_ms == pytest.approx(1.0 + 8.0 + 2.0 + 16.0)
+    # where to pull out of the host tier is slower than computing, only the rest is pulled
+    links = MODEL.links.__class__(
+        from_device=Link(1.0, 1e5), from_host=Link(1e4, 1.0), swap_in=Link(0.5, 2e5)
+    )
+    candidates["p1"].predictor = Predictor(
+        CostModel(
+            name="slow", operators=MODEL.operators, budget=MODEL.budget, kv_token_bytes=1000, links=links
+        )
+    )
     row = decide("prompt-tree", candidates, trees.ask(prompt)).prefill
     assert row.num_pulled_tokens == 800 and row.pull_ms == pytest.approx(1.0 + 8.0)
     # where the host tier is slower than computing, its part is computed
@@ -330,6 +341,14 @@ def test_decode_goes_where_least_must_move_unless_it_is_crowded() -> None:
     candidates["d1"].view.reserved_blocks = 780
     decision = decide("prompt-tree", candidates, trees.ask(prompt, num_new_tokens=100))
     assert decision.placement.decode == "d2"
+
+
+def test_prompts_that_a_decode_worker_was_given_lately_do_not_crowd_the_others() -> None:
+    candidates = fleet(1, 2)
+    trees, prompt = Trees(candidates), tokens_of(0, 1600)
+    candidates["d1"].view.recent_ms = 500.0
+    candidates["d2"].view.num_decoding = 1  # a step of 1.2 ms in place of 1.1, with one that waits for it
+    assert decide("prompt-tree", candidates, trees.ask(prompt)).placement.decode == "d1"
 
 
 def test_a_short_prompt_stays_on_a_warm_decode_worker() -> None:
