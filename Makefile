@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
 
-.PHONY: install serve test check chaos bench-engine bench-handoff bench-pool bench-load bench-router bench-routing clean
+.PHONY: install serve test check chaos gpu-check bench-engine bench-handoff bench-pool bench-load bench-router bench-routing clean
 
 install: $(VENV)/.installed
 	@:
@@ -23,6 +23,10 @@ test: $(VENV)/.installed-dev
 # thirty kills and stops of workers under load instead of four; CHAOS_JSON=FILE keeps how long clients waited
 chaos: $(VENV)/.installed-dev
 	@CHAOS_EVENTS=$${CHAOS_EVENTS:-30} $(BIN)/python -m pytest -s --timeout 900 tests/e2e/test_chaos.py
+
+# everything about GPUs, on the one at hand; a short table comes last
+gpu-check: $(VENV)/.installed-dev
+	@$(BIN)/python benchmarks/gpu_check.py $(ARGS)
 
 bench-engine: $(VENV)/.installed-dev
 	@$(BIN)/python benchmarks/engine.py $(ARGS)

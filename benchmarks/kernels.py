@@ -3,15 +3,13 @@
     python benchmarks/kernels.py                      # the ceilings, then every kernel, Llama-3-8B shapes
     python benchmarks/kernels.py --only decode        # lines whose name has this in it
     python benchmarks/kernels.py --model              # also whole steps of a random Llama-3-8B
-    python benchmarks/kernels.py --tune               # try tile shapes and keep the best for this GPU
     python benchmarks/kernels.py --json out.json
 
 The two ceilings are measured first, on random data: a large copy (bytes read plus bytes written) and a large
 matrix product. A kernel's bound is the larger of its fewest bytes over the one and its operations over the
 other; what is printed is bound / measured time. Times are medians between CUDA events, the L2 cache flushed
 before each run. The arena has 32 layers, so that blocks lie as far apart as in a server. Numbers are the
-GPU's: run nothing else meanwhile. `--tune` writes memserve/kernels/triton/tuned/<GPU>.json, whatever passes a
-check against the default's result and is quickest.
+GPU's: run nothing else meanwhile. `tune_kernels.py` beside this finds tile shapes.
 """
 
 from __future__ import annotations
@@ -338,133 +336,10 @@ def model_cases(kv: torch.Tensor, tuning: Any) -> Iterator[Case]:
     yield Case("step of 8192 prompt tokens", 0, operations, prefill)
 
 
-# --- tile shapes -------------------------------------------------------------------------------------------
-
-
-def tune(kv: torch.Tensor) -> None:
-    """Try tile shapes for 2-byte elements and heads of 128, keep the quickest that computes the same."""
-    import msgspec
-
-    from memserve.kernels.triton import tuning as tuning_module
-    from memserve.kernels.triton.tuning import DecodeConfig, KernelConfigs, PrefillConfig, Tuning
-
-    current, key = Tuning.of(torch.device("cuda")), "2x128"
-    decodes = [
-        DecodeConfig(block_n=n, num_warps=warps, num_stages=stages, programs_per_sm=programs)
-        for n, warps, stages, programs in itertools.product((32, 64, 128), (2, 4, 8), (2, 3, 4), (8, 16, 32))
-        if n * stages <= 256
-    ]
-    prefills = [
-        PrefillConfig(block_m=m, block_n=n, num_warps=warps, num_stages=stages)
-        for m, n, warps, stages in itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4))
-        if m * 4 >= warps * 32
-    ]
-
-    def total(
-        configs: KernelConfigs, make: Callable[[Any], list[Case]], expected: list[torch.Tensor]
-    ) -> float:
-        torch.manual_seed(0)
-        cases = make(Tuning(current.num_sms, configs))
-        for case, right in zip(cases, expected, strict=True):
-            found = case.run()
-            assert isinstance(found, torch.Tensor)
-            error = (found.float() - right).norm() / right.norm()
-            if not error < 1e-2:
-                raise ValueError(f"wrong by {error:.3g}")
-        return sum(median_ms(case.run, rep=50) for case in cases)
-
-    def best(field: str, candidates: list[Any], make: Callable[[Any], list[Case]]) -> Any:
-        torch.manual_seed(0)
-        expected = [case.run().float().clone() for case in make(current)]  # type: ignore[attr-defined]
-        found = []
-        for config in candidates:
-            entries = {**getattr(current.configs, field), key: config}
-            try:
-                ms = total(msgspec.structs.replace(current.configs, **{field: entries}), make, expected)
-            except Exception as error:  # whatever does not compile or fit is no candidate
-                print(f"{config}: {type(error).__name__}: {str(error)[:80]}")
-                continue
-            found.append((ms, len(found), config))
-            print(f"{ms:9.3f} ms  {config}", flush=True)
-        return min(found)[2]
-
-    decode = best(
-        "decode",
-        decodes,
-        lambda t: [decode_case("", kv, [4096] * 64, t), decode_case("", kv, [2048] * 8, t)],
-    )
-    prefill = best(
-        "prefill",
-        prefills,
-        lambda t: [prefill_case("", kv, [(0, 8192)], t), prefill_case("", kv, [(6144, 2048)], t)],
-    )
-    skinny = tune_skinny()
-    name = tuning_module.file_name(torch.cuda.get_device_name())
-    path = Path(tuning_module.__file__).parent / "tuned" / f"{name}.json"
-    chosen = KernelConfigs(prefill={key: prefill}, decode={key: decode}, skinny=skinny)
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(chosen)) + b"\n")
-    print(f"written: {path}")
-
-
 def matrices() -> list[tuple[torch.Tensor, bool]]:
     """A layer's four matrices, and whether each is the gated one."""
     sizes = (((HEADS + 2 * KV_HEADS) * HEAD_DIM, HIDDEN), (HIDDEN, HEADS * HEAD_DIM), (HIDDEN, INNER))
     return [*((randn(*size), False) for size in sizes), (randn(2 * INNER, HIDDEN), True)]
-
-
-def layer_ms(weights: list[tuple[torch.Tensor, bool]], rows: int, config: Any, rep: int) -> float:
-    """The products of one layer by the kernel for few rows, or by the library where `config` is None."""
-    from memserve.kernels.triton.activation import silu_and_mul
-    from memserve.kernels.triton.skinny_linear import skinny_gated, skinny_linear
-
-    total = 0.0
-    for weight, is_gated in weights:
-        x = randn(rows, weight.shape[1])
-
-        def library(x: torch.Tensor = x, weight: torch.Tensor = weight, is_gated: bool = is_gated) -> Any:
-            product = torch.nn.functional.linear(x, weight)
-            return silu_and_mul(product) if is_gated else product
-
-        def ours(x: torch.Tensor = x, weight: torch.Tensor = weight, is_gated: bool = is_gated) -> Any:
-            return (skinny_gated if is_gated else skinny_linear)(x, weight, None, config)
-
-        if config is None:
-            total += median_ms(library, rep)
-            continue
-        right, found = library().float(), ours().float()
-        error = (found - right).norm() / right.norm()
-        if not error < 2e-2:
-            raise ValueError(f"wrong by {error:.3g}")
-        total += median_ms(ours, rep)
-    return total
-
-
-def tune_skinny() -> Any:
-    """The best shape at one row, and up to how many rows it beats the library; None = at none."""
-    import msgspec
-
-    from memserve.kernels.triton.skinny_linear import MAX_ROWS
-    from memserve.kernels.triton.tuning import SkinnyConfig
-
-    weights, found = matrices(), []
-    for n, k, warps, stages in itertools.product((16, 32, 64), (128, 256, 512), (2, 4, 8), (3, 4, 5)):
-        config = SkinnyConfig(max_rows=MAX_ROWS, block_n=n, block_k=k, num_warps=warps, num_stages=stages)
-        if not 1 << 15 <= n * k * stages * ELEMENT <= 1 << 17:
-            continue
-        try:
-            found.append((layer_ms(weights, 1, config, 50), len(found), config))
-        except Exception as error:  # whatever does not compile or fit is no candidate
-            print(f"{config}: {type(error).__name__}: {str(error)[:80]}")
-            continue
-        print(f"{found[-1][0]:9.4f} ms  {config}", flush=True)
-    config, best_rows = min(found)[2], 0
-    for rows in (1, 2, 4, 8, 16, 32):
-        ours, library = layer_ms(weights, rows, config, 200), layer_ms(weights, rows, None, 200)
-        print(f"{rows} rows: {ours:.4f} ms, the library {library:.4f} ms")
-        if ours > library:
-            break
-        best_rows = rows
-    return msgspec.structs.replace(config, max_rows=best_rows) if best_rows else None
 
 
 def linear_cases(tuning: Any) -> Iterator[Case]:
@@ -498,7 +373,6 @@ def main() -> None:
     parser.add_argument(
         "--model", action="store_true", help="also whole steps of a random Llama-3-8B (18 GB)"
     )
-    parser.add_argument("--tune", action="store_true", help="try tile shapes and keep the best")
     parser.add_argument("--tokens", type=int, default=64 * 4096, help="size of the arena, 128 KiB a token")
     parser.add_argument("--json", type=Path, help="write the results there")
     options = parser.parse_args()
@@ -512,8 +386,6 @@ def main() -> None:
     print(f"{name}, torch {torch.__version__}: copy {ceilings.copy / 1e12:.2f} TB/s,", end=" ")
     print(f"bf16 matmul {ceilings.matmul / 1e12:.0f} TFLOP/s, to the host {ceilings.to_host / 1e9:.0f} GB/s")
     kv = make_arena(options.tokens)
-    if options.tune:
-        tune(kv)
     tuning = Tuning.of(torch.device("cuda"))
     groups = [
         attention_cases(kv, tuning),

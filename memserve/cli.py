@@ -34,6 +34,7 @@ from memserve.config import (
     TransportChoice,
     WorkerOptions,
 )
+from memserve.doctor.command import doctor
 from memserve.errors import StartupError
 from memserve.simulate.command import simulate
 from memserve.sizes import parse_memory
@@ -56,6 +57,7 @@ def cli() -> None:
 
 
 cli.add_command(bench)
+cli.add_command(doctor)
 cli.add_command(simulate)
 cli.add_command(top)
 
@@ -175,9 +177,9 @@ COUNT = click.IntRange(1, 64)
 @_option("--chat-template", "Jinja file instead of the model's chat template.", metavar="FILE")
 @_option("--load-format", "dummy: random weights.", type=click.Choice(get_args(LoadFormat)))
 @_option("--served-model-name", "Name in the API [default: the model's].", metavar="NAME")
-@_option("--prefill", "Number of prefill workers [default: 1 on a CPU].", type=COUNT)
-@_option("--decode", "Number of decode workers [default: 1 on a CPU].", type=COUNT)
-@_option("--colocated", "Number of workers that do both instead [default: 1 a GPU].", type=COUNT)
+@_option("--prefill", "Number of prefill workers [default: 1, or half of the GPUs].", type=COUNT)
+@_option("--decode", "Number of decode workers [default: 1, or half of the GPUs].", type=COUNT)
+@_option("--colocated", "Number of workers that do both instead.", type=COUNT)
 @_option("--device", "Where the workers run.", type=click.Choice(get_args(DeviceKind)))
 @_option("--dtype", "auto: bfloat16 if the hardware has it.", type=click.Choice(get_args(DtypeName)))
 @_option("--block-size", "Tokens in a block of KV.", type=click.IntRange(1, 256))
@@ -190,8 +192,15 @@ COUNT = click.IntRange(1, 64)
 @_option(
     "--transport",
     "How KV gets from worker to worker: out of mapped memory (shm), or sent over gloo on loopback "
-    "(torch_distributed; local users could disturb it). auto: shm where memory can be mapped.",
+    "(torch_distributed; local users could disturb it), or out of GPU memory that its owner shares "
+    "(cuda_ipc). auto: cuda_ipc on GPUs, else shm.",
     type=click.Choice(get_args(TransportChoice)),
+)
+@_option(
+    "--cuda-graphs/--no-cuda-graphs",
+    "Replay decode steps on a GPU from CUDA graphs, captured at start-up [default: replay].",
+    metavar=None,
+    default=None,
 )
 @_option(
     "--caching",

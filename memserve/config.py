@@ -27,9 +27,10 @@ DeviceKind = Literal["auto", "cpu", "cuda"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "dummy"]
 Transfer = Literal["request", "chunk", "layer"]
-# How KV gets from one pool to another: out of its mapped memory, or sent by its owner over gloo.
-Transport = Literal["shm", "torch_distributed"]
-TransportChoice = Literal["auto", "shm", "torch_distributed"]
+# How KV gets from one pool to another: out of its mapped memory, sent by its owner over gloo, or out of GPU
+# memory that its owner shares.
+Transport = Literal["shm", "torch_distributed", "cuda_ipc"]
+TransportChoice = Literal["auto", "shm", "torch_distributed", "cuda_ipc"]
 # The paper's milestones PD-Basic, PD-Caching-1, -2 and -3.
 Caching = Literal["off", "prefill", "both", "full"]
 Eviction = Literal["lru", "lfu"]
@@ -80,6 +81,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     max_model_len: int | None = None
     transfer: Transfer = "layer"
     transport: TransportChoice = "auto"
+    cuda_graphs: bool = True
     caching: Caching = "full"
     reuse_history_tokens: bool = True
     eviction: Eviction = "lru"
@@ -109,8 +111,9 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     that a cancel never waits long. `cpus`: the cores this worker is pinned to (empty = not pinned). `caches`:
     the KV of finished requests is kept and reused, until it was not used for `cache_ttl_s` or room is needed.
     `host_blocks`: size of the host tier at first, None = there is none; `max_host_blocks`: to which it can
-    grow. `transports`: how its KV can get to others, and theirs here, the better first; two workers use the
-    first that both have.
+    grow. `max_blocks`: more than a pool on its GPU can ever have. `transports`: how its KV can get to others,
+    and theirs here, the better first; two workers use the first that both have. `shares_weights`: others are
+    on its GPU, and need the same. `cuda_graphs`: decode steps are replayed.
     """
 
     instance: str
@@ -135,5 +138,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     cache_ttl_s: float | None = None
     host_blocks: int | None = None
     max_host_blocks: int = 0
+    max_blocks: int = 0
     transports: tuple[Transport, ...] = ("shm",)
+    shares_weights: bool = False
+    cuda_graphs: bool = True
     log_level: LogLevel = "info"

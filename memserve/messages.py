@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memserve.config import WorkerConfig
+from memserve.cuda.memory import DeviceExport
 
 MAX_FRAME_BYTES = 64 << 20
 FRAME_HEADER = struct.Struct("<II")
@@ -275,8 +276,8 @@ class Init(_Message, frozen=True, array_like=True, tag=True, gc=False):
     """First message on a connection: who the worker is and what it runs.
 
     `weights_manifest` is None for the worker that loads the weights and lays them out for the others (it
-    answers
-    `Loaded`); the others get the manifest of what lies in the shared weights memfd.
+    answers `Loaded`); the others get the manifest of what lies in the shared weights memfd. On a GPU it is
+    empty if the weights are granted, and None if the worker is to load its own.
     """
 
     config: WorkerConfig
@@ -421,7 +422,9 @@ class Loading(_Message, frozen=True, array_like=True, tag=True, gc=False):
 
 
 class Loaded(_Message, frozen=True, array_like=True, tag=True, gc=False):
-    """The loader laid the weights out in the shared memfd; `manifest` says what lies where."""
+    """The loader laid the weights out in the shared memfd; `manifest` says what lies where. On a GPU it is
+    empty: what lies there follows from the model, and whether others can have it from a `WeightsExport`.
+    """
 
     manifest: bytes
 
@@ -636,10 +639,11 @@ class ArenaGrant(_Message, frozen=True, array_like=True, tag=True, gc=False):
 
 class WeightsGrant(_Message, frozen=True, array_like=True, tag=True, gc=False):
     """Comes with one descriptor: the memfd of the shared weights, read-write for the loader, else
-    read-only.
+    read-only; or, where there is a `memory`, that of memory of the worker's GPU, as another has filled it.
     """
 
     num_bytes: int
+    memory: DeviceExport | None = None
 
 
 class PeerGrant(_Message, frozen=True, array_like=True, tag=True, gc=False):
@@ -653,13 +657,50 @@ class PeerGrant(_Message, frozen=True, array_like=True, tag=True, gc=False):
     num_host_blocks: int = 0
 
 
-class RevokeGrant(_Message, frozen=True, array_like=True, tag=True, gc=False):
-    """The peer's arena is gone for good (its instance was removed): unmap it. Comes without descriptors."""
+class DeviceGrant(_Message, frozen=True, array_like=True, tag=True, gc=False):
+    """A device tier that is memory of a GPU. Comes with the descriptor of its generation table, of
+    `generation_table_bytes(max_blocks)`, writable for the owner, who makes the memory (`memory` None, nor are
+    the other sizes known); for a peer read-only, and with the memory's descriptor if `memory` has no handle.
+    """
 
     instance: str
+    incarnation: int
+    max_blocks: int
+    num_blocks: int = 0
+    block_bytes: int = 0
+    memory: DeviceExport | None = None
 
 
-Grant = ArenaGrant | WeightsGrant | PeerGrant | RevokeGrant
+class RevokeGrant(_Message, frozen=True, array_like=True, tag=True, gc=False):
+    """The peer's arena, of one tier or both (None), is gone: unmap it. Comes without descriptors."""
+
+    instance: str
+    tier: Tier | None = None
+
+
+Grant = ArenaGrant | WeightsGrant | PeerGrant | DeviceGrant | RevokeGrant
+
+
+class ArenaExport(_Message, frozen=True, array_like=True, tag=True, gc=False):
+    """Worker → supervisor, on the socket of the grants and before `Ready`: its device arena is there. Comes
+    with the memory's descriptor if `memory` has no handle.
+    """
+
+    num_blocks: int
+    block_bytes: int
+    memory: DeviceExport
+
+
+class WeightsExport(_Message, frozen=True, array_like=True, tag=True, gc=False):
+    """Worker → supervisor, on the socket of the grants and before `Loaded`: the weights are on its GPU, for
+    others there. Comes with the memory's descriptor.
+    """
+
+    num_bytes: int
+    memory: DeviceExport
+
+
+Export = ArenaExport | WeightsExport
 
 
 def generation_table_bytes(num_blocks: int) -> int:
@@ -671,6 +712,7 @@ _encoder = msgspec.msgpack.Encoder()
 _to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
 _to_router: msgspec.msgpack.Decoder[ToRouter] = msgspec.msgpack.Decoder(ToRouter)
 _grant: msgspec.msgpack.Decoder[Grant] = msgspec.msgpack.Decoder(Grant)
+_export: msgspec.msgpack.Decoder[Export] = msgspec.msgpack.Decoder(Export)
 
 
 def encode_frame(message: ToWorker | ToRouter, incarnation: int) -> bytes:
@@ -699,6 +741,16 @@ def encode_grant(grant: Grant) -> bytes:
 def decode_grant(body: bytes) -> Grant:
     """Inverse of `encode_grant`. Raises msgspec.DecodeError on anything malformed."""
     return _grant.decode(body)
+
+
+def encode_export(export: Export) -> bytes:
+    """Payload that accompanies the descriptor of an export, as for a grant."""
+    return _encoder.encode(export)
+
+
+def decode_export(body: bytes) -> Export:
+    """Inverse of `encode_export`. Raises msgspec.DecodeError on anything malformed."""
+    return _export.decode(body)
 
 
 def pack_tokens(token_ids: NDArray[np.int32] | list[int] | tuple[int, ...]) -> bytes:

@@ -34,7 +34,9 @@ class TensorSource(Protocol):
     """A model's tensors by their published names."""
 
     def read(self, name: str, shape: Shape) -> Tensor:
-        """The tensor, on the CPU, in whatever floating-point type it is stored; not to be written to."""
+        """The tensor, on the source's device, in whatever floating-point type it is stored; not to be
+        written to.
+        """
         ...
 
     def close(self) -> None:
@@ -136,19 +138,22 @@ class SafetensorsSource:
 class DummySource:
     """Random weights of the model's shapes, the same for the same seed: matrices normal with std 0.02 (as
     transformers initialises them), norms 1, biases 0. Made of one stretch of noise, which each tensor starts
-    at a place of its own, since drawing billions of normals takes minutes.
+    at a place of its own, since drawing billions of normals takes minutes. `device`: where all but the noise
+    is made; the numbers are the same everywhere.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, device: torch.device | None = None) -> None:
         generator = torch.Generator().manual_seed(seed)
-        self._noise = torch.empty(_NOISE_LEN).normal_(std=_DUMMY_STD, generator=generator)
+        noise = torch.empty(_NOISE_LEN).normal_(std=_DUMMY_STD, generator=generator)
+        self._noise = noise.to(device)
+        self._device = device
 
     def read(self, name: str, shape: Shape) -> Tensor:
         if name.endswith("norm.weight"):
-            return torch.ones(shape)
+            return torch.ones(shape, device=self._device)
         if name.endswith(".bias"):
-            return torch.zeros(shape)
-        tensor = torch.empty(shape)
+            return torch.zeros(shape, device=self._device)
+        tensor = torch.empty(shape, device=self._device)
         flat, offset = tensor.view(-1), zlib.crc32(name.encode()) % _NOISE_LEN
         done = 0
         while done < len(flat):

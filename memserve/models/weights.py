@@ -1,7 +1,7 @@
-"""A model's weights: laid out once in shared memory for all CPU workers, or loaded straight onto a GPU.
+"""A model's weights: laid out once in shared memory for all CPU workers, or once in a buffer on a GPU.
 
     folder ──write_weights──► buffer (memfd) + manifest ──map_weights──► Weights of each process, no copy
-    folder ──load_weights_to_device──► Weights on one GPU
+    folder ──fill_device_weights──► buffer on a GPU ──view_device_weights──► Weights, of one process or more
 
 The layout differs from the published one: q, k and v are one matrix, rows of q and k are permuted for
 `rotary`, and on a CPU matrices are packed for oneDNN where that works. `_recipe` is the one place that says
@@ -27,6 +27,7 @@ from memserve.errors import MemoryError_
 from memserve.kernels.rotary import pair_adjacent
 from memserve.model_config import WEIGHT_ALIGNMENT, ModelConfig, packed_bytes_bound
 from memserve.models import onednn
+from memserve.models.carrier import Carrier
 from memserve.models.checkpoint import (
     DummySource,
     SafetensorsSource,
@@ -177,12 +178,81 @@ def load_weights_to_device(
     seed: int,
     progress: Progress,
 ) -> Weights:
-    """Read the weights onto `device`, one tensor at a time. Arguments and errors as `write_weights`."""
-    tensors = {
-        piece.key: tensor.to(device)
-        for piece, tensor in _pieces(model, folder, TORCH_DTYPES[dtype], load_format, seed, False, progress)
-    }
-    return _assemble(model, tensors, {}, None)
+    """Read the weights onto `device`. Arguments and errors as `write_weights`."""
+    buffer = torch.empty(device_weights_bytes(model, dtype), dtype=torch.uint8, device=device)
+    fill_device_weights(model, folder, dtype, load_format, seed, buffer, progress)
+    return view_device_weights(model, dtype, buffer)
+
+
+def device_weights_bytes(model: ModelConfig, dtype: str) -> int:
+    """Size of the buffer for `fill_device_weights`."""
+    return _device_layout(model, TORCH_DTYPES[dtype])[1]
+
+
+def fill_device_weights(
+    model: ModelConfig,
+    folder: Path,
+    dtype: str,
+    load_format: LoadFormat,
+    seed: int,
+    buffer: Tensor,
+    progress: Progress,
+) -> None:
+    """Read the weights into `buffer`, uint8 [device_weights_bytes] on any device; they are there for what is
+    enqueued after it. Files go through pinned memory; dummies are made on the device. Arguments and errors as
+    `write_weights`.
+    """
+    torch_dtype, device = TORCH_DTYPES[dtype], buffer.device
+    shapes, source = tensor_shapes(model), _source(model, folder, load_format, seed, device)
+    tensors = _device_tensors(model, torch_dtype, buffer)
+    total = sum(tensor.numel() for tensor in tensors.values())
+    done = 0
+    try:
+        carrier = Carrier(device)
+        progress(0.0)
+        for piece in _recipe(model, packable=False):
+            target, row = tensors[piece.key], 0
+            for name in piece.sources:
+                part = _permuted(name, carrier.carry(source.read(name, shapes[name])), model)
+                target[row : row + len(part)].copy_(part)
+                row += len(part)
+            done += target.numel()
+            progress(done / total)
+    finally:
+        source.close()
+
+
+def view_device_weights(model: ModelConfig, dtype: str, buffer: Tensor) -> Weights:
+    """Weights over a buffer that `fill_device_weights` has filled, here or in another process; no copy."""
+    return _assemble(model, _device_tensors(model, TORCH_DTYPES[dtype], buffer), {}, buffer)
+
+
+def _device_tensors(model: ModelConfig, dtype: torch.dtype, buffer: Tensor) -> dict[str, Tensor]:
+    tensors = {}
+    for key, (offset, shape) in _device_layout(model, dtype)[0].items():
+        num_bytes = _num_elements(shape) * dtype.itemsize
+        tensors[key] = buffer[offset : offset + num_bytes].view(dtype).view(shape)
+    return tensors
+
+
+def _device_layout(model: ModelConfig, dtype: torch.dtype) -> tuple[dict[str, tuple[int, Shape]], int]:
+    """Offset and shape of each of our tensors in one buffer, and its size."""
+    shapes, places, end = tensor_shapes(model), {}, 0
+    for piece in _recipe(model, packable=False):
+        first = shapes[piece.sources[0]]
+        shape = (sum(shapes[name][0] for name in piece.sources), *first[1:])
+        places[piece.key] = end, shape
+        end += -(-_num_elements(shape) * dtype.itemsize // WEIGHT_ALIGNMENT) * WEIGHT_ALIGNMENT
+    return places, end
+
+
+def _source(
+    model: ModelConfig, folder: Path, load_format: LoadFormat, seed: int, device: torch.device | None = None
+) -> TensorSource:
+    """`device`: where dummies are made."""
+    if load_format == "dummy":
+        return DummySource(seed, device)
+    return SafetensorsSource(model, folder)
 
 
 def _recipe(model: ModelConfig, packable: bool) -> Iterator[_Piece]:
@@ -235,7 +305,7 @@ def _pieces(
     recipe = tuple(_recipe(model, packable))
     total = sum(_num_elements(shapes[name]) for piece in recipe for name in piece.sources)
     done = 0
-    source: TensorSource = DummySource(seed) if load_format == "dummy" else SafetensorsSource(model, folder)
+    source = _source(model, folder, load_format, seed)
     try:
         progress(0.0)
         for piece in recipe:

@@ -7,7 +7,8 @@
 A block holds the K and V of all layers (MemServe §Memory layout: block aggregation), so it is one run of
 `block_bytes`, and neighbouring blocks are one longer run. On a CPU worker both parts are memfds that the
 supervisor made: they outlive the worker, and a peer maps them read-only, so that nobody but the owner can
-ever scribble on them.
+ever scribble on them. On a GPU the arena is memory that the worker makes, exports and takes with it when it
+dies; its generations and progress are a memfd like those of a CPU worker, and go on in the next life.
 
 A slot never written in its life holds zeros: attention may multiply what lies there by a weight of 0, which
 would not be 0 for a NaN. Which block belongs to whom is allocator.py's concern; when copies happen, the
@@ -24,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from memserve import memfd
+from memserve.cuda.memory import DeviceMemory
 from memserve.messages import ArenaGrant, Tier, generation_table_bytes
 from memserve.model_config import KVGeometry
 from memserve.torch_dtypes import TORCH_DTYPES
@@ -57,6 +59,12 @@ class Progress:
         self._count = 0
         word[0] = self._base
 
+    def follow(self, is_followed: bool) -> None:
+        """Whether somebody is told of the step that is about to begin."""
+
+    def close(self) -> None:
+        """Nothing is told any more."""
+
     @property
     def count(self) -> int:
         """Layers written so far."""
@@ -65,7 +73,10 @@ class Progress:
     def advance(self) -> None:
         """One layer more."""
         self._count += 1
-        self._word[0] = self._base | self._count
+        self._tell(self._count)
+
+    def _tell(self, count: int) -> None:
+        self._word[0] = self._base | count
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +85,7 @@ class Arena:
 
     `kv` is the tensor of the layout above, on whatever device. `blocks` is the same memory as uint8
     [num_blocks, block_bytes], None where the host cannot address it. Memory is given back when the last
-    view is gone.
+    view is gone; `memory`, of a GPU, by whoever made it.
     """
 
     geometry: KVGeometry
@@ -82,6 +93,7 @@ class Arena:
     blocks: NDArray[np.uint8] | None
     generations: NDArray[np.uint64]
     progress: NDArray[np.uint64]
+    memory: DeviceMemory | None = None
 
     @classmethod
     def create(cls, name: str, geometry: KVGeometry, num_blocks: int) -> tuple[Arena, ArenaFds]:
@@ -111,10 +123,34 @@ class Arena:
         words = np.zeros(num_blocks + 1, dtype=np.uint64)
         return cls(geometry, kv, None, words[:num_blocks], words[num_blocks:])
 
+    @classmethod
+    def on_gpu(
+        cls,
+        geometry: KVGeometry,
+        num_blocks: int,
+        memory: DeviceMemory,
+        device: torch.device,
+        words: NDArray[np.uint64],
+    ) -> Arena:
+        """Exportable GPU memory, which stays the caller's to close, zeroed. `words` are a table for at least
+        so many blocks, perhaps of an earlier life: what that life held is gone with its memory, so none of
+        its addresses verifies any more.
+        """
+        generations, progress = words[:-1], words[-1:]
+        assert len(generations) >= num_blocks
+        generations[generations % 2 == 1] += 1
+        data = memory.tensor(device)[: num_blocks * geometry.block_bytes]
+        kv = data.zero_().view(TORCH_DTYPES[geometry.dtype]).view(_shape(geometry, num_blocks))
+        return cls(geometry, kv, None, generations[:num_blocks], progress, memory)
+
     @property
     def num_blocks(self) -> int:
         """Blocks in all."""
         return len(self.generations)
+
+    def as_bytes(self) -> torch.Tensor:
+        """`kv` as uint8 [num_blocks, block_bytes]. A view."""
+        return self.kv.view(-1).view(torch.uint8).view(self.num_blocks, self.geometry.block_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,9 +179,14 @@ class PeerArena:
         return cls(grant.instance, grant.tier, blocks, words[: grant.num_blocks], words[grant.num_blocks :])
 
     def layers_written(self, incarnation: int) -> int | None:
-        """`Progress.count` of that life of the owner; None once another has begun."""
-        life, count = divmod(int(self.progress[0]), 1 << _PROGRESS_BITS)
-        return count if life == incarnation else None
+        """See the function of that name."""
+        return layers_written(self.progress, incarnation)
+
+
+def layers_written(progress: NDArray[np.uint64], incarnation: int) -> int | None:
+    """`Progress.count` of that life of the word's owner; None once another has begun."""
+    life, count = divmod(int(progress[0]), 1 << _PROGRESS_BITS)
+    return count if life == incarnation else None
 
 
 def _shape(geometry: KVGeometry, num_blocks: int) -> tuple[int, ...]:

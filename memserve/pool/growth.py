@@ -21,10 +21,19 @@ _PIECE_BYTES = 32 << 20
 
 class Growth:
     """Backs blocks [start, stop) of an arena, uint8 [num_blocks, block_bytes]; `num_backed` says how far it
-    has got. It ends early where memory runs out. `wake` is called at the end, from the thread.
+    has got. It ends early where memory runs out. `wake` is called at the end, from the thread, and
+    `on_backed` before the first so many blocks count as backed.
     """
 
-    def __init__(self, blocks: NDArray[np.uint8], start: int, stop: int, wake: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        blocks: NDArray[np.uint8],
+        start: int,
+        stop: int,
+        wake: Callable[[], None],
+        on_backed: Callable[[int], None] = lambda num_blocks: None,
+    ) -> None:
+        self._on_backed = on_backed
         self.num_backed = start
         self.is_done = False
         self._blocks, self._stop, self._wake = blocks, stop, wake
@@ -45,6 +54,7 @@ class Growth:
                 piece = self._blocks[self.num_backed : stop].reshape(-1)
                 memfd.check_available(piece.nbytes)
                 memfd.populate(piece)
+                self._on_backed(stop)
                 self.num_backed = stop
         except MemoryError_ as error:
             logger.warning("the host tier stays at %d blocks: %s", self.num_backed, str(error))

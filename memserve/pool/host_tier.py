@@ -8,16 +8,15 @@ what it holds outlives its worker. The arena is mapped at its greatest size; `nu
 the rest is withdrawn from the allocator and takes no memory (`MemPool.resize`). What is kept here, and for
 how long, is the index's business: to it this is the `LowerTier`.
 
-Copies are made at once, by the caller's thread: blocks of an eviction are few, and between host memories
-they take some ten microseconds each.
+How copies are made, at once or by a GPU beside its steps, is swaps.py's concern. Where a GPU makes them the
+memory in use is pinned.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
-import torch
 
 from memserve import memfd
 from memserve.messages import Tier
@@ -25,6 +24,7 @@ from memserve.pool.allocator import BlockAllocator, BlockIds
 from memserve.pool.arena import Arena
 from memserve.pool.growth import Growth
 from memserve.pool.removals import RemovalLog
+from memserve.pool.swaps import HostSwaps, Swaps, copy_blocks
 
 
 class HostTier:
@@ -36,6 +36,7 @@ class HostTier:
         num_blocks: how much of `arena` to use at first.
         removals: told what the index gives up here, and what comes here.
         on_free: told which blocks have become free.
+        swaps: makes the copies; None = the caller's thread does.
     """
 
     def __init__(
@@ -45,10 +46,11 @@ class HostTier:
         num_blocks: int,
         removals: RemovalLog | None = None,
         on_free: Callable[[BlockIds], None] | None = None,
+        swaps: Swaps | None = None,
     ) -> None:
         assert arena.geometry == device.geometry and arena.blocks is not None
         self.arena = arena
-        self._device = device
+        self._swaps = swaps or HostSwaps(arena, device)
         self._allocator = BlockAllocator(arena.num_blocks, arena.generations, on_free)
         self._removals = removals
         self._num_blocks = arena.num_blocks
@@ -100,7 +102,7 @@ class HostTier:
         """Copy device blocks, at most `num_free`, into as many host blocks; their ids, the caller's."""
         into = self._allocator.allocate(len(blocks))
         assert into is not None
-        _copy_blocks(self.arena, into, self._device, blocks)
+        self._swaps.store(blocks, into)
         self.num_stored += len(blocks)
         if self._removals is not None:
             self._removals.moved(blocks, Tier.DEVICE, into, Tier.HOST)
@@ -108,7 +110,7 @@ class HostTier:
 
     def load(self, blocks: BlockIds, into: BlockIds) -> None:
         """Copy host blocks into device blocks, which are the caller's."""
-        _copy_blocks(self._device, into, self.arena, blocks)
+        self._swaps.load(blocks, into)
 
     # --- size ---
 
@@ -116,6 +118,7 @@ class HostTier:
         """Back the blocks in use with memory. Raises MemoryError_ if there is not enough."""
         assert self.arena.blocks is not None
         memfd.populate(self.arena.blocks[: self._num_blocks].reshape(-1))
+        self._swaps.pin(self._num_blocks)
 
     def grow_to(self, num_blocks: int, wake: Callable[[], None]) -> None:
         """Use more of the arena, as memory comes: `absorb` takes what is there. Raises MemoryError_, and
@@ -124,7 +127,7 @@ class HostTier:
         assert self._num_blocks <= num_blocks <= self.capacity and self.arena.blocks is not None
         memfd.check_available((num_blocks - self._num_blocks) * self.arena.geometry.block_bytes)
         if num_blocks > self._num_blocks:
-            self._growth = Growth(self.arena.blocks, self._num_blocks, num_blocks, wake)
+            self._growth = Growth(self.arena.blocks, self._num_blocks, num_blocks, wake, self._swaps.pin)
 
     def absorb(self) -> None:
         """Use the blocks that have got memory since the last call."""
@@ -155,7 +158,8 @@ class HostTier:
         moving = blocks[is_above]
         into = self._allocator.allocate(len(moving))
         assert into is not None and into.item(-1) < limit
-        _copy_blocks(self.arena, into, self.arena, moving)
+        self._swaps.settle()
+        copy_blocks(self.arena, into, self.arena, moving)
         if self._removals is not None:
             self._removals.moved(moving, Tier.HOST, into, Tier.HOST)
         self.free(moving)
@@ -181,27 +185,5 @@ class HostTier:
         self._allocator.withdraw(ids[~is_withdrawn & (ids >= num_blocks)])
         self._num_blocks = num_blocks
         assert self.arena.blocks is not None
-        memfd.release(self.arena.blocks[num_blocks:].reshape(-1))
-
-
-def _copy_blocks(to: Arena, to_ids: BlockIds, source: Arena, source_ids: BlockIds) -> None:
-    """Copy the content of blocks, in order. A run of neighbours on both sides is one copy."""
-    if to.blocks is None or source.blocks is None:  # a device that the host cannot address
-        device = to.kv.device
-        picked = source.kv[torch.from_numpy(source_ids).to(source.kv.device)]
-        to.kv[torch.from_numpy(to_ids).to(device)] = picked.to(device)
-        return
-    for start, stop in runs(to_ids, source_ids):
-        to_first, source_first, count = to_ids.item(start), source_ids.item(start), stop - start
-        np.copyto(to.blocks[to_first : to_first + count], source.blocks[source_first : source_first + count])
-
-
-def runs(a: BlockIds, b: BlockIds) -> Iterator[tuple[int, int]]:
-    """Ranges [start, stop) of positions that are consecutive in both."""
-    if len(a) == 0:
-        return
-    jumps = (np.diff(a) != 1) | (np.diff(b) != 1)
-    start = 0
-    for stop in (*(np.flatnonzero(jumps) + 1).tolist(), len(a)):
-        yield start, stop
-        start = stop
+        self._swaps.settle()
+        memfd.release(self.arena.blocks[self._swaps.unpin(num_blocks) :].reshape(-1))

@@ -29,17 +29,30 @@ from numpy.typing import ArrayLike
 
 from memserve import memfd
 from memserve.errors import EngineError, MemserveError
-from memserve.messages import ArenaGrant, BlockRefs, LinkMessage, PeerGrant, Removed, Tier, Transfer
+from memserve.messages import (
+    ArenaGrant,
+    BlockRefs,
+    DeviceGrant,
+    LinkMessage,
+    PeerGrant,
+    Removed,
+    Tier,
+    Transfer,
+    generation_table_bytes,
+)
 from memserve.pool.addresses import Addresses
 from memserve.pool.allocator import BlockAllocator, BlockIds
 from memserve.pool.arena import Arena, ArenaFds, PeerArena, Progress
 from memserve.pool.block_table import BlockTable
+from memserve.pool.device_progress import DeviceProgress
 from memserve.pool.host_tier import HostTier
 from memserve.pool.incoming import Incoming, begin_transfer
 from memserve.pool.index import Index, Lock, Match
+from memserve.pool.lanes import AllMarks, Lanes, Mark
 from memserve.pool.pending import Pending, PendingBook
 from memserve.pool.removals import RemovalLog
 from memserve.pool.retention import PoolStats, Retention
+from memserve.pool.swaps import Cooling, LaneSwaps
 from memserve.pool.transports.base import FailedPull, Pull
 from memserve.pool.transports.by_peer import PeerTransfer
 from memserve.pool.transports.shm import ShmTransfer
@@ -47,6 +60,8 @@ from memserve.pool.transports.shm import ShmTransfer
 logger = logging.getLogger(__name__)
 
 _POPULATE_NICENESS = 10
+# Where evictions are copies beside the steps: the share of the pool that is kept free.
+_AHEAD_SHARE = 32
 
 
 _NO_BLOCKS: BlockIds = np.empty(0, dtype=np.int64)
@@ -62,7 +77,9 @@ class MemPool:
         retention: keep the blocks of finished sequences for reuse; None = nothing is kept.
         clock: seconds, for the order of eviction.
         on_free: told which blocks have become free (tests poison them; no generation tells of such a write).
-        transfer: how peers are reached, owned from now on; None = they are mapped. Must know this arena.
+        transfer: how peers are reached, owned from now on; None = they are mapped, or none is reached if the
+            host cannot address the arena. Must know this arena.
+        lanes: of the GPU that the arena is on, if it is.
     """
 
     def __init__(
@@ -76,8 +93,10 @@ class MemPool:
         clock: Callable[[], float] = time.monotonic,
         on_free: Callable[[BlockIds], None] | None = None,
         transfer: PeerTransfer | None = None,
+        lanes: Lanes | None = None,
     ) -> None:
         self._arena = arena
+        self._lanes = lanes
         self._addresses = Addresses(instance, incarnation, {Tier.DEVICE: arena.generations})
         self._host: HostTier | None = None
         self._index: Index | None = None
@@ -88,7 +107,10 @@ class MemPool:
                 self._removals = RemovalLog(self._addresses)
             if (host := retention.host) is not None:
                 self._addresses.generations[Tier.HOST] = host.arena.generations
-                self._host = HostTier(host.arena, arena, host.num_blocks, self._removals, host.on_free)
+                swaps = None
+                if lanes is not None and host.pins is not None:
+                    swaps = LaneSwaps(host.arena, arena, lanes, host.pins)
+                self._host = HostTier(host.arena, arena, host.num_blocks, self._removals, host.on_free, swaps)
             self._index = Index(arena.geometry.block_size, retention.rank, self._host)
             self._namespace = f"{retention.fingerprint}/"
         self._pending = PendingBook(wake)
@@ -96,13 +118,17 @@ class MemPool:
         self._instance = instance
         self._wake = wake
         self._allocator = BlockAllocator(arena.num_blocks, arena.generations, on_free)
-        # An arena the host cannot address has no way to pull yet: its peers are unknown, every pull a miss.
-        self._progress = Progress(arena.progress, incarnation)
-        self._transfer = None
-        if arena.blocks is not None:
-            self._transfer = transfer or PeerTransfer(
-                wake, ShmTransfer(arena.blocks, wake, num_layers=arena.geometry.num_layers)
-            )
+        self._cooling: Cooling | None = None
+        if lanes is not None and self._host is not None:
+            self._cooling = Cooling(self._allocator, lanes)
+        if lanes is None:
+            self._progress = Progress(arena.progress, incarnation)
+        else:
+            self._progress = DeviceProgress(arena.progress, incarnation, lanes.compute.mark)
+        if transfer is None and arena.blocks is not None:
+            shm = ShmTransfer(arena.blocks, wake, num_layers=arena.geometry.num_layers)
+            transfer = PeerTransfer(wake, shm)
+        self._transfer = transfer  # None: peers are unknown, every pull is a miss
         self._is_populated = False
         self._unpopulated: dict[str, PeerArena] = {}
         self._populating: list[threading.Thread] = []
@@ -126,7 +152,12 @@ class MemPool:
     @property
     def num_available(self) -> int:
         """Blocks that `alloc_mem` could give now: the free ones, and those that it would evict."""
-        return self._allocator.num_free + (0 if self._index is None else self._index.num_evictable)
+        return self._num_free + (0 if self._index is None else self._index.num_evictable)
+
+    @property
+    def _num_free(self) -> int:
+        """Blocks that nobody has, those that are still being copied to the host included."""
+        return self._allocator.num_free + (0 if self._cooling is None else self._cooling.num_blocks)
 
     @property
     def block_size(self) -> int:
@@ -144,13 +175,20 @@ class MemPool:
         """
         if tier is Tier.HOST:
             return self._alloc_host(num_blocks)
-        ids = self._allocator.allocate(num_blocks)
+        ids = self._allocate(num_blocks)
         if ids is not None or self._index is None:
             return ids
-        num_lacking = num_blocks - self._allocator.num_free
+        num_lacking = num_blocks - self._num_free
         if num_lacking > self._index.num_evictable:
             return None
         self._evict(num_lacking)
+        return self._allocate(num_blocks)
+
+    def _allocate(self, num_blocks: int) -> BlockIds | None:
+        if self._cooling is not None:
+            self._cooling.poll()
+            if num_blocks <= self._num_free:
+                self._cooling.take(num_blocks - self._allocator.num_free)
         return self._allocator.allocate(num_blocks)
 
     def free_mem(self, ids: ArrayLike, tier: Tier = Tier.DEVICE) -> None:
@@ -214,6 +252,19 @@ class MemPool:
         """Take note of what goes on beside the loop; cheap."""
         if self._host is not None:
             self._host.absorb()
+        if self._cooling is not None:
+            self._cooling.poll()
+            self._evict_ahead(self._cooling)
+
+    def _evict_ahead(self, cooling: Cooling) -> None:
+        """Swap out before room is needed, so that no step waits for the copies: a little, and only what the
+        host tier has room for.
+        """
+        assert self._host is not None and self._index is not None
+        num_lacking = self.num_blocks // _AHEAD_SHARE - self._num_free
+        num_blocks = min(num_lacking, self._host.num_free, self._index.num_evictable)
+        if num_blocks > 0:
+            self._evict(num_blocks)
 
     # --- the index -----------------------------------------------------------------------------------------
 
@@ -339,11 +390,7 @@ class MemPool:
         try:
             if self._transfer is None:
                 return
-            ours = self._arena.geometry.block_bytes
-            if grant.block_bytes != ours:
-                raise EngineError(
-                    f"{grant.instance} has blocks of {grant.block_bytes} bytes, {self._instance} of {ours}"
-                )
+            self._check_blocks(grant.instance, grant.block_bytes)
             peer = PeerArena.map(grant, ArenaFds(arena_fd, generations_fd))
         finally:
             os.close(arena_fd)
@@ -355,6 +402,29 @@ class MemPool:
             self._populate_later(peer)
         else:
             self._unpopulated[peer.instance] = peer
+
+    def add_device_peer(self, grant: DeviceGrant, table_fd: int, memory_fd: int | None = None) -> None:
+        """Open a peer's arena on a GPU to pull from; a later grant of the same instance replaces this one.
+        The descriptors are ours from now on. Raises as `add_peer`.
+        """
+        try:
+            if self._transfer is None or grant.memory is None:
+                return
+            self._check_blocks(grant.instance, grant.block_bytes)
+            if grant.num_blocks > grant.max_blocks:
+                raise EngineError(f"{grant.instance} has {grant.num_blocks} blocks of {grant.max_blocks}")
+            table = memfd.map_bytes(table_fd, generation_table_bytes(grant.max_blocks), writable=False)
+            given, memory_fd = memory_fd, None
+            self._transfer.open_device(grant, table.view(np.uint64), given)
+        finally:
+            os.close(table_fd)
+            if memory_fd is not None:
+                os.close(memory_fd)
+
+    def _check_blocks(self, instance: str, block_bytes: int) -> None:
+        ours = self._arena.geometry.block_bytes
+        if block_bytes != ours:
+            raise EngineError(f"{instance} has blocks of {block_bytes} bytes, {self._instance} of {ours}")
 
     def add_sending_peer(self, grant: PeerGrant) -> None:
         """Pull from a peer that cannot be mapped, by asking it; a later life replaces the one before.
@@ -373,16 +443,38 @@ class MemPool:
         """What is to be said to other workers, by way of the router; `wake` tells when there is something."""
         return [] if self._transfer is None else self._transfer.take_control()
 
-    def remove_peer(self, instance: str) -> None:
-        """Forget a peer: pulls from it that are under way still end. Unknown names are ignored."""
+    def remove_peer(self, instance: str, tier: Tier | None = None) -> None:
+        """Forget a peer, or one tier of it: pulls from it that are under way still end. Unknown names are
+        ignored.
+        """
         self._unpopulated.pop(instance, None)
         if self._transfer is not None:
-            self._transfer.remove_peer(instance)
+            self._transfer.remove_peer(instance, tier)
 
     @property
     def progress(self) -> Progress:
         """Whoever computes into our blocks tells here how far it has got, layer by layer."""
         return self._progress
+
+    @property
+    def tells_layers(self) -> bool:
+        """Whether `progress` tells when a layer has been written, and not only when it was launched."""
+        return self._arena.blocks is not None or self._lanes is not None
+
+    @property
+    def orders_pulls(self) -> bool:
+        """Whether a pull begins after what was launched before it."""
+        return self._lanes is not None
+
+    def compute_mark(self) -> Mark | None:
+        """When all that was launched so far has been computed; None = it has."""
+        return None if self._lanes is None else self._lanes.compute.mark()
+
+    def swaps_mark(self) -> Mark | None:
+        """When all swaps so far are done; None = they are."""
+        if self._lanes is None or self._host is None:
+            return None
+        return AllMarks((self._lanes.swap_out.mark(), self._lanes.swap_in.mark()))
 
     def fetch(self, refs: BlockRefs, into: ArrayLike, layers_from: int | None = None) -> Pull:
         """Pull blocks at `refs` into our blocks `into`, in order: the paper's `transfer`, by the receiver.
@@ -452,7 +544,7 @@ class MemPool:
 
     def stats(self) -> PoolStats:
         """Blocks by state, now; from any thread."""
-        free, total = self._allocator.num_free, self._allocator.num_blocks
+        free, total = self._num_free, self._allocator.num_blocks
         historical = 0 if self._index is None else self._index.num_evictable
         return PoolStats(
             free=free,
@@ -488,6 +580,7 @@ class MemPool:
         self._unpopulated.clear()
         if self._transfer is not None:
             self._transfer.close()
+        self._progress.close()
         for thread in self._populating:
             thread.join()
         self._populating.clear()
@@ -523,7 +616,10 @@ class MemPool:
 
     def _evict(self, num_blocks: int) -> None:
         assert self._index is not None
-        self._free_historical(self._index.evict(num_blocks))
+        blocks = self._index.evict(num_blocks)
+        self._free_historical(blocks)
+        if self._cooling is not None:
+            self._cooling.add(blocks)
 
     def _forget(self, give_up: Callable[[Index], BlockIds]) -> int:
         """Free what the index gives up, in both tiers; how many blocks."""

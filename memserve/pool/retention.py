@@ -9,16 +9,18 @@ from typing import NamedTuple
 from memserve.pool.allocator import BlockIds
 from memserve.pool.arena import Arena
 from memserve.pool.eviction import Rank, least_recently_used
+from memserve.pool.pinned import Pins
 
 
 class HostArena(NamedTuple):
     """Memory for a host tier, at its greatest size, of which `num_blocks` are used at first. `on_free` is
-    told which of its blocks have become free.
+    told which of its blocks have become free. `pins`: how a GPU pins its memory.
     """
 
     arena: Arena
     num_blocks: int
     on_free: Callable[[BlockIds], None] | None = None
+    pins: Pins | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import os
 import signal
 import socket
 import time
@@ -47,7 +48,13 @@ from memserve.router.supervision.log_relay import LogRelay
 from memserve.router.supervision.machine import read_machine
 from memserve.router.supervision.memory import plan_workers
 from memserve.router.supervision.supervisor import Supervisor
-from memserve.router.supervision.transports import GLOO_NOTICE, peers_of, transfer_mode, uses_gloo
+from memserve.router.supervision.transports import (
+    GLOO_NOTICE,
+    check_allocator,
+    peers_of,
+    transfer_mode,
+    uses_gloo,
+)
 from memserve.router.supervision.worker_process import WORKER_COMMAND
 from memserve.router.text.chat_template import ChatTemplate
 from memserve.router.text.token_history import TokenHistory
@@ -90,6 +97,7 @@ def resolve(config: ServeConfig) -> Run:
     folder = resolve_model(config.model, config.revision, config.load_format)
     model = load_model_config(folder)
     plan = plan_workers(config, model, folder, read_machine(with_gpus=config.device != "cpu"))
+    check_allocator(plan, os.environ)
     tokenizer_source = folder if config.tokenizer is None else resolve_tokenizer(config.tokenizer)
     tokenizer = Tokenizer.load(tokenizer_source)
     reuses_history = config.reuse_history_tokens and config.caching != "off"

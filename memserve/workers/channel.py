@@ -19,12 +19,14 @@ from memserve.errors import EngineError
 from memserve.messages import (
     FRAME_HEADER,
     MAX_FRAME_BYTES,
+    Export,
     Grant,
     Init,
     ToRouter,
     ToWorker,
     decode_grant,
     decode_to_worker,
+    encode_export,
     encode_frame,
 )
 
@@ -149,7 +151,7 @@ class GrantSource(Protocol):
 
 
 class GrantSocket:
-    """Grants over a connected SOCK_SEQPACKET socket, which it owns."""
+    """Grants over a connected SOCK_SEQPACKET socket, which it owns; exports the other way."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
@@ -182,6 +184,16 @@ class GrantSocket:
         while not (received := self.receive()):
             _wait_readable(self._socket)
         return received
+
+    def send(self, export: Export, fd: int | None) -> None:
+        """Hand memory of ours over, with its descriptor, which stays the caller's. Raises ChannelClosed."""
+        try:
+            if fd is None:
+                self._socket.send(encode_export(export))
+            else:
+                socket.send_fds(self._socket, [encode_export(export)], [fd])
+        except OSError as error:
+            raise ChannelClosed(f"the router closed the grants socket: {error}") from error
 
     def close(self) -> None:
         """Close the socket."""

@@ -38,13 +38,12 @@ class Gauges:
         self._num_decode_tokens = 0
 
     def begin_step(self) -> None:
-        """A step is about to be computed."""
-        self._step_began_at = self._clock()
+        """A step is about to be computed, or to wait for the one before it."""
+        if self._step_began_at is None:
+            self._step_began_at = self._clock()
 
-    def count_step(self, chunks: Sequence[Chunk]) -> float:
-        """The step was computed, but nobody took note of it yet: how long it took, in ms."""
-        assert self._step_began_at is not None
-        step_ms = (self._clock() - self._step_began_at) * 1e3
+    def count_step(self, chunks: Sequence[Chunk]) -> None:
+        """A step was begun, and its chunks do not count as computed yet."""
         self._num_steps += 1
         for request, num_new in chunks:
             # the last token of a prompt may be computed alone
@@ -52,11 +51,16 @@ class Gauges:
                 self._num_prefill_tokens += num_new
             else:
                 self._num_decode_tokens += 1
-        return step_ms
 
-    def end_step(self) -> None:
-        """Nothing is being computed."""
-        self._step_began_at = None
+    @property
+    def step_ms(self) -> float:
+        """How long the step has been computed that was begun first and has not ended."""
+        assert self._step_began_at is not None
+        return (self._clock() - self._step_began_at) * 1e3
+
+    def end_step(self, *, next_began: bool = False) -> None:
+        """The step is over; nothing is being computed, or the next one from now on."""
+        self._step_began_at = self._clock() if next_began else None
 
     def heartbeat(self) -> Heartbeat:
         """The state now; from any thread."""

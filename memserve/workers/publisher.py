@@ -5,10 +5,15 @@ pull them while the rest is computed, or after this worker's death.
     step is done ─► publish: into the index, then tell: `Stored`           (`tell_blocks`)
 
 Blocks are told under the ids that they have in the index, so publishing comes first.
+
+On a GPU a step that drew no token is only launched when its blocks are published, and swaps are only put on
+their lanes. Our own steps come after them on the GPU; others know nothing of its order, so what they are told
+is held back until a mark says that it is true (`hold`), and all that follows it stays behind it.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -17,6 +22,7 @@ from numpy.typing import ArrayLike
 from memserve.messages import BlockRefs, Removed, Stored
 from memserve.model_config import blocks_for
 from memserve.pool.block_table import BlockTable
+from memserve.pool.lanes import Mark
 from memserve.workers.request import Request
 from memserve.workers.steps import Chunk
 
@@ -50,23 +56,61 @@ class Publisher:
             enqueued; if not, nothing is announced, and blocks are told when they are complete.
     """
 
-    def __init__(self, pool: Pool, send: Callable[[Stored | Removed], None], *, by_layer: bool) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        send: Callable[[Stored | Removed], None],
+        *,
+        by_layer: bool,
+        swaps_mark: Callable[[], Mark | None] = lambda: None,
+    ) -> None:
         self._by_layer = by_layer
+        self._swaps_mark = swaps_mark
         self._pool = pool
         self._send = send
+        self._held: deque[Stored | Removed | Mark] = deque()
 
-    def announce(self, chunks: Sequence[Chunk]) -> None:
-        """Tell of the blocks that the step about to run will complete, where that is asked for.
+    @property
+    def is_holding(self) -> bool:
+        """Whether anything waits for `flush`."""
+        return bool(self._held)
+
+    def hold(self, mark: Mark | None) -> None:
+        """What is told from now on is true once `mark` is done; None = it is already."""
+        if mark is not None:
+            self._held.append(mark)
+
+    def flush(self) -> None:
+        """Tell what was held back and is true now, in order."""
+        while self._held:
+            first = self._held[0]
+            if isinstance(first, Stored | Removed):
+                self._send(first)
+            elif not first.is_done():
+                return
+            self._held.popleft()
+
+    def _post(self, message: Stored | Removed) -> None:
+        self.flush()
+        if self._held:
+            self._held.append(message)
+        else:
+            self._send(message)
+
+    def announce(self, chunks: Sequence[Chunk]) -> bool:
+        """Tell of the blocks that the step about to run will complete, where that is asked for; whether
+        anybody will follow it.
 
         The partial block of a prompt's end is among them: nothing more will be written to it here.
         """
         block_size = self._pool.block_size
-        for request, num_new in chunks if self._by_layer else ():
-            if request.tell_layers:
-                stop = request.num_computed_tokens + num_new
-                is_last = stop == request.num_tokens
-                end = blocks_for(stop, block_size) if is_last else stop // block_size
-                self._tell(request, end, self._pool.progress.count)
+        followed = [chunk for chunk in chunks if chunk.request.tell_layers] if self._by_layer else []
+        for request, num_new in followed:
+            stop = request.num_computed_tokens + num_new
+            is_last = stop == request.num_tokens
+            end = blocks_for(stop, block_size) if is_last else stop // block_size
+            self._tell(request, end, self._pool.progress.count)
+        return bool(followed)
 
     def publish(self, request: Request) -> None:
         """The blocks that are complete now are shared."""
@@ -83,12 +127,15 @@ class Publisher:
 
     def tell_removed(self) -> None:
         """Tell what is no longer cached where it was."""
-        for removed in self._pool.take_removed():
-            self._send(removed)
+        removed = self._pool.take_removed()
+        if removed:
+            self.hold(self._swaps_mark())
+        for each in removed:
+            self._post(each)
 
     def _tell(self, request: Request, end: int, layers_from: int | None) -> None:
         first = request.num_told_blocks
         if end > first:
             request.num_told_blocks = end
             refs = self._pool.addresses(request.table.ids(end)[first:])
-            self._send(Stored(request.request_id, request.attempt, first, refs, layers_from))
+            self._post(Stored(request.request_id, request.attempt, first, refs, layers_from))

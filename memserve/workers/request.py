@@ -8,6 +8,9 @@
 Invariant: `num_computed_tokens` tokens have their KV in `table` in order; at least one token is always left
 to compute, because logits come only from computing. The transitions are the scheduler's; this file only
 holds the state.
+
+A token is *pending* while the step that draws it runs: it counts in `num_tokens`, as the next step may begin
+on it, but nobody here knows which it is until `settle`. At most one is, the last.
 """
 
 from __future__ import annotations
@@ -67,6 +70,7 @@ class Request:
     `num_common_tokens` of a waiting request, which is admitted when they are there; it was the
     `num_follows`th such. `tell_blocks`: the router
     hears of each block as it fills, `num_told_blocks` so far; `tell_layers`: already when the step begins.
+    `is_drawing`: the last token is; `is_at_end`: and whichever it is, nothing follows it here.
     """
 
     request_id: str
@@ -95,6 +99,8 @@ class Request:
     tell_blocks: bool = False
     tell_layers: bool = False
     num_told_blocks: int = 0
+    is_drawing: bool = False
+    is_at_end: bool = False
     _tokens: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32), repr=False)
 
     @classmethod
@@ -154,15 +160,37 @@ class Request:
         """The prompt's token ids: a view."""
         return self._tokens[: self.num_prompt_tokens]
 
+    def expect(self, max_model_len: int) -> None:
+        """The next token is being drawn, and pending from now on."""
+        assert not self.is_drawing
+        self._extend(0)
+        self.is_drawing = True
+        self.is_at_end = self.kind is RequestKind.PREFILL or self._is_full(self.num_tokens, max_model_len)
+
+    def unexpect(self) -> None:
+        """The pending token was not drawn."""
+        if self.is_drawing:
+            self.num_tokens -= 1
+            self.is_drawing = False
+
+    def settle(self, token_id: int) -> None:
+        """Take the pending token: it is this one."""
+        self.unexpect()
+        self.append(token_id)
+
     def append(self, token_id: int) -> None:
         """Take the token just drawn."""
+        assert not self.is_drawing
+        self._extend(token_id)
+        self.output_ids.append(token_id)
+
+    def _extend(self, token_id: int) -> None:
         if self.num_tokens == len(self._tokens):
             grown = np.empty(max(64, 2 * self.num_tokens), np.int32)
             grown[: self.num_tokens] = self._tokens
             self._tokens = grown
         self._tokens[self.num_tokens] = token_id
         self.num_tokens += 1
-        self.output_ids.append(token_id)
 
     def extend(self, token_ids: NDArray[np.int32]) -> None:
         """Take several drawn tokens at once."""
@@ -180,9 +208,28 @@ class Request:
         num_output = len(self.output_ids)
         if self.output_ids[-1] in self.stop_ids and num_output > self.sampling.min_tokens:
             return FinishReason.STOP
-        if num_output >= self.sampling.max_tokens or self.num_tokens >= max_model_len:
-            return FinishReason.LENGTH
-        return None
+        return FinishReason.LENGTH if self._is_full(self.num_tokens, max_model_len) else None
+
+    def _is_full(self, num_tokens: int, max_model_len: int) -> bool:
+        num_output = num_tokens - self.num_prompt_tokens
+        return num_output >= self.sampling.max_tokens or num_tokens >= max_model_len
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether a draw depends on which tokens were drawn before, beyond what the model makes of them."""
+        sampling = self.sampling
+        return bool(
+            sampling.repetition_penalty != 1.0
+            or sampling.presence_penalty
+            or sampling.frequency_penalty
+            or self.is_kept_going
+        )
+
+    @property
+    def is_kept_going(self) -> bool:
+        """Whether the next token, or the one before it, may not be one that stops it."""
+        min_tokens = self.sampling.min_tokens
+        return min_tokens > 0 and self.num_tokens - self.num_prompt_tokens <= min_tokens
 
     def take_table(self) -> BlockTable:
         """Its blocks, which the caller now owns."""
@@ -204,6 +251,11 @@ class Request:
         return self.cached or NO_CACHED_TOKENS
 
     # --- logprobs ---
+
+    @property
+    def reports_prompt(self) -> bool:
+        """Whether the log-probabilities are asked for of what is computed next."""
+        return self.prompt_logprobs is not None and self.num_computed_tokens < self.num_prompt_tokens
 
     def add_prompt_logprobs(self, logprobs: Iterable[TokenLogprobs]) -> None:
         """Append those of the prompt tokens that a chunk predicted."""

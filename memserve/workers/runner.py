@@ -19,9 +19,10 @@ from memserve.model_config import blocks_for
 from memserve.models.step import LogitRows, SequenceSlice, build_step
 from memserve.models.transformer import Transformer
 from memserve.workers.request import Request
-from memserve.workers.steps import Chunk, Drawn
+from memserve.workers.steps import Chunk, Computed, Drawn
 
 NOT_DRAWN = Drawn()
+NOT_A_NUMBER = Drawn(error="the model's output is not a number")
 
 Piece = tuple[NDArray[np.int32], SequenceSlice, LogitRows]
 
@@ -44,48 +45,60 @@ class ModelRunner:
         self._kv = kv
         self._block_size = block_size
 
+    @property
+    def overlaps(self) -> bool:
+        """No: every step is computed at once."""
+        return False
+
+    def begin(self, chunks: Sequence[Chunk]) -> Computed:
+        """See `Runner`."""
+        return Computed(self.execute(chunks))
+
     @torch.inference_mode()
     def execute(self, chunks: Sequence[Chunk]) -> list[Drawn]:
         """See `Runner`. A row whose logits are not finite numbers is an error of its request alone."""
-        pieces, num_rows = self._lay_out(chunks)
+        pieces, num_rows = lay_out(chunks, self._block_size)
         transformer = self._transformer
         step = build_step(pieces, transformer.model, self._block_size, transformer.device, transformer.dtype)
         logits = transformer.forward(step, self._kv, self._on_layer)
-        return _draw(chunks, num_rows, logits)
-
-    def _lay_out(self, chunks: Sequence[Chunk]) -> tuple[list[Piece], list[int]]:
-        """The pieces of the step's tensors, and how many rows of logits each chunk gets."""
-        pieces: list[Piece] = []
-        num_rows: list[int] = []
-        start = 0
-        for request, num_new in chunks:
-            context_len = request.num_computed_tokens
-            stop = context_len + num_new
-            if request.prompt_logprobs is not None:
-                wanted, rows = LogitRows.ALL, num_new
-            elif stop == request.num_tokens:
-                wanted, rows = LogitRows.LAST, 1
-            else:
-                wanted, rows = LogitRows.NONE, 0
-            block_ids = request.table.ids(blocks_for(stop, self._block_size))
-            piece = SequenceSlice(start, num_new, context_len, block_ids)
-            pieces.append((request.tokens(context_len, stop), piece, wanted))
-            num_rows.append(rows)
-            start += num_new
-        return pieces, num_rows
+        return draw(chunks, num_rows, logits)
 
 
-def _draw(chunks: Sequence[Chunk], num_rows: Sequence[int], logits: torch.Tensor) -> list[Drawn]:
+def lay_out(chunks: Sequence[Chunk], block_size: int) -> tuple[list[Piece], list[int]]:
+    """The pieces of the step's tensors, and how many rows of logits each chunk gets."""
+    pieces: list[Piece] = []
+    num_rows: list[int] = []
+    start = 0
+    for chunk in chunks:
+        request, num_new = chunk
+        context_len = request.num_computed_tokens
+        stop = context_len + num_new
+        if request.reports_prompt:
+            wanted, rows = LogitRows.ALL, num_new
+        elif draws(chunk):
+            wanted, rows = LogitRows.LAST, 1
+        else:
+            wanted, rows = LogitRows.NONE, 0
+        block_ids = request.table.ids(blocks_for(stop, block_size))
+        piece = SequenceSlice(start, num_new, context_len, block_ids)
+        pieces.append((request.tokens(context_len, stop), piece, wanted))
+        num_rows.append(rows)
+        start += num_new
+    return pieces, num_rows
+
+
+def draws(chunk: Chunk) -> bool:
+    """Whether a chunk that does not count as computed yet reaches its request's last token."""
+    return chunk.request.num_computed_tokens + chunk.num_new == chunk.request.num_tokens
+
+
+def draw(chunks: Sequence[Chunk], num_rows: Sequence[int], logits: torch.Tensor) -> list[Drawn]:
     """Logits → what each chunk has drawn. Must be called before the chunks count as computed."""
     ends = list(accumulate(num_rows))
-    drawing = [
-        index
-        for index, (request, num_new) in enumerate(chunks)
-        if request.num_computed_tokens + num_new == request.num_tokens
-    ]
+    drawing = [index for index, chunk in enumerate(chunks) if draws(chunk)]
     drawn = [NOT_DRAWN] * len(chunks)
     if drawing:
-        rows = [_sampling_row(chunks[index].request) for index in drawing]
+        rows = [sampling_row(chunks[index].request) for index in drawing]
         if len(drawing) < len(logits):
             last_rows = torch.tensor([ends[index] - 1 for index in drawing], device=logits.device)
             sampled = sample(logits.index_select(0, last_rows), rows)
@@ -94,16 +107,17 @@ def _draw(chunks: Sequence[Chunk], num_rows: Sequence[int], logits: torch.Tensor
         for index, token_id, logprobs in zip(drawing, sampled.token_ids, sampled.logprobs, strict=True):
             drawn[index] = Drawn(token_id, logprobs)
         for row in sampled.bad_rows:
-            drawn[drawing[row]] = Drawn(error="the model's output is not a number")
+            drawn[drawing[row]] = NOT_A_NUMBER
     for index, (request, num_new) in enumerate(chunks):
-        if request.prompt_logprobs is not None:
+        if request.reports_prompt:
             rows_of_prompt = logits[ends[index] - num_rows[index] : ends[index]]
             reported = _prompt_logprobs(request, num_new, rows_of_prompt)
             drawn[index] = drawn[index]._replace(prompt_logprobs=reported)
     return drawn
 
 
-def _sampling_row(request: Request) -> SamplingRow:
+def sampling_row(request: Request) -> SamplingRow:
+    """What is known of the sequence behind the row that draws a request's next token."""
     return SamplingRow(request.sampling, request.num_tokens, request.prompt_ids, request.output_ids)
 
 

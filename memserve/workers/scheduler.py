@@ -169,6 +169,11 @@ class Scheduler:
         return bool(wants_blocks) and not self.pulling
 
     @property
+    def may_preempt(self) -> bool:
+        """Whether the next step could find the pool empty."""
+        return self._pool.num_available < len(self.running)
+
+    @property
     def patience_ends(self) -> float | None:
         """When the first request that waits for a pull will do so no more; None if none does."""
         ends = [
@@ -182,6 +187,9 @@ class Scheduler:
     def schedule(self, tally: StepTally, now: float = 0.0) -> StepPlan:
         """Fill `tally` with the next step, at `now` seconds. Takes and frees blocks; the caller then runs the
         plan's chunks.
+
+        The step before may still run, its draws pending, unless `may_preempt`: a request is preempted only
+        when all of its tokens are known.
         """
         plan = StepPlan()
         prefilling = self._plan_decodes(plan, tally)
@@ -199,6 +207,8 @@ class Scheduler:
         for request in tuple(self.running):
             if request.state is not RequestState.RUNNING:
                 continue  # preempted by an older one just now
+            if request.is_drawing and request.is_at_end:
+                continue
             num_computed = request.num_computed_tokens
             if request.num_tokens - num_computed > 1:
                 prefilling.append(request)
@@ -360,7 +370,7 @@ class Scheduler:
 
     def _progress(self, request: Request) -> int:
         """Tokens of it that others can find."""
-        return max(request.num_computed_tokens, request.table.num_shared * self._block_size)
+        return request.table.num_shared * self._block_size
 
     def _producers(self) -> Iterator[Request]:
         """Requests whose prompt is being computed or pulled."""

@@ -2,7 +2,8 @@
 
 On a CPU the arena and the weights are memfds that come as grants; the one worker that is sent no manifest
 lays the weights out for all and says so (`Loaded`), and from then on everybody, it included, maps them
-read-only. On CUDA a worker loads its own and sizes its pool by what is then free.
+read-only. On CUDA a worker loads its own, sizes its pool by what is then free, makes it and exports it
+(gpu_arena.py).
 """
 
 from __future__ import annotations
@@ -16,16 +17,19 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from memserve.config import WorkerConfig
-from memserve.errors import EngineError, MemoryError_
+from memserve.cuda.memory import DeviceExport
+from memserve.errors import EngineError
 from memserve.memfd import map_bytes
 from memserve.messages import (
     ArenaGrant,
     Decode,
+    DeviceGrant,
     Init,
     Loaded,
     Loading,
@@ -37,27 +41,32 @@ from memserve.messages import (
 )
 from memserve.model_config import KVGeometry, blocks_for, fingerprint
 from memserve.models.transformer import Transformer
-from memserve.models.weights import Weights, load_weights_to_device, map_weights, write_weights
+from memserve.models.weights import Weights, map_weights, write_weights
 from memserve.pool.arena import Arena, ArenaFds
 from memserve.pool.eviction import least_frequently_used, least_recently_used
 from memserve.pool.mempool import MemPool
+from memserve.pool.pinned import CudaPins
 from memserve.pool.retention import HostArena, Retention
 from memserve.pool.transports.by_peer import PeerTransfer
+from memserve.pool.transports.cuda_ipc import CudaTransfer
+from memserve.pool.transports.device_sources import Gpu
 from memserve.pool.transports.shm import ShmTransfer
 from memserve.pool.transports.torch_distributed import TorchPool
-from memserve.step_memory import cuda_pool_blocks, cuda_step_bytes
 from memserve.torch_dtypes import TORCH_DTYPES
 from memserve.workers.budget import StepBudget
 from memserve.workers.channel import Channel, Doorbell, GrantSocket, ReceivedGrant, SocketChannel
+from memserve.workers.gpu_arena import export_arena, gpu_of, make_arena
+from memserve.workers.gpu_weights import GpuLoader
 from memserve.workers.request import Request
 from memserve.workers.runner import ModelRunner
-from memserve.workers.steps import Chunk
+from memserve.workers.steps import Chunk, Runner
 from memserve.workers.worker import Worker
+
+if TYPE_CHECKING:
+    from memserve.workers.gpu_model import GpuModel
 
 logger = logging.getLogger(__name__)
 
-# Share of a GPU's free memory that the pool takes where the user named none.
-DEFAULT_DEVICE_MEMORY_FRACTION = 0.9
 # Of malloc.h.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
@@ -74,12 +83,16 @@ def start(init: Init, channel: SocketChannel, grants: GrantSocket) -> tuple[Work
     _keep_pages()
     device, dtype = torch.device(config.device), TORCH_DTYPES[config.dtype]
     geometry = KVGeometry.of(config.model, config.block_size, config.dtype)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # before anything is pinned, which would wake up the first GPU too
     every_core = os.sched_getaffinity(0)
     team = _take_cores(config)
-    granted = Grants(config, grants)
-    weights, digest = _weights(init, channel, granted, device)
-    arena = _arena(config, geometry, granted, device)
-    host = _host_arena(config, geometry, granted)
+    granted = Grants(init, grants)
+    weights, digest = _weights(init, channel, granted, grants, device)
+    gpu = gpu_of(config, device)
+    gpu_model = None if device.type == "cpu" else _gpu_model(config, weights, device)
+    arena = _arena(init, geometry, granted, gpu_model, gpu)
+    host = _host_arena(config, geometry, granted, gpu)
     granted.close()
 
     doorbell = Doorbell()
@@ -90,12 +103,22 @@ def start(init: Init, channel: SocketChannel, grants: GrantSocket) -> tuple[Work
     if config.caches:
         rank = least_frequently_used if config.eviction == "lfu" else least_recently_used
         retention = Retention(identity, rank, host, tells_removals=True)
-    transfer = _transfer(init, arena, host, identity, doorbell.ring, every_core)
+    transfer = _transfer(init, arena, host, identity, doorbell.ring, every_core, gpu)
     pool = MemPool(
-        arena, config.instance, init.incarnation, doorbell.ring, retention=retention, transfer=transfer
+        arena,
+        config.instance,
+        init.incarnation,
+        doorbell.ring,
+        retention=retention,
+        transfer=transfer,
+        lanes=None if gpu is None else gpu.lanes,
     )
-    transformer = Transformer(config.model, weights, config.max_model_len, device, dtype)
-    runner = ModelRunner(transformer, pool.kv, config.block_size, pool.progress.advance)
+    runner: Runner
+    if gpu_model is not None:
+        runner = gpu_model.runner(pool.kv, pool.progress.advance)
+    else:
+        transformer = Transformer(config.model, weights, config.max_model_len, device, dtype)
+        runner = ModelRunner(transformer, pool.kv, config.block_size, pool.progress.advance)
     worker = Worker(config, channel, grants, pool, runner)
     # Those there are now are populated before the first step is timed.
     for peer in (*granted.peers, *grants.receive()):
@@ -106,6 +129,7 @@ def start(init: Init, channel: SocketChannel, grants: GrantSocket) -> tuple[Work
     # What lives now lives to the end: a collection that walks all of torch's objects would stall a step.
     gc.collect()
     gc.freeze()
+    export_arena(arena, grants)
     channel.send(
         Ready(
             num_blocks=arena.num_blocks,
@@ -133,21 +157,27 @@ def _keep_pages() -> None:
 
 
 class Grants:
-    """What a worker needs to start: its arenas and, on a CPU, the weights. Peers that came early wait."""
+    """What a worker needs to start: its arenas and, on a CPU, the weights; of an arena on a GPU the
+    generation table. Peers that came early wait.
+    """
 
-    def __init__(self, config: WorkerConfig, source: GrantSocket) -> None:
+    def __init__(self, init: Init, source: GrantSocket) -> None:
+        config = init.config
         self.peers: list[ReceivedGrant] = []
         self._arenas: dict[Tier, ReceivedGrant] = {}
         self._weights: ReceivedGrant | None = None
         is_cpu = config.device == "cpu"
-        needed = {Tier.DEVICE} if is_cpu else set()
+        needed = {Tier.DEVICE} if is_cpu or "cuda_ipc" in config.transports else set()
         if config.host_blocks is not None:
             needed.add(Tier.HOST)
-        while not needed <= self._arenas.keys() or (is_cpu and self._weights is None):
+        needs_weights = is_cpu or init.weights_manifest is not None
+        while not needed <= self._arenas.keys() or (needs_weights and self._weights is None):
             for received in source.wait():
                 match received.grant:
                     case ArenaGrant(instance=config.instance, tier=tier):
                         self._arenas[tier] = received
+                    case DeviceGrant(instance=config.instance):
+                        self._arenas[Tier.DEVICE] = received
                     case WeightsGrant():
                         self._weights = received
                     case _:
@@ -159,12 +189,26 @@ class Grants:
         assert isinstance(received.grant, ArenaGrant)
         return received.grant, ArenaFds(*received.fds)
 
+    def device_table(self) -> tuple[int, int]:
+        """The descriptor of the table of an arena on a GPU, which stays here, and its number of blocks."""
+        received = self._arenas[Tier.DEVICE]
+        assert isinstance(received.grant, DeviceGrant)
+        return received.fds[0], received.grant.max_blocks
+
     def weights(self) -> tuple[int, int]:
         """The descriptor of the weights, which stays here, and their size in bytes."""
         assert self._weights is not None
         grant = self._weights.grant
         assert isinstance(grant, WeightsGrant)
         return self._weights.fds[0], grant.num_bytes
+
+    def gpu_weights(self) -> tuple[DeviceExport, int] | None:
+        """What another worker on the same GPU has loaded, and its descriptor, the caller's from now on."""
+        received, self._weights = self._weights, None
+        if received is None:
+            return None
+        assert isinstance(received.grant, WeightsGrant) and received.grant.memory is not None
+        return received.grant.memory, received.fds[0]
 
     def close(self) -> None:
         """Close the descriptors of arena and weights: mappings do not need them."""
@@ -203,16 +247,21 @@ def _thread_ids() -> set[int]:
     return {int(name) for name in os.listdir("/proc/self/task")}
 
 
-def _weights(init: Init, channel: Channel, granted: Grants, device: torch.device) -> tuple[Weights, str]:
+def _weights(
+    init: Init, channel: Channel, granted: Grants, grants: GrantSocket, device: torch.device
+) -> tuple[Weights, str]:
     """The weights, and what stands for their content: where they are shared, the manifest that all go by."""
     config = init.config
     progress = _Progress(channel, "weights")
     folder = Path(config.model_path)
     if device.type != "cpu":
-        loaded = load_weights_to_device(
-            config.model, folder, config.dtype, device, config.load_format, config.seed, progress
-        )
-        return loaded, _digest(config)
+        loader = GpuLoader(config, device, grants.send, progress)
+        if (granted_memory := granted.gpu_weights()) is not None:
+            return loader.open(*granted_memory), _digest(config)
+        weights = loader.load()
+        if config.shares_weights:
+            channel.send(Loaded(b""))
+        return weights, _digest(config)
     fd, num_bytes = granted.weights()
     manifest = init.weights_manifest
     if manifest is None:
@@ -247,18 +296,32 @@ class _Progress:
             self._told = fraction
 
 
-def _arena(config: WorkerConfig, geometry: KVGeometry, granted: Grants, device: torch.device) -> Arena:
-    if device.type != "cpu":
-        num_blocks = config.num_blocks or _blocks_that_fit(config, geometry, device)
-        return Arena.on_device(geometry, num_blocks, device)
+def _gpu_model(config: WorkerConfig, weights: Weights, device: torch.device) -> GpuModel:
+    from memserve.workers.gpu_model import GpuModel  # and Triton with it, which takes its time
+
+    return GpuModel(config, weights, device)
+
+
+def _arena(
+    init: Init, geometry: KVGeometry, granted: Grants, gpu_model: GpuModel | None, gpu: Gpu | None
+) -> Arena:
+    config = init.config
+    if gpu_model is not None:
+        num_blocks = gpu_model.num_blocks(geometry)
+        if gpu is None:
+            return Arena.on_device(geometry, num_blocks, torch.device(config.device))
+        return make_arena(gpu, geometry, num_blocks, *granted.device_table(), init.incarnation)
     assert config.num_blocks is not None
     return _map_arena(granted, Tier.DEVICE, geometry, config.num_blocks)
 
 
-def _host_arena(config: WorkerConfig, geometry: KVGeometry, granted: Grants) -> HostArena | None:
+def _host_arena(
+    config: WorkerConfig, geometry: KVGeometry, granted: Grants, gpu: Gpu | None
+) -> HostArena | None:
     if config.host_blocks is None:
         return None
-    return HostArena(_map_arena(granted, Tier.HOST, geometry, config.max_host_blocks), config.host_blocks)
+    arena = _map_arena(granted, Tier.HOST, geometry, config.max_host_blocks)
+    return HostArena(arena, config.host_blocks, pins=None if gpu is None else CudaPins(gpu.device))
 
 
 def _map_arena(granted: Grants, tier: Tier, geometry: KVGeometry, num_blocks: int) -> Arena:
@@ -278,8 +341,12 @@ def _transfer(
     identity: str,
     wake: Callable[[], None],
     cores: set[int],
+    gpu: Gpu | None,
 ) -> PeerTransfer | None:
-    """What reaches the peers; None where the host cannot address the arena. Before cores are shared out."""
+    """What reaches the peers; None where nothing does. Before cores are shared out."""
+    if gpu is not None:
+        cuda = CudaTransfer(arena.as_bytes(), gpu, wake, num_layers=arena.geometry.num_layers)
+        return PeerTransfer(wake, None, cuda=cuda)
     if arena.blocks is None:
         return None
     config, shm, torch_pool = init.config, None, None
@@ -291,29 +358,7 @@ def _transfer(
     return PeerTransfer(wake, shm, torch_pool)
 
 
-def _blocks_that_fit(config: WorkerConfig, geometry: KVGeometry, device: torch.device) -> int:
-    """Blocks for the GPU's free memory, with room left for one full step."""
-    step_bytes = cuda_step_bytes(
-        config.model,
-        config.dtype,
-        max_batch_tokens=config.max_batch_tokens,
-        max_running=config.max_running,
-        max_model_len=config.max_model_len,
-    )
-    free, _ = torch.cuda.mem_get_info(device)
-    fraction = config.device_memory_fraction or DEFAULT_DEVICE_MEMORY_FRACTION
-    num_blocks = cuda_pool_blocks(int((free - step_bytes) * fraction), geometry)
-    needed = blocks_for(config.max_model_len, config.block_size)
-    if num_blocks < needed:
-        lacking_gib = (needed - num_blocks) * geometry.block_bytes / 2**30
-        raise MemoryError_(
-            f"the KV of one request of {config.max_model_len} tokens does not fit on {device}: "
-            f"{lacking_gib:.1f} GiB are missing"
-        )
-    return num_blocks
-
-
-def _warm_up(config: WorkerConfig, pool: MemPool, runner: ModelRunner, budget: StepBudget) -> None:
+def _warm_up(config: WorkerConfig, pool: MemPool, runner: Runner, budget: StepBudget) -> None:
     """Compute a few chunks: the first pays for what is made lazily, the others teach the budget.
 
     Nothing is known before the second, so it is small too; those after it are as long as the time allows.
@@ -331,7 +376,7 @@ def _warm_up(config: WorkerConfig, pool: MemPool, runner: ModelRunner, budget: S
     logger.info("a step of %d tokens takes %.1f ms", num_tokens, step_ms)
 
 
-def _run_once(config: WorkerConfig, pool: MemPool, runner: ModelRunner, num_tokens: int) -> None:
+def _run_once(config: WorkerConfig, pool: MemPool, runner: Runner, num_tokens: int) -> None:
     """Prefill arbitrary tokens and draw one. Raises EngineError if that is not possible."""
     token_ids = pack_tokens(np.arange(num_tokens, dtype=np.int32) % config.model.vocab_size)
     sampling = SamplingParams(max_tokens=1, seed=0)

@@ -46,7 +46,38 @@ class Drawn(NamedTuple):
     error: str | None = None
 
 
+class Step(Protocol):
+    """A step that was begun."""
+
+    def result(self) -> list[Drawn]:
+        """One `Drawn` per chunk, in their order; waits until they are computed. To be called once."""
+        ...
+
+
+class Computed(NamedTuple):
+    """A step that was computed at once."""
+
+    drawn: list[Drawn]
+
+    def result(self) -> list[Drawn]:
+        """See `Step`."""
+        return self.drawn
+
+
 class Runner(Protocol):
     """What the loop needs: the chunks' KV written, one `Drawn` per chunk in the same order."""
 
-    def execute(self, chunks: Sequence[Chunk]) -> list[Drawn]: ...
+    @property
+    def overlaps(self) -> bool:
+        """Whether a step may begin before the one before it has ended: its input tokens may then be pending
+        (`Request.expect`), drawn by that one.
+        """
+        ...
+
+    def begin(self, chunks: Sequence[Chunk]) -> Step:
+        """Start a step, after all that were begun before; what it needs of the requests is read now."""
+        ...
+
+    def execute(self, chunks: Sequence[Chunk]) -> list[Drawn]:
+        """A step from beginning to end, with no other under way."""
+        ...

@@ -4,6 +4,16 @@ Colocated or disaggregated is a matter of which messages come: `Prefill` ends in
 to the end, with an offer to pull from or without. Nothing here waits but the idle loop on its doorbell;
 every step is bounded (`budget`), so a message is never far from being read.
 
+A runner that overlaps steps (a GPU's) gets the next one while the one before, the *flight*, still runs, with
+its draws as pending tokens (`request`). It lands, its tokens are told, after the next has begun:
+
+    plan n+1 ──► begin n+1 ──► land n: tell its tokens ──► plan n+2 ...      n+1 computes meanwhile
+
+That a token ends its request is then seen one step late, and the surplus token is dropped; an end by length
+is known ahead. Blocks freed while a flight writes to them may go to the next step, which the device computes
+after it, but not to a pull that the pool does not order so: then the flight lands first. It does so too
+where requests may have to be preempted, or look at what they have drawn. Other runners' steps land at once.
+
 A request is in one place at a time: the scheduler's queues, `Pulls`, or the `OfferBook`; `_requests`
 finds those of the first two by id. A request leaves through `_finish`, `_drop` or the book, and its
 blocks with it, so that with no request left the pool is idle.
@@ -26,6 +36,7 @@ from memserve.messages import (
     Cancel,
     Connect,
     Decode,
+    DeviceGrant,
     Failed,
     FinishReason,
     Load,
@@ -50,7 +61,7 @@ from memserve.pool.mempool import MemPool
 from memserve.workers.budget import StepBudget, StepTally, pair_cost
 from memserve.workers.cache_admin import CacheAdmin
 from memserve.workers.channel import Channel, Doorbell, GrantSource, MessageTooLong, ReceivedGrant
-from memserve.workers.executor import Executor
+from memserve.workers.executor import Executor, Flight
 from memserve.workers.gauges import Gauges
 from memserve.workers.handoff import OfferBook, Pulls
 from memserve.workers.measurer import Measurer
@@ -68,6 +79,8 @@ ARRIVAL_LOOKS = 9
 ARRIVAL_LOOK_S = 0.00025
 # How often within a time to live it is looked what is over it.
 EXPIRY_LOOKS = 4
+# How often an idle loop looks whether what it has to tell is true by now: a GPU rings no doorbell.
+HELD_LOOK_S = 2e-4
 # A worker that has had nothing to do for so long says what its load is.
 REST_S = 0.02
 
@@ -88,8 +101,12 @@ class Worker:
         self._channel = channel
         self._grants = grants
         self._pool = pool
-        self._executor = Executor(runner, pool)
-        self._publisher = Publisher(pool, channel.send, by_layer=config.device == "cpu")
+        self._executor = Executor(runner, pool, config.max_model_len)
+        self._overlaps = runner.overlaps
+        self._flight: Flight | None = None
+        self._publisher = Publisher(
+            pool, channel.send, by_layer=pool.tells_layers, swaps_mark=pool.swaps_mark
+        )
         self._clock = clock
         self.budget = StepBudget(config.max_batch_tokens, config.max_step_ms, pair_cost(config.model))
         self._patience = Patience(self.budget)
@@ -136,7 +153,7 @@ class Worker:
     @property
     def _rest_s(self) -> float | None:
         """How long the loop may sleep at most."""
-        rests: list[float] = []
+        rests: list[float] = [HELD_LOOK_S] if self._publisher.is_holding else []
         if self._config.cache_ttl_s is not None:
             rests.append(self._config.cache_ttl_s / EXPIRY_LOOKS)
         patience_ends = self._scheduler.patience_ends
@@ -146,6 +163,9 @@ class Worker:
 
     def step(self) -> bool:
         """One turn of the loop. False = there is nothing to do until the doorbell rings."""
+        if self._config.device != "cpu":
+            self._receive_grants()  # a peer that died keeps its memory until we let go of it
+            self._publisher.flush()
         for message in self._channel.receive():
             self._handle(message)
         for control in self._pool.take_control():
@@ -159,32 +179,57 @@ class Worker:
             return False
         self._pool.poll()
         if self._measurer:
+            self._land()
             self._measure()
             return True
         self._expire()
+        if self._flight is not None and (self._flight.looks_back or self._scheduler.may_preempt):
+            self._land()
         tally = self.budget.open()
         plan = self._scheduler.schedule(tally, self._clock())
         self._publisher.tell_removed()  # before it is told what is in those blocks now
         for request, reason in plan.refused:
             self._fail(request, reason)
         if plan.pulls:
-            self._receive_grants()
+            self._before_pulls()
             for request in plan.pulls:
                 self._pulls.begin(request)
             if plan.chunks:
                 self._await_arrivals(plan, tally)
-        if not plan.chunks:
-            if plan.pulls:
-                return True  # one that could not begin has ended already, and rings no bell
-            return self._scheduler.is_stuck and self._pulls.make_room()
-        self._publisher.announce(plan.chunks)
+        chunks = [chunk for chunk in plan.chunks if chunk.request.state is RequestState.RUNNING]
+        if chunks:
+            self._run(chunks, tally)
+            return True
+        if self._flight is not None:
+            self._land()
+            return True
+        if plan.pulls:
+            return True  # one that could not begin has ended already, and rings no bell
+        return self._scheduler.is_stuck and self._pulls.make_room()
+
+    def _run(self, chunks: Sequence[Chunk], tally: StepTally) -> None:
+        """Begin a step; then the one before it lands, or itself."""
+        self._pool.progress.follow(self._publisher.announce(chunks))
         now = self._clock()
-        for request, _ in plan.chunks:
+        for request, _ in chunks:
             if request.began_at is None:
                 request.began_at = now
         self.gauges.begin_step()
-        drawn = self._executor.execute(plan.chunks)
-        step_ms = self.gauges.count_step(plan.chunks)
+        flight = self._executor.begin(chunks, tally)
+        self.gauges.count_step(chunks)
+        self._land(flight)
+        self._executor.advance(flight)
+        self._flight = flight
+        if not self._overlaps or flight.step is None:
+            self._land()
+
+    def _land(self, following: Flight | None = None) -> None:
+        """Wait for the step in flight, if there is one, and tell what it drew; `following` has begun."""
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return
+        drawn = self._executor.finish(flight, following)
+        step_ms, tally = self.gauges.step_ms, flight.tally
         self.budget.observe(tally, step_ms)
         logger.debug(
             "step of %d tokens, %d of them prefill: %.1f ms",
@@ -192,9 +237,8 @@ class Worker:
             tally.num_chunk_tokens,
             step_ms,
         )
-        self._tell(plan.chunks, drawn)
-        self.gauges.end_step()
-        return True
+        self._tell(flight.chunks, drawn)
+        self.gauges.end_step(next_began=following is not None)
 
     def _measure(self) -> None:
         """One repeat of what is to be measured, if it is undisturbed; then messages are read again."""
@@ -257,8 +301,13 @@ class Worker:
                     self._pool.add_sending_peer(grant)
                 except MemserveError as error:
                     logger.error("cannot pull from %s: %s", grant.instance, error)
+            case DeviceGrant() if grant.instance != self._config.instance and 0 < len(fds) <= 2:
+                try:
+                    self._pool.add_device_peer(grant, *fds)
+                except MemserveError as error:
+                    logger.error("cannot open the arena of %s: %s", grant.instance, error)
             case RevokeGrant():
-                self._pool.remove_peer(grant.instance)
+                self._pool.remove_peer(grant.instance, grant.tier)
             case _:
                 logger.error("an unexpected %s with %d descriptors", type(grant).__name__, len(fds))
                 for fd in fds:
@@ -269,6 +318,9 @@ class Worker:
 
         The blocks of a pull that was under way stay with it, as its copy may still write to them.
         """
+        if self._flight is not None:
+            self._executor.abandon(self._flight)
+            self._flight = None
         for request in tuple(self._requests.values()):
             self._drop(request)
         self._pulls.drop_all_ahead()
@@ -286,10 +338,10 @@ class Worker:
             case Reserve():
                 self._pulls.reserve(message)
             case PullAhead():
-                self._receive_grants()
+                self._before_pulls()
                 self._pulls.begin_ahead(message)
             case PullBack():
-                self._receive_grants()
+                self._before_pulls()
                 answer = self._pull_backs.begin(message)
                 if answer is not None:
                     self._channel.send(answer)
@@ -372,14 +424,27 @@ class Worker:
         for received in self._grants.receive():
             self.take_grant(received)
 
+    def _before_pulls(self) -> None:
+        """The blocks of a pull may be those that the flight still writes to: unless the pool orders the one
+        after the other, it lands first.
+        """
+        self._receive_grants()
+        if not self._pool.orders_pulls:
+            self._land()
+
     # --- telling ---
 
     def _tell(self, chunks: Sequence[Chunk], drawn: Sequence[Drawn]) -> None:
         """Take the drawn tokens and tell the router: one message for all decodes, one for each prefill."""
+        if not self._overlaps and all(result.token_id is None for result in drawn):
+            # A token that is here came out of the step on the same stream, after all that the step has
+            # written. Without one the step may have yet to run, unless it was waited for.
+            self._publisher.hold(self._pool.compute_mark())
         outputs: list[Output] = []
         prefilled: list[tuple[Request, Drawn, FinishReason | None]] = []
-        for (request, num_new), result in zip(chunks, drawn, strict=True):
-            request.num_computed_tokens += num_new
+        for (request, _), result in zip(chunks, drawn, strict=True):
+            if request.state is not RequestState.RUNNING:
+                continue  # it has ended meanwhile
             if result.prompt_logprobs:
                 request.add_prompt_logprobs(result.prompt_logprobs)
             if result.error is not None:
@@ -391,7 +456,7 @@ class Worker:
                 self._publisher.tell(request)  # a prefill that is done tells of all its blocks in its offer
             if token_id is None:
                 continue
-            request.append(token_id)
+            request.settle(token_id)
             reason = request.finish_reason(self._config.max_model_len)
             if request.kind is RequestKind.PREFILL:
                 prefilled.append((request, result, reason))

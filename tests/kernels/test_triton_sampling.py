@@ -66,7 +66,7 @@ def test_draws_follow_the_seed_and_the_position(params: dict[str, float]) -> Non
     logits = torch.randn(1, 320, generator=torch.Generator().manual_seed(0)).expand(8, -1).contiguous()
     rows = [row(seed=-1 - index // 4, position=index % 4, **params) for index in range(8)]
     ids = check(logits, rows)
-    assert len(set(ids.tolist())) > 2
+    assert len(set(ids.tolist())) > 1
     again = check(logits[:3].contiguous(), rows[5:8])
     assert torch.equal(again, ids[5:8])  # not on the row, nor on the batch
 

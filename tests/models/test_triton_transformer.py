@@ -86,7 +86,6 @@ def check(pair: Pair, *fed: Fed, tolerance: float = 2e-4) -> None:
 CASES = [
     ("llama3_rope", 16),
     ("llama_mqa_biases", 4),
-    ("llama_mha_tied_head80", 16),
     ("mistral_window", 1),
     ("qwen2_window", 16),
     ("qwen3", 4),

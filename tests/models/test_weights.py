@@ -24,7 +24,16 @@ from memserve.models import onednn
 from memserve.models.checkpoint import DummySource, tensor_shapes
 from memserve.models.step import LogitRows, SequenceSlice, build_step
 from memserve.models.transformer import Transformer
-from memserve.models.weights import Weights, load_weights_to_device, map_weights, write_weights
+from memserve.models.weights import (
+    Weights,
+    device_weights_bytes,
+    fill_device_weights,
+    load_weights_to_device,
+    map_weights,
+    view_device_weights,
+    write_weights,
+)
+from memserve.torch_dtypes import TORCH_DTYPES
 
 Tensors = dict[str, torch.Tensor]
 
@@ -260,3 +269,43 @@ def test_two_processes_share_one_copy(folder: Path) -> None:
     assert np.array_equal(theirs, ours.numpy().ravel())
     os.close(readonly)
     os.close(fd)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+def test_a_device_buffer_is_the_same_weights(oracle, name: str, dtype: str) -> None:
+    """One allocation, filled piece by piece, and seen again by another who has only the buffer."""
+    folder = oracle(name)[0]
+    model, torch_dtype = load_model_config(folder), TORCH_DTYPES[dtype]
+    buffer = torch.full((device_weights_bytes(model, dtype),), 255, dtype=torch.uint8)
+    told: list[float] = []
+    fill_device_weights(model, folder, dtype, "auto", 0, buffer, told.append)
+    assert told[0] == 0.0 and told[-1] == 1.0 and told == sorted(told)
+    weights = view_device_weights(model, dtype, buffer.clone())
+    _, manifest, shared = write(folder, dtype)
+    expected = logits(model, map_weights(model, manifest, memoryview(shared)), torch_dtype)
+    found = logits(model, weights, torch_dtype)
+    tolerance = 1e-4 if dtype == "float32" else 0.2
+    assert (found - expected).abs().max() < tolerance
+    assert len(buffer) <= weights_bytes_upper_bound(model, dtype)
+
+
+def test_dummies_made_on_a_device_are_those_of_shared_memory(oracle) -> None:
+    model = load_model_config(oracle("llama")[0])
+    buffer = torch.empty(device_weights_bytes(model, "float32"), dtype=torch.uint8)
+    fill_device_weights(model, Path("/nowhere"), "float32", "dummy", 5, buffer, ignore)
+    shared = bytearray(weights_bytes_upper_bound(model, "float32"))
+    manifest = write_weights(model, Path("/nowhere"), "float32", "dummy", 5, memoryview(shared), ignore)
+    expected = logits(model, map_weights(model, manifest, memoryview(shared)))
+    assert torch.allclose(logits(model, view_device_weights(model, "float32", buffer)), expected, atol=1e-4)
+    other = torch.empty_like(buffer)
+    fill_device_weights(model, Path("/nowhere"), "float32", "dummy", 6, other, ignore)
+    assert not torch.equal(buffer, other)
+
+
+def test_faults_of_a_folder_are_faults_on_a_device_too(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    model = load_model_config(folder)
+    buffer = torch.empty(device_weights_bytes(model, "float32"), dtype=torch.uint8)
+    with pytest.raises(ModelError, match="neither"):
+        fill_device_weights(model, folder, "float32", "auto", 0, buffer, ignore)

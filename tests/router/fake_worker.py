@@ -1,7 +1,9 @@
 """A worker without a model: speaks the protocol, does as it is told. Run by test_supervisor.py.
 
 `--mode` says how it starts; once ready, the request id of a `Cancel` is an order: "exit" ends the process,
-"garbage" sends nonsense, "report" answers `Failed` with what it was granted, as JSON.
+"garbage" sends nonsense, "report" answers `Failed` with what it was granted, as JSON. In mode "gpu" a memfd
+stands for the memory of a GPU, in mode "no-export" for nothing that anybody sends; in mode "no-weights" the
+loader keeps its weights for itself.
 """
 
 from __future__ import annotations
@@ -21,8 +23,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from memserve.messages import (  # noqa: E402
     FRAME_HEADER,
+    ArenaExport,
     ArenaGrant,
     Cancel,
+    DeviceExport,
+    DeviceGrant,
     Failed,
     Fatal,
     Heartbeat,
@@ -32,12 +37,15 @@ from memserve.messages import (  # noqa: E402
     Loading,
     PeerGrant,
     Ready,
+    RevokeGrant,
     Shutdown,
     ToRouter,
     ToWorker,
+    WeightsExport,
     WeightsGrant,
     decode_grant,
     decode_to_worker,
+    encode_export,
     encode_frame,
 )
 
@@ -77,7 +85,10 @@ class FakeWorker:
         if self.mode == "never-ready-again" and init.incarnation > 0:
             return 3
         threading.Thread(target=self.beat, daemon=True).start()
-        if init.weights_manifest is None:
+        if config.device != "cpu":
+            if config.shares_weights:
+                self.share_weights(init)
+        elif init.weights_manifest is None:
             for fraction in (0.5, 1.0):
                 self.send(Loading("weights", fraction))
             if self.mode == "stuck-loading":
@@ -86,12 +97,34 @@ class FakeWorker:
         else:
             assert init.weights_manifest == b"manifest"
         num_blocks, block_size = config.num_blocks, config.block_size
-        assert num_blocks is not None
+        num_blocks = num_blocks or 16
         other = self.mode == "other-model" and config.instance == "decode-0"
         other = other or (self.mode == "other-model-again" and init.incarnation > 0)
         fingerprint = "other" if other else "fingerprint"
+        if self.mode in ("gpu", "no-weights", "no-export"):
+            self.export(config.instance)
         self.send(Ready(num_blocks, block_size, config.max_model_len, fingerprint, "cpu", "float32", 0.0))
         return self.serve()
+
+    def export(self, instance: str) -> None:
+        fd = os.memfd_create(instance, os.MFD_CLOEXEC)
+        os.ftruncate(fd, 4096 * (self.incarnation + 1))
+        export = ArenaExport(16, 256, DeviceExport("GPU-0", 4096))
+        fds = [] if self.mode == "no-export" else [fd]
+        socket.send_fds(self.grants, [encode_export(export)], fds)
+        os.close(fd)
+
+    def share_weights(self, init: Init) -> None:
+        if init.weights_manifest is not None:
+            assert init.weights_manifest == b""
+            return
+        fd = os.memfd_create("weights", os.MFD_CLOEXEC)
+        os.ftruncate(fd, 512)
+        export = WeightsExport(500, DeviceExport("GPU-0", 512))
+        if self.mode != "no-weights":
+            socket.send_fds(self.grants, [encode_export(export)], [fd])
+        os.close(fd)
+        self.send(Loaded(b""))
 
     def serve(self) -> int:
         while (message := self.receive()) is not None:
@@ -132,8 +165,15 @@ class FakeWorker:
             elif isinstance(grant, PeerGrant):
                 assert not fds
                 arenas.append([grant.instance, grant.incarnation])
+            elif isinstance(grant, DeviceGrant):
+                assert sizes[0] == (grant.max_blocks + 1) * 8
+                assert grant.memory is None or (grant.num_blocks, grant.block_bytes) == (16, 256)
+                arenas.append([grant.instance, grant.incarnation, writable[0], sizes[1:]])
+            elif isinstance(grant, RevokeGrant):
+                assert not fds
+                arenas.append([grant.instance, "revoked", grant.tier])
             elif isinstance(grant, WeightsGrant):
-                assert sizes == [grant.num_bytes]
+                assert sizes == [grant.num_bytes if grant.memory is None else grant.memory.num_bytes]
                 weights.extend(writable)
             for fd in fds:
                 os.close(fd)

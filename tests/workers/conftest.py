@@ -1,6 +1,8 @@
 """Fakes for the workers' tests: a channel without sockets, a model whose next token is a hash of the KV
 in the arena.
 
+`LateRunner` is that model on a device that computes later than it is told to.
+
 The hash model makes every mistake with a block visible: a wrong, stale or freed block, or a wrong order,
 changes the tokens. `Rig` is one worker over a real pool; `link` grants rigs each other's arenas, as the
 supervisor would.
@@ -12,6 +14,7 @@ import dataclasses
 import json
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -49,7 +52,8 @@ from memserve.pool.retention import HostArena, Retention
 from memserve.pool.transports.by_peer import PeerTransfer
 from memserve.pool.transports.shm import ShmTransfer
 from memserve.workers.channel import MessageTooLong, ReceivedGrant
-from memserve.workers.steps import Chunk, Drawn
+from memserve.workers.request import Request
+from memserve.workers.steps import Chunk, Computed, Drawn
 from memserve.workers.worker import Worker
 
 VOCAB_SIZE = 997
@@ -66,6 +70,8 @@ def hash_tokens(token_ids: Sequence[int]) -> int:
 class HashRunner:
     """Stores token ids as "KV" and hashes what it finds there; raises where a `poisonous` request is."""
 
+    overlaps = False
+
     def __init__(self, kv: torch.Tensor, block_size: int) -> None:
         self.kv = kv
         self.block_size = block_size
@@ -73,6 +79,9 @@ class HashRunner:
         self.bad_requests: set[str] = set()
         self.batches: list[list[tuple[str, int]]] = []
         self.on_layer: Callable[[], None] = lambda: None
+
+    def begin(self, chunks: Sequence[Chunk]) -> Computed:
+        return Computed(self.execute(chunks))
 
     def execute(self, chunks: Sequence[Chunk]) -> list[Drawn]:
         self.batches.append([(chunk.request.request_id, chunk.num_new) for chunk in chunks])
@@ -98,6 +107,120 @@ class HashRunner:
         if request.request_id in self.bad_requests:
             return Drawn(error="not a number")
         stored = lane[slots[0], slots[1]]
+        assert torch.isfinite(stored).all(), "a freed block was read"
+        return Drawn(hash_tokens([int(value) for value in stored]))
+
+
+class Stream:
+    """Work that a device does later, in order: whatever is put in is done by the time it is waited for.
+
+    Freed blocks are poisoned when what was enqueued before is done, as no earlier can anybody write there.
+    """
+
+    def __init__(self) -> None:
+        # Each with what is to be done when it is done.
+        self._work: deque[tuple[Callable[[], None], list[Callable[[], None]]]] = deque()
+        self._num_done = self._num_put = 0
+
+    def put(self, work: Callable[[], None]) -> int:
+        """Enqueue; the count to wait for."""
+        self._work.append((work, []))
+        self._num_put += 1
+        return self._num_put
+
+    def wait(self, count: int) -> None:
+        """Until that much has been done."""
+        while self._num_done < count:
+            self._num_done += 1
+            work, after = self._work.popleft()
+            for each in (work, *after):
+                each()
+
+    def after(self, work: Callable[[], None]) -> None:
+        """Do it when nothing is enqueued: now, or with the end of the last that is."""
+        if self._work:
+            self._work[-1][1].append(work)
+        else:
+            work()
+
+
+class LateStep:
+    """A step of a `LateRunner`; `rows` are filled when the stream gets there."""
+
+    def __init__(self, runner: LateRunner, chunks: Sequence[Chunk], previous: LateStep | None) -> None:
+        self._runner = runner
+        self._names = [request.request_id for request, _ in chunks]
+        self.rows: dict[Request, Drawn] = {}
+        pieces = [self._piece(chunk, previous) for chunk in chunks]
+        self._end = runner.stream.put(lambda: [run() for run in pieces])
+
+    def _piece(self, chunk: Chunk, previous: LateStep | None) -> Callable[[], None]:
+        """Read all that is needed of a request now; compute it later."""
+        request, num_new = chunk
+        assert num_new > 0 and not (request.is_drawing and request.looks_back)
+        start = request.num_computed_tokens
+        stop = start + num_new
+        tokens = request.tokens(start, stop).copy()
+        block_ids = request.table.ids(-(-stop // self._runner.block_size)).copy()
+        draws = stop == request.num_tokens
+        is_drawing = draws and request.is_drawing
+
+        def run() -> None:
+            if is_drawing:
+                assert previous is not None
+                token_id = previous.rows[request].token_id
+                tokens[-1] = 0 if token_id is None else token_id
+            drawn = self._runner.hash_chunk(tokens, block_ids, start)
+            if draws and request.request_id in self._runner.bad_requests:
+                drawn = Drawn(error="not a number")
+            self.rows[request] = drawn if draws else Drawn()
+
+        return run
+
+    def result(self) -> list[Drawn]:
+        self._runner.num_waiting -= 1
+        self._runner.stream.wait(self._end)
+        if self._runner.poisonous & {*self._names}:
+            raise RuntimeError("broken kernel")
+        return list(self.rows.values())
+
+
+class LateRunner(HashRunner):
+    """The hash model on a device that works later: a step has an effect only when somebody waits for it.
+
+    `unbeginnable` requests fail their step when it begins, `poisonous` ones when it ends.
+    """
+
+    overlaps = True
+
+    def __init__(self, kv: torch.Tensor, block_size: int) -> None:
+        super().__init__(kv, block_size)
+        self.stream = Stream()
+        self.unbeginnable: set[str] = set()
+        self.num_waiting = self.most_waiting = 0
+        self._last: LateStep | None = None
+
+    def begin(self, chunks: Sequence[Chunk]) -> LateStep:
+        names = {request.request_id for request, _ in chunks}
+        if self.unbeginnable & names:
+            raise RuntimeError("no such kernel")
+        self.batches.append([(chunk.request.request_id, chunk.num_new) for chunk in chunks])
+        self.num_waiting += 1
+        self.most_waiting = max(self.most_waiting, self.num_waiting)
+        self._last = LateStep(self, chunks, self._last)
+        return self._last
+
+    def execute(self, chunks: Sequence[Chunk]) -> list[Drawn]:
+        assert not self.num_waiting and not any(request.is_drawing for request, _ in chunks)
+        return self.begin(chunks).result()
+
+    def hash_chunk(self, tokens: np.ndarray, block_ids: np.ndarray, start: int) -> Drawn:
+        """Store the tokens at `start` of these blocks, and hash all up to their end."""
+        slots = np.arange(start + len(tokens))
+        blocks, offsets = block_ids[slots // self.block_size], slots % self.block_size
+        lane = self.kv[:, 0, 0, 0, :, 0]
+        lane[blocks[start:], offsets[start:]] = torch.from_numpy(tokens.astype(np.float32))
+        stored = lane[blocks, offsets]
         assert torch.isfinite(stored).all(), "a freed block was read"
         return Drawn(hash_tokens([int(value) for value in stored]))
 
@@ -210,6 +333,17 @@ def poison(arena: Arena) -> Callable[[np.ndarray], None]:
     return spoil
 
 
+def poison_in_order(arena: Arena, stream: Stream) -> Callable[[np.ndarray], None]:
+    """Spoils the content of blocks when all that was begun before is done."""
+    spoil = poison(arena)
+
+    def enqueue(block_ids) -> None:
+        freed = np.array(block_ids)
+        stream.after(lambda: spoil(freed))
+
+    return enqueue
+
+
 def make_retention(config: WorkerConfig, geometry: KVGeometry, host_fds: ArenaFds | None) -> Retention | None:
     """What `workers.startup` makes of a config."""
     if not config.caches:
@@ -297,6 +431,10 @@ class Rigs:
             shm = ShmTransfer(arena.blocks, lambda: None, num_layers=geometry.num_layers, copy=copy)
             transfer = PeerTransfer(lambda: None, shm)
         channel, grants, clock = FakeChannel(), FakeGrants(), Clock()
+        spoil = poison(arena)
+        runner = runner_of(arena.kv, config.block_size)
+        if isinstance(runner, LateRunner):
+            spoil = poison_in_order(arena, runner.stream)
         pool = MemPool(
             arena,
             config.instance,
@@ -304,10 +442,9 @@ class Rigs:
             lambda: None,
             retention=make_retention(config, geometry, host_fds),
             clock=clock,
-            on_free=poison(arena),
+            on_free=spoil,
             transfer=transfer,
         )
-        runner = runner_of(pool.kv, config.block_size)
         if isinstance(runner, HashRunner):
             runner.on_layer = pool.progress.advance
         worker = Worker(config, channel, grants, pool, runner, clock)
@@ -414,6 +551,7 @@ class Tools:
     Clock = Clock
     Transcript = Transcript
     HashRunner = HashRunner
+    LateRunner = LateRunner
     make_config = staticmethod(make_worker_config)
     make_model = staticmethod(make_model)
 

@@ -1,8 +1,8 @@
 """Tile shapes of the kernels, kept per GPU in `tuned/<name>.json` and given to every launch.
 
 A file holds what was chosen for one GPU, `default.json` for any other and for what a file leaves out. Keys of
-a kernel's entries are `<bytes of an element>x<head_dim, up to a power of two>`. `benchmarks/kernels.py` tries
-candidates on the GPU at hand and writes such a file. A `Tuning` is plain data: it is handed down, never
+a kernel's entries are `<bytes of an element>x<head_dim, up to a power of two>`. `benchmarks/tune_kernels.py`
+tries candidates on the GPU at hand and writes such a file. A `Tuning` is plain data: it is handed down, never
 looked up by a kernel.
 """
 

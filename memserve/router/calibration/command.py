@@ -7,6 +7,7 @@ already is replaced, or with `reuse` checked as it is.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from memserve.router.scheduling.predictor import Predictor
 from memserve.router.supervision.machine import read_machine
 from memserve.router.supervision.memory import plan_workers
 from memserve.router.supervision.supervisor import Supervisor
+from memserve.router.supervision.transports import check_allocator
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +83,7 @@ def run(config: ServeConfig, options: CalibrateOptions) -> int:
     folder = resolve_model(config.model, config.revision, config.load_format)
     machine = read_machine(with_gpus=config.device != "cpu")
     plan = plan_workers(config, load_model_config(folder), folder, machine)
+    check_allocator(plan, os.environ)
     report = uvloop.run(_calibrate(config, options, plan, console))
     if report is None:
         return INTERRUPTED

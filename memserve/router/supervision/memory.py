@@ -22,7 +22,7 @@ from memserve.config import Caching, Role, ServeConfig, WorkerConfig
 from memserve.errors import ConfigError, MemoryError_
 from memserve.model_config import KVGeometry, ModelConfig, weights_bytes_upper_bound
 from memserve.router.supervision.machine import Gpu, Machine
-from memserve.router.supervision.placement import Seat, choose_dtype, place
+from memserve.router.supervision.placement import Seat, choose_dtype, names_roles, place
 from memserve.router.supervision.transports import announced
 from memserve.sizes import format_bytes, parse_memory
 from memserve.step_memory import cuda_pool_blocks, cuda_step_bytes
@@ -69,12 +69,6 @@ def plan_workers(
 ) -> tuple[WorkerConfig, ...]:
     """One resolved WorkerConfig per instance, prefill first. Raises ConfigError or MemoryError_."""
     seats = place(serve, machine)
-    if any(seat.gpu is not None and seat.role is not Role.COLOCATED for seat in seats):
-        logger.warning(
-            "prefill and decode workers on GPUs cannot pass KV to each other yet: every prompt is computed "
-            "twice; --colocated %d avoids that",
-            len({seat.gpu for seat in seats}),
-        )
     dtype = choose_dtype(serve, seats, machine)
     geometry = KVGeometry.of(model, serve.block_size, dtype)
     weights_bytes = weights_bytes_upper_bound(model, dtype)
@@ -117,6 +111,9 @@ def plan_workers(
             cache_ttl_s=serve.cache_ttl_s,
             host_blocks=host.num_blocks,
             max_host_blocks=host.most,
+            cuda_graphs=serve.cuda_graphs,
+            shares_weights=sum(seat.gpu is not None and seat.gpu == other.gpu for other in seats) > 1,
+            max_blocks=0 if seat.gpu is None else max(1, seat.gpu.total_bytes // geometry.block_bytes),
             transports=announced(serve.transport, "cpu" if seat.gpu is None else "cuda"),
             log_level=serve.log_level,
         )
@@ -234,10 +231,12 @@ def _cuda_pools(
     for gpu, others in sharing.items():
         where = f"memory on GPU {gpu.index} ({gpu.name})"
         needed = sum(_cuda_worker_bytes(seat, model, geometry, wanted_len) for seat in others)
-        left = gpu.free_bytes - len(others) * weights_bytes - needed
+        left = gpu.free_bytes - weights_bytes - needed
         what = f"1 worker with {format_bytes(weights_bytes)} of weights"
         if len(others) > 1:
-            what = f"{len(others)} workers with {format_bytes(weights_bytes)} of weights each"
+            what = f"{len(others)} workers with {format_bytes(weights_bytes)} of weights for all"
+        if len(others) > 1 and not names_roles(serve):
+            what += " (--colocated 1 needs one)"
         _check_left(left, what, where)
         for seat in others:
             asked = _parse("--device-memory", seat.options.device_memory) or DEFAULT_CUDA_FRACTION / len(

@@ -80,15 +80,12 @@ def _on_gpus(serve: ServeConfig, machine: Machine) -> bool:
 def _staff(serve: ServeConfig, gpus: Sequence[Gpu]) -> list[tuple[str, Role, WorkerOptions]]:
     """Name, role and options of every worker.
 
-    Where nothing is said of roles: on the CPU one prefill and one decode worker; a colocated one on each GPU,
-    as nothing carries KV between GPUs yet. Where one of the two numbers is given, the other takes the rest.
+    Where nothing is said of roles: one prefill and one decode worker, or half of the GPUs for each. Where one
+    of the two numbers is given, the other takes the rest.
     """
     num_gpus = len(gpus) if serve.worker.devices is None else len(set(serve.worker.devices))
-    num_colocated = serve.colocated
-    if num_colocated is None and gpus and not _names_roles(serve):
-        num_colocated = num_gpus
-    if num_colocated is not None:
-        return [(f"colocated-{i}", Role.COLOCATED, serve.worker) for i in range(num_colocated)]
+    if serve.colocated is not None:
+        return [(f"colocated-{i}", Role.COLOCATED, serve.worker) for i in range(serve.colocated)]
     num_prefill, num_decode = serve.prefill, serve.decode
     if num_prefill is None:
         num_prefill = max(1, num_gpus // 2 if num_decode is None else num_gpus - num_decode)
@@ -101,9 +98,9 @@ def _staff(serve: ServeConfig, gpus: Sequence[Gpu]) -> list[tuple[str, Role, Wor
     ]
 
 
-def _names_roles(serve: ServeConfig) -> bool:
-    """Whether prefill or decode workers are asked for, if only by an option of theirs."""
-    asked = (serve.prefill, serve.decode, serve.prefill_worker, serve.decode_worker)
+def names_roles(serve: ServeConfig) -> bool:
+    """Whether workers of some role are asked for, if only by an option of theirs."""
+    asked = (serve.colocated, serve.prefill, serve.decode, serve.prefill_worker, serve.decode_worker)
     return any(value is not None for value in asked)
 
 

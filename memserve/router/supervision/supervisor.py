@@ -101,7 +101,9 @@ class Supervisor:
     ) -> None:
         self._timing = timing if timing is not None else Timing()
         self._instances = {config.instance: _Instance(config, Backoff(self._timing)) for config in plan}
-        self._loader = plan[0].instance
+        # Of the workers of a device the first loads the weights, for the others too.
+        self._loaders = {config.device: config.instance for config in reversed(plan)}
+        self._loaded: set[str] = set()  # devices whose loader has loaded
         self._ping_deadline_s = serve.ping_deadline_s
         self._events = events
         self._command = command
@@ -185,24 +187,29 @@ class Supervisor:
         self._introduce(life)
         reason = await life.dead(self._ping_deadline_s, self._timing.startup_silence_s)
         instance.life = None
+        self._revoke_exports(config.instance)
         up_s = None if life.ready is None else asyncio.get_running_loop().time() - life.ready_at
         return _Death(reason, up_s, life.fatal)
 
     def _introduce(self, life: WorkerLife) -> None:
         """Send grants and Init; put off until the weights are loaded, unless it is the one to load them."""
         assert self._memory is not None
-        name = life.config.instance
-        loads = name == self._loader and self._weights_manifest is None
-        if self._memory.has_weights and self._weights_manifest is None and not loads:
+        name, device = life.config.instance, life.config.device
+        is_shared = self._memory.has_weights or life.config.shares_weights
+        loads = name == self._loaders[device] and device not in self._loaded
+        if is_shared and device not in self._loaded and not loads:
             return
-        sock = life.process.grants
+        sock, manifest = life.process.grants, self._weights_manifest
         with _refusal_closes(life):
             self._memory.grant_own(sock, name, life.incarnation)
             self._memory.grant_weights(sock, writable=loads)
+            if self._memory.has_gpu_weights(device):
+                self._memory.grant_gpu_weights(sock, device)
+                manifest = b""
             for peer in self._instances.values():
                 if peer.config.instance != name:
                     self._introduce_peer(life, peer.config, peer.incarnation)
-        life.introduce(Init(life.config, life.incarnation, self._weights_manifest))
+        life.introduce(Init(life.config, life.incarnation, manifest))
 
     def _introduce_peer(self, life: WorkerLife, peer: WorkerConfig, incarnation: int) -> None:
         """Let a worker pull from another, in the way that both announce. Raises OSError."""
@@ -212,6 +219,18 @@ class Supervisor:
                 self._memory.grant_peer(life.process.grants, peer.instance, incarnation)
             case "torch_distributed":
                 self._memory.name_peer(life.process.grants, peer.instance, incarnation)
+            case "cuda_ipc":
+                self._memory.grant_peer(life.process.grants, peer.instance, incarnation)
+                self._memory.grant_device(life.process.grants, peer.instance, incarnation)
+
+    def _revoke_exports(self, instance: str) -> None:
+        """A dead worker's GPU memory is not to be read any more: its peers let go of it."""
+        assert self._memory is not None
+        if self._memory.forget_exports(instance):
+            for peer in self._lives():
+                if peer.introduced_at is not None:
+                    with _refusal_closes(peer):
+                        self._memory.revoke_device(peer.process.grants, instance)
 
     def _on_message(self, life: WorkerLife, message: ToRouter) -> None:
         if self._stopping is not None:
@@ -220,7 +239,7 @@ class Supervisor:
             case Loading():
                 self._events.on_progress(life.config.instance, message.stage, message.fraction)
             case Loaded():
-                self._on_loaded(message)
+                self._on_loaded(life, message)
             case Ready():
                 self._on_ready(life, message)
             case Fatal():
@@ -228,24 +247,42 @@ class Supervisor:
             case _ if life.ready is not None:
                 self._events.on_worker_message(life.config.instance, life.incarnation, message)
 
-    def _on_loaded(self, message: Loaded) -> None:
-        self._weights_manifest = message.manifest
-        for life in self._lives():
-            if life.introduced_at is None:
-                self._introduce(life)
+    def _on_loaded(self, life: WorkerLife, message: Loaded) -> None:
+        assert self._memory is not None
+        if self._memory.has_weights:
+            self._weights_manifest = message.manifest
+        elif not self._take_exports(life):
+            return
+        self._loaded.add(life.config.device)
+        for waiting in self._lives():
+            if waiting.introduced_at is None:
+                self._introduce(waiting)
+
+    def _take_exports(self, life: WorkerLife) -> bool:
+        """False if what the worker exported is nothing to be taken: it ends."""
+        assert self._memory is not None
+        try:
+            self._memory.take_exports(life.process.grants, life.config.instance, life.config.device)
+        except (OSError, ValueError) as error:
+            life.client.close(f"exported no memory of its GPU: {error}")
+            return False
+        return True
 
     def _on_ready(self, life: WorkerLife, ready: Ready) -> None:
         assert self._memory is not None and self._all_up is not None
-        if not self._fits(life, ready):
+        if not self._fits(life, ready) or not self._take_exports(life):
             return
         life.ready = ready
         life.ready_at = asyncio.get_running_loop().time()
-        if life.incarnation > 0:
-            # The peers hold this arena under the incarnation before: right until now, for what it still held.
-            for peer in self._lives():
-                if peer is not life and peer.introduced_at is not None:
-                    with _refusal_closes(peer):
-                        self._introduce_peer(peer, life.config, life.incarnation)
+        for peer in self._lives():
+            if peer is life or peer.introduced_at is None:
+                continue
+            with _refusal_closes(peer):
+                if life.incarnation > 0:
+                    # They hold it under the incarnation before: right until now, for what it still held.
+                    self._introduce_peer(peer, life.config, life.incarnation)
+                elif between(peer.config, life.config) == "cuda_ipc":
+                    self._memory.grant_device(peer.process.grants, life.config.instance, 0)
         self._events.on_worker_up(life.config, life.incarnation, ready)
         if not self._all_up.done() and all(
             instance.life is not None and instance.life.ready is not None

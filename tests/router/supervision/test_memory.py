@@ -181,13 +181,14 @@ def test_worker_alone_on_its_gpu_sizes_its_pool() -> None:
     for config in configs:
         assert (config.num_blocks, config.device_memory_fraction) == (None, 0.9)
         assert (config.max_batch_tokens, config.max_step_ms) == (8192, None)
+        assert not config.shares_weights and config.cuda_graphs
     serve = ServeConfig(worker=options(device_memory="0.3"))
     assert plan(serve, make_machine(gpus=(70 * GIB, 70 * GIB)))[0].device_memory_fraction == 0.3
 
 
 def test_workers_on_one_gpu_get_equal_pools() -> None:
     prefill, decode = plan(ServeConfig(prefill=1, decode=1), make_machine(gpus=(70 * GIB,)))
-    assert prefill.device == decode.device == "cuda:0"
+    assert prefill.device == decode.device == "cuda:0" and prefill.shares_weights and decode.shares_weights
     assert prefill.num_blocks == decode.num_blocks
     assert 26 * GIB < tokens(prefill) * TOKEN_BYTES < 31 * GIB
     assert prefill.device_memory_fraction is None
@@ -203,10 +204,13 @@ def test_pool_of_a_size_on_a_gpu() -> None:
 
 
 def test_gpu_too_small_for_the_weights() -> None:
-    with pytest.raises(MemoryError_, match="2 workers with .* of weights each do not fit"):
+    with pytest.raises(MemoryError_, match="2 workers with .* of weights for all do not fit"):
         plan(ServeConfig(colocated=2), make_machine(gpus=(2 * GIB,)))
     with pytest.raises(MemoryError_, match="1 worker with .* of weights do not fit"):
-        plan(ServeConfig(), make_machine(gpus=(1 * GIB,)))
+        plan(ServeConfig(colocated=1), make_machine(gpus=(1 * GIB,)))
+    # whoever did not ask for two workers is told of one
+    with pytest.raises(MemoryError_, match=r"2 workers with .* all \(--colocated 1 needs one\) do not fit"):
+        plan(ServeConfig(), make_machine(gpus=(2 * GIB,)))
 
 
 def test_length_on_a_gpu() -> None:
@@ -220,13 +224,14 @@ def test_length_on_a_gpu() -> None:
     assert config.max_model_len == 131072
 
 
-def test_roles_on_gpus_are_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
-    plan(ServeConfig(), make_machine(gpus=(70 * GIB,) * 2))
-    plan(ServeConfig(prefill=2, decode=2), make_machine())
+def test_a_table_on_a_gpu_has_room_for_whatever_pool_there_will_be(caplog: pytest.LogCaptureFixture) -> None:
+    configs = plan(ServeConfig(prefill=1, decode=1), make_machine(gpus=(70 * GIB,) * 2))
+    for config in configs:
+        assert config.transports == ("cuda_ipc",)
+        assert config.max_blocks * config.block_size * TOKEN_BYTES <= 72 * GIB
+        assert (config.max_blocks + 1) * config.block_size * TOKEN_BYTES > 72 * GIB
+    assert [config.max_blocks for config in plan(ServeConfig(), make_machine())] == [0, 0]
     assert caplog.messages == []
-    plan(ServeConfig(prefill=2, decode=2), make_machine(gpus=(70 * GIB,) * 2))
-    assert len(caplog.messages) == 1
-    assert "--colocated 2 avoids that" in caplog.text
 
 
 # --- whatever the machine --------------------------------------------------------------------------------

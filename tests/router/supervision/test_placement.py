@@ -33,8 +33,9 @@ def names(serve: ServeConfig, machine: Machine) -> list[str]:
     ("serve", "num_gpus", "expected"),
     [
         (ServeConfig(), 0, "1P 1D"),
-        (ServeConfig(), 1, "1C"),
-        (ServeConfig(), 8, "8C"),
+        (ServeConfig(), 1, "1P 1D"),
+        (ServeConfig(), 2, "1P 1D"),
+        (ServeConfig(), 8, "4P 4D"),
         (ServeConfig(prefill=1), 1, "1P 1D"),
         (ServeConfig(decode=1), 2, "1P 1D"),
         (ServeConfig(prefill_worker=WorkerOptions(threads=2)), 5, "2P 3D"),
@@ -43,7 +44,7 @@ def names(serve: ServeConfig, machine: Machine) -> list[str]:
         (ServeConfig(prefill=3), 8, "3P 5D"),
         (ServeConfig(decode=2), 8, "6P 2D"),
         (ServeConfig(decode=9), 8, "1P 9D"),
-        (ServeConfig(worker=WorkerOptions(devices=(4, 5, 6, 7))), 8, "4C"),
+        (ServeConfig(worker=WorkerOptions(devices=(4, 5, 6, 7))), 8, "2P 2D"),
         (ServeConfig(colocated=3), 8, "3C"),
     ],
 )

@@ -22,7 +22,7 @@ import uvloop
 
 from memserve.config import ServeConfig, Transport, WorkerConfig
 from memserve.errors import ModelError, StartupError
-from memserve.messages import Cancel, Failed, Heartbeat, Ready, ToRouter
+from memserve.messages import Cancel, Failed, Heartbeat, Ready, Tier, ToRouter
 from memserve.router.supervision.liveness import Timing
 from memserve.router.supervision.supervisor import Supervisor
 from memserve.router.supervision.worker_process import WORKER_COMMAND
@@ -98,10 +98,11 @@ def make_supervisor(
     ping_deadline_s: float = 60.0,
     timing: Timing = TIMING,
     transports: tuple[Transport, ...] = ("shm",),
+    **changes: object,
 ) -> Supervisor:
     plan = (make_worker(instance) for instance in instances)
     return Supervisor(
-        tuple(msgspec.structs.replace(config, transports=transports) for config in plan),
+        tuple(msgspec.structs.replace(config, transports=transports, **changes) for config in plan),
         ServeConfig(ping_deadline_s=ping_deadline_s),
         events,
         command=(sys.executable, str(FAKE_WORKER), "--mode", mode),
@@ -160,6 +161,77 @@ async def test_peers_that_are_not_to_be_mapped_are_named_without_descriptors() -
         supervisor.send("decode-0", Cancel("report", 0))
         report = json.loads(str((await events.wait_for("message", "decode-0", 0, "report"))[4]))
         assert report["arenas"] == [["decode-0", 0, True, True], ["prefill-0", 0], ["prefill-0", 1]]
+
+
+ON_GPU = {"device": "cuda:0", "num_blocks": None, "max_blocks": 100, "transports": ("cuda_ipc",)}
+
+
+async def report_of(supervisor: Supervisor, events: Recorder, instance: str, incarnation: int = 0) -> object:
+    """What a worker was granted since it was last asked."""
+    events.heard[:] = [event for event in events.heard if event[0] != "message"]
+    assert supervisor.send(instance, Cancel("report", 0))
+    report = await events.wait_for("message", instance, incarnation, "report")
+    return json.loads(str(report[4]))["arenas"]
+
+
+async def test_memory_of_gpus_is_granted_as_long_as_its_owner_lives() -> None:
+    events = Recorder()
+    supervisor = make_supervisor(events, "gpu", **ON_GPU)
+    async with running(supervisor):
+        # 1. Each has its own table to write, its peer's to read, and its peer's memory by its descriptor.
+        for instance, peer in (("prefill-0", "decode-0"), ("decode-0", "prefill-0")):
+            assert await report_of(supervisor, events, instance) == [
+                [instance, 0, True, []],
+                [peer, 0, False, [4096]],
+            ]
+        # 2. One dies: its memory is revoked, its host tier would not be; then its new life's is granted.
+        supervisor.send("prefill-0", Cancel("exit", 0))
+        await events.wait_for("up", "prefill-0", 1)
+        assert await report_of(supervisor, events, "decode-0") == [
+            ["prefill-0", "revoked", int(Tier.DEVICE)],
+            ["prefill-0", 1, False, [8192]],
+        ]
+        # 3. The new life gets the table of the old one, and what its peer has exported already.
+        assert await report_of(supervisor, events, "prefill-0", 1) == [
+            ["prefill-0", 1, True, []],
+            ["decode-0", 0, False, [4096]],
+        ]
+
+
+@pytest.mark.parametrize("mode", ["gpu", "no-weights"])
+async def test_workers_on_one_gpu_get_the_weights_of_the_first(mode: str) -> None:
+    events = Recorder()
+    names = ("prefill-0", "decode-0", "decode-1")
+    supervisor = make_supervisor(events, mode, instances=names, shares_weights=True, **ON_GPU)
+    async with running(supervisor):
+        # 1. The first loads them; the others are introduced when it has, and may have to load their own.
+        given = [True] if mode == "gpu" else []
+        for name, expected in zip(names, ([], given, given), strict=True):
+            assert supervisor.send(name, Cancel("report", 0))
+            report = await events.wait_for("message", name, 0, "report")
+            assert json.loads(str(report[4]))["weights"] == expected
+        # 2. They outlive the worker that loaded them.
+        supervisor.send("prefill-0", Cancel("exit", 0))
+        await events.wait_for("up", "prefill-0", 1)
+        assert supervisor.send("prefill-0", Cancel("report", 0))
+        report = await events.wait_for("message", "prefill-0", 1, "report")
+        assert json.loads(str(report[4]))["weights"] == given
+
+
+async def test_workers_on_other_gpus_wait_for_nobody() -> None:
+    events = Recorder()
+    supervisor = make_supervisor(events, "gpu", **ON_GPU)
+    async with running(supervisor):
+        assert supervisor.send("decode-0", Cancel("report", 0))
+        report = await events.wait_for("message", "decode-0", 0, "report")
+        assert json.loads(str(report[4]))["weights"] == []
+
+
+async def test_an_export_without_its_descriptor_ends_the_worker() -> None:
+    supervisor = make_supervisor(Recorder(), "no-export", **ON_GPU)
+    with pytest.raises(StartupError, match="exported no memory of its GPU: .* with 0 descriptors"):
+        await supervisor.start()
+    assert workers() == []
 
 
 async def test_killed_worker_is_reaped_then_replaced() -> None:
