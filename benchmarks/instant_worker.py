@@ -1,10 +1,10 @@
 """A worker that computes nothing: it speaks the whole protocol and answers at once, with arbitrary tokens.
 
 Started by the supervisor in a worker's place (`router.py`). It sends what a real worker sends in the same
-places: `Stored` for every block that fills, the offer and `Pulled` of a hand-off, one `StepOutputs` a step
-for all that run, `Removed` for what leaves its pool, which forgets the oldest request first. The first token
-of a request comes without waiting; then steps so far apart that `--tokens-per-s` are drawn in all, or as
-fast as the router reads (0).
+places, each message in a write of its own: `Stored` for every block that fills, the offer and `Pulled` of a
+hand-off, one `StepOutputs` a step for all that run, `Removed` for what leaves its pool, which forgets the
+oldest request first. The first token of a request comes without waiting; then steps so far apart that
+`--tokens-per-s` are drawn in all, or as fast as the router reads (0).
 """
 
 from __future__ import annotations
@@ -78,7 +78,6 @@ class InstantWorker:
         self._control = control
         self._token_s = 1 / tokens_per_s if tokens_per_s else 0.0
         self._received = bytearray()
-        self._unsent: list[bytes] = []
         self._running: dict[str, Running] = {}
         self._began: list[Running] = []
         self._held: deque[list[int]] = deque()  # blocks of what has ended, the oldest first
@@ -101,7 +100,6 @@ class InstantWorker:
             self._send(Loaded(b"nothing"))
         ready = Ready(self._num_blocks, self._block_size, config.max_model_len, "none", "cpu", "none", 0.0)
         self._send(ready)
-        self._flush()
 
     def run(self) -> None:
         """Until Shutdown, or the end of the socket."""
@@ -127,7 +125,6 @@ class InstantWorker:
             if now >= next_beat:
                 self._send(Heartbeat(self._num_steps, 0.0, self._load()))
                 next_beat = now + HEARTBEAT_S
-            self._flush()
 
     # --- requests ---
 
@@ -232,12 +229,7 @@ class InstantWorker:
         return Load(num_running=len(self._running), num_steps=self._num_steps)
 
     def _send(self, message: ToRouter) -> None:
-        self._unsent.append(encode_frame(message, self._incarnation))
-
-    def _flush(self) -> None:
-        if self._unsent:
-            self._control.sendall(b"".join(self._unsent))
-            self._unsent = []
+        self._control.sendall(encode_frame(message, self._incarnation))
 
     def _receive(self) -> bool:
         data = self._control.recv(1 << 18)

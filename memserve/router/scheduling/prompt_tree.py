@@ -102,7 +102,12 @@ class PromptTree:
         self.nodes.forget(life)
 
     def snapshot(self, instance: str, incarnation: int, held: Iterable[HeldSequence], now: float) -> None:
-        """All that a live instance holds, in place of what was believed."""
+        """All that a live instance holds, in place of what was believed.
+
+        For whoever has missed something of an instance that lives on. Over a socketpair nobody does: it loses
+        nothing, and its end is the worker's. What the bounds make the tree forget comes back with each answer
+        (`relearn`, `hold`).
+        """
         life = self._live_life(instance, incarnation)
         if life is None:
             return
