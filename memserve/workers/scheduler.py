@@ -94,6 +94,7 @@ class Scheduler:
         self._max_running = max_running
         self._caches = caches
         self._patience = patience
+        self._looked_at = -math.inf
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.pulling: list[Request] = []
@@ -175,12 +176,15 @@ class Scheduler:
 
     @property
     def patience_ends(self) -> float | None:
-        """When the first request that waits for a pull will do so no more; None if none does."""
+        """When the next request that waits for a pull will do so no more; None if none does. One whose time
+        was up when it was last looked at is held up by something else.
+        """
         ends = [
             request.patience_ends
             for request in self.waiting
             if request.pending or (request.leader and request.leader.state is RequestState.PULLING)
         ]
+        ends = [end for end in ends if end > self._looked_at]
         end = min(ends, default=math.inf)
         return None if end == math.inf else end
 
@@ -191,6 +195,7 @@ class Scheduler:
         The step before may still run, its draws pending, unless `may_preempt`: a request is preempted only
         when all of its tokens are known.
         """
+        self._looked_at = now
         plan = StepPlan()
         prefilling = self._plan_decodes(plan, tally)
         if prefilling:

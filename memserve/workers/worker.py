@@ -26,6 +26,8 @@ import os
 import time
 from collections.abc import Callable, Sequence
 
+import msgspec
+
 from memserve.config import WorkerConfig
 from memserve.errors import EngineError, MemserveError
 from memserve.messages import (
@@ -128,27 +130,45 @@ class Worker:
         self._stopping = False
         self._expires_at = 0.0
         self._told_load = Load()
+        self._rests_since: float | None = None
 
     # --- the loop ---
 
     def run(self, doorbell: Doorbell) -> None:
         """Step until `Shutdown`. Raises ChannelClosed (no router) or EngineError (steps keep failing)."""
         while not self._stopping:
-            if not self.step() and not self._stopping:
+            if self.step():
+                self._rests_since = None
+            elif not self._stopping:
                 self._receive_grants()
                 self._rest(doorbell)
 
     def _rest(self, doorbell: Doorbell) -> None:
-        """Sleep until there is something to do. What came of the last steps is told after a moment of rest,
-        not only with the next heartbeat: where blocks are free again, requests may be waiting for them.
+        """Sleep until there is something to do, or to look at. What came of the last steps is told once the
+        loop has rested for a moment, not only with the next heartbeat: where blocks are free again, requests
+        may be waiting for them.
         """
-        if self.gauges.load() != self._told_load:
-            if doorbell.wait(REST_S if self._rest_s is None else min(REST_S, self._rest_s)):
-                return
-            beat = self.gauges.heartbeat()
-            self._told_load = beat.load
-            self._channel.send(beat)
-        doorbell.wait(self._rest_s)
+        now = self._clock()
+        if self._rests_since is None:
+            self._rests_since = now
+        rest_s = self._rest_s
+        rests = [] if rest_s is None else [rest_s]
+        if not self._load_is_told:
+            left_s = self._rests_since + REST_S - now
+            if left_s > 0:
+                rests.append(left_s)
+            else:
+                beat = self.gauges.heartbeat()
+                self._told_load = beat.load
+                self._channel.send(beat)
+        if doorbell.wait(min(rests, default=None)):
+            self._rests_since = None
+
+    @property
+    def _load_is_told(self) -> bool:
+        """Whether the last report at rest still holds, but for the time that goes by."""
+        told = self._told_load
+        return msgspec.structs.replace(self.gauges.load(), oldest_offer_s=told.oldest_offer_s) == told
 
     @property
     def _rest_s(self) -> float | None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from memserve.messages import Cancel, PullAhead, PullBack, Release, Reserve, pack_tokens
+from memserve.pool.mempool import MemPool
 from memserve.workers.budget import StepBudget
 from memserve.workers.patience import Patience
 from memserve.workers.request import Request
@@ -110,6 +111,34 @@ def test_it_takes_over_when_the_other_is_cancelled(two, tools, gate, decodes):
     assert pulled.failure is None and pulled.num_cached_tokens == 0
     check(two, tools, second, "b", said)
     two.end("a", "b")
+
+
+def test_who_has_waited_long_enough_and_finds_no_room_is_not_looked_at_all_the_time(
+    two, tools, gate, decodes, monkeypatch
+):
+    """What it needs then, blocks, rings the bell."""
+    worker = two.d.worker
+    common = np.frombuffer(decodes[1].token_ids, np.int32)[:PREFIX].tolist()
+    # 1. the first comes, and its pull stands still; a third waits behind the second
+    two.d.send(decodes[0])
+    _, third = two.prefilled("c", common + tools.prompt(5, seed=4), 4)
+    two.d.send(third)
+    worker.step()
+    assert [r.request_id for r in worker._scheduler.waiting] == ["b", "c"] and worker._scheduler.pulling
+    # 2. their time is up, but there is no room for the second, and so none behind it
+    with monkeypatch.context() as context:
+        context.setattr(MemPool, "num_available", 0)
+        two.d.clock.now += 100.0
+        assert not worker.step() and len(worker._scheduler.waiting) == 2
+        # 3. so the loop may sleep
+        assert worker._scheduler.patience_ends is None and worker._rest_s is None
+    # 4. and goes on with what they were to pull
+    gate.go_on.set()
+    two.d.run()
+    said = two.d.take()
+    for decode in (*decodes, third):
+        check(two, tools, decode, decode.request_id, said)
+    two.end("a", "b", "c")
 
 
 def test_it_waits_only_as_long_as_it_would_take_by_itself(two, tools, gate, decodes):

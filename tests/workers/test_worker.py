@@ -189,7 +189,8 @@ def test_an_idle_loop_sleeps_and_says_what_its_load_is(make_rig, tools):
         """1. a rest too short to tell anything; 2. a longer one; 3. and on, with nothing new to tell."""
 
         def wait(self, timeout_s: float | None) -> bool:
-            heard.append((len(rig.runner.batches), timeout_s))
+            heard.append((len(rig.runner.batches), timeout_s and round(timeout_s, 6)))
+            rig.clock.now += timeout_s or 1.0
             if len(heard) == 1:
                 rig.send(tools.decode("b", tools.prompt(5)))
             elif len(heard) == 3:
@@ -202,6 +203,29 @@ def test_an_idle_loop_sleeps_and_says_what_its_load_is(make_rig, tools):
     assert heard == [(8, REST_S), (16, REST_S), (16, None), (16, None)]
     (beat,) = (message for message in rig.take() if isinstance(message, Heartbeat))
     assert (beat.num_steps, beat.load.num_running, beat.load.num_active_blocks) == (16, 0, 0)
+    rig.assert_idle()
+
+
+def test_a_load_is_told_once_however_often_the_loop_looks_up(make_rig, tools, monkeypatch):
+    """An offer that stands grows older, which is no news; looks at what is on its way are no work."""
+    rig = make_rig()
+    rig.send(tools.prefill("a", tools.prompt(40)))
+    rests = iter([0.004] * 20)
+    monkeypatch.setattr(type(rig.worker), "_rest_s", property(lambda worker: next(rests, None)))
+    told_at = []
+
+    class Bell:
+        def wait(self, timeout_s: float | None) -> bool:
+            told_at.extend(rig.clock.now for message in rig.take() if isinstance(message, Heartbeat))
+            if timeout_s is None:
+                rig.send(Release("a", 0), Shutdown())
+                return True
+            rig.clock.now += timeout_s
+            return False
+
+    rig.worker.run(Bell())
+    assert told_at == [pytest.approx(100.0 + REST_S)]
+    rig.worker.close()
     rig.assert_idle()
 
 
