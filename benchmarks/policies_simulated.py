@@ -75,7 +75,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def working_set(trace: Trace) -> int:
-    """Tokens that a cache without bounds would hold in the end."""
+    """Tokens that a cache without bounds would hold in the end, of a trace with arrivals."""
+    assert trace.dues is not None  # in a closed loop sessions follow on sessions, which is not done here
     clients, cache = Clients(trace), InfiniteCache(trace.block_size)
     num_tokens = 0
     for _, session in clients.arrivals():

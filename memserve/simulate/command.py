@@ -132,6 +132,7 @@ def simulate(
     """
     import msgspec
 
+    from memserve.errors import WorkloadError
     from memserve.simulate.report import simulate as run
     from memserve.simulate.report import table
     from memserve.simulate.simulation import Setup
@@ -148,7 +149,10 @@ def simulate(
     names: tuple[PolicyName, ...] = policies or POLICY_NAMES
     reports = []
     for load in loads or (None,):
-        loaded = trace if load is None else at_load(trace, model, num_prefill or num_colocated, load)
+        try:
+            loaded = trace if load is None else at_load(trace, model, num_prefill or num_colocated, load)
+        except WorkloadError as error:
+            raise click.UsageError(f"--load {load:g}: {error}") from error
         for cache_tokens in cache_sizes:
             setup = Setup(
                 model=model,
@@ -164,7 +168,10 @@ def simulate(
             setups = [replace(setup, policy=name) for name in names]
             if bound:
                 setups.append(replace(setup, is_ideal=True))
-            group = [run(each, loaded, load) for each in setups]
+            try:
+                group = [run(each, loaded, load) for each in setups]
+            except WorkloadError as error:
+                raise click.UsageError(f"--trace {options['path']}: {error}") from error
             click.echo(table(group))
             reports += group
     if json_path is not None:
@@ -180,7 +187,7 @@ def simulate(
 
 def at_load(trace: Trace, model: CostModel, num_workers: int, load: float) -> Trace:
     """The trace with its times stretched, so that computing every prompt whole would take a share `load` of
-    the prefill side's time.
+    the prefill side's time. Raises WorkloadError where it has no times.
     """
     from memserve.router.scheduling.predictor import Predictor
 

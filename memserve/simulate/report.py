@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 
+from memserve.errors import WorkloadError
 from memserve.simulate.simulation import Setup, Simulation
 from memserve.simulate.traces import Trace
 
@@ -48,9 +49,14 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def simulate(setup: Setup, trace: Trace, load: float | None = None) -> Report:
-    """Run it and sum it up. `load`: what the trace was stretched to, for the record."""
+    """Run it and sum it up. `load`: what the trace was stretched to, for the record.
+
+    Raises WorkloadError if the trace sends no request in its duration.
+    """
     simulation = Simulation(setup, trace)
     outcomes, counters = simulation.run(), simulation.counters
+    if not outcomes:
+        raise WorkloadError("no request is sent")
     prefilling = [worker for name, worker in simulation.workers.items() if not name.startswith("decode")]
     busy = np.array([worker.busy_ms for worker in prefilling])
     ttft = np.array([outcome.ttft_ms for outcome in outcomes])

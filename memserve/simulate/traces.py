@@ -79,16 +79,22 @@ class Trace:
         return lengths
 
     def at_load(self, load: float, num_workers: int, prefill_ms: Callable[[int], float]) -> Trace:
-        """The same with its arrivals stretched, so that computing every prompt whole would take a share
-        `load` of so many workers' time.
+        """The same with its times stretched, so that computing every prompt whole would take a share `load` of
+        so many workers' time: arrivals, and with them think times and the duration.
+
+        Raises WorkloadError for a closed loop, and where all begins at once.
         """
         span_s = max(self.dues) if self.dues else 0.0
-        if span_s <= 0:
-            return self
+        if self.dues is None or span_s <= 0:
+            raise WorkloadError("the trace has no arrivals to stretch")
         work_s = sum(prefill_ms(num_tokens) for num_tokens, _ in self.lengths()) / 1e3
         factor = work_s / (num_workers * load) / span_s
-        assert self.dues is not None
-        return replace(self, dues=tuple(due * factor for due in self.dues))
+        return replace(
+            self,
+            dues=tuple(due * factor for due in self.dues),
+            think=replace(self.think, mean_s=self.think.mean_s * factor),
+            duration_s=self.duration_s * factor,
+        )
 
     def _count(self, piece: Piece | None) -> int:
         if piece is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -11,12 +12,15 @@ import msgspec
 import pytest
 from click.testing import CliRunner, Result
 
+from memserve.errors import WorkloadError
 from memserve.router.scheduling.cost_model import to_json
 from memserve.router.scheduling.hardware import h800_llama_2_13b
 from memserve.router.scheduling.policies.policies import POLICIES
 from memserve.router.scheduling.predictor import Predictor
 from memserve.simulate.command import POLICY_NAMES, at_load, simulate
 from memserve.simulate.report import Report
+from memserve.simulate.report import simulate as run
+from memserve.simulate.simulation import Setup
 from memserve.simulate.traces import read_trace
 
 ROW = '{"timestamp": 1, "input_length": 600, "output_length": 1, "hash_ids": [1, 2]}'
@@ -70,6 +74,43 @@ def test_load_is_a_share_of_the_prefill_sides_time(trace: Path) -> None:
     stretched = at_load(read_trace(trace), model, 3, 0.25)
     work_s = 60 * Predictor(model).prefill_ms(2560, 0) / 1e3
     assert stretched.dues is not None and max(stretched.dues) == pytest.approx(work_s / (3 * 0.25))
+
+
+def test_what_is_sent_is_the_same_at_any_load(tmp_path: Path) -> None:
+    words = "memserve bench serve random --sessions 40 --rate 200 --duration 0.1 --think-time 0.5"
+    path, model = tmp_path / "report.json", h800_llama_2_13b()
+    path.write_bytes(msgspec.json.encode({"command": words.split(), "report": {}}))
+    trace = read_trace(path, limit=30)
+    assert trace.dues is not None
+    for load in (0.05, 0.9):
+        stretched = at_load(trace, model, 2, load)
+        assert stretched.dues is not None
+        factor = stretched.dues[-1] / trace.dues[-1]
+        assert stretched.duration_s == pytest.approx(0.1 * factor)
+        assert stretched.think.mean_s == pytest.approx(0.5 * factor)
+    out = tmp_path / "out.json"
+    result = invoke(
+        *("--trace", path, "--limit", 30, "--prefill", 2, "--decode", 2, "--policy", "session", "--no-bound"),
+        *("--load", 0.05, "--load", 0.9, "--json", out),
+    )
+    assert result.exit_code == 0, result.output
+    counts = [report.num_requests for report in msgspec.json.decode(out.read_bytes(), type=list[Report])]
+    assert counts == [sum(due <= 0.1 for due in trace.dues)] * 2 and 1 < counts[0] < 30
+
+
+@pytest.mark.parametrize("how", ["--concurrency 2", "--rate inf"])
+def test_what_has_no_arrivals_cannot_be_stretched(tmp_path: Path, how: str) -> None:
+    path = tmp_path / "report.json"
+    words = f"memserve bench serve random --sessions 3 {how}"
+    path.write_bytes(msgspec.json.encode({"command": words.split(), "report": {}}))
+    result = invoke("--trace", path, "--prefill", 1, "--decode", 1, "--load", 0.5)
+    assert result.exit_code == 2 and "no arrivals to stretch" in result.output, result.output
+
+
+def test_a_trace_of_which_nothing_is_sent_is_refused(trace: Path) -> None:
+    late = replace(read_trace(trace, limit=3), dues=(5.0, 6.0, 7.0), duration_s=1.0)
+    with pytest.raises(WorkloadError, match="no request is sent"):
+        run(Setup(h800_llama_2_13b(), 1, 1), late)
 
 
 def test_loads_and_cache_sizes_make_a_grid(trace: Path, tmp_path: Path) -> None:
