@@ -1,8 +1,7 @@
 """Pulls into a GPU's arena, out of another GPU worker's arena or host tier: copies on a stream of their own.
 
-    begin ─► queued ─► copying ─► copied ─► result      the thread puts copies on the pull lane, in the
-    order in
-                └─────────┴──────────┴─ cancel ─► …     which pulls began, and looks whether they are done
+    begin ─► queued ─► copying ─► copied ─► result      the thread puts copies on the pull lane, in the order
+                └─────────┴──────────┴─ cancel ─► …     in which pulls began, and looks whether they are done
 
 A source's device arena is the memory that it exported, opened for our own GPU: the same one, or one that
 reaches it directly. Where our GPU cannot reach it, it is opened on the source's, and the driver stages what

@@ -5,8 +5,8 @@ model).
                                        ─► fit ─► check at steps held out ─► file
 
 One worker at a time is measured, the others are idle; no requests are taken meanwhile. What is measured, and
-what is made of it, is calibration_plan.py's. A worker that cannot be measured gets a guess (hardware.py), so
-that a server never fails to start for this.
+what is made of it, is plan.py's. A worker that cannot be measured gets a guess
+(scheduling/hardware.py), so that a server never fails to start for this.
 """
 
 from __future__ import annotations

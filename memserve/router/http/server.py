@@ -8,7 +8,7 @@
 
 A handler owns its sequences: however it ends — answered, failed, the client gone and the handler cancelled —
 its `Generation` is closed before it returns, and with it everything the engine runs for it. That needs an
-AppRunner with `handler_cancellation=True`. Errors before the first byte become a status (`http_errors.py`),
+AppRunner with `handler_cancellation=True`. Errors before the first byte become a status (`errors.py`),
 later ones the last event of the stream.
 
 A request has one id, the `x-request-id` of its answer: the answer's own id ends in it, and the engine's ids,

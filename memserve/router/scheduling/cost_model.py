@@ -240,7 +240,7 @@ def to_json(model: CostModel) -> bytes:
 
 
 class _Kept(msgspec.Struct):
-    """A file of calibration_files.py, as far as it matters here."""
+    """A file of calibration/files.py, as far as it matters here."""
 
     model: CostModel
 
