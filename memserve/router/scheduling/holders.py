@@ -19,6 +19,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from memserve.errors import EngineError
 from memserve.messages import BlockRefs, Tier
 
 Codes = NDArray[np.int32]
@@ -42,12 +43,23 @@ class Addresses(NamedTuple):
 
     @classmethod
     def of(cls, refs: BlockRefs) -> Addresses:
-        """The same without the common part."""
-        codes = np.array(refs.blocks, dtype=np.int32)  # raises OverflowError where one is no block at all
+        """The same without the common part.
+
+        Raises EngineError where a number is none of a block or a generation: refs come from workers, and
+        codes index tables here. Who sent them is then given up (WorkerClient).
+        """
+        try:
+            codes = np.array(refs.blocks, dtype=np.int32)
+            generations = np.array(refs.generations, dtype=np.int64)
+        except OverflowError as error:
+            raise EngineError(f"{refs.instance} told of blocks that cannot be: {error}") from error
+        # all bits of all blocks: a negative number has the highest, one too large one of the two highest
+        if not 0 <= np.bitwise_or.reduce(codes) < MAX_BLOCK:
+            raise EngineError(f"{refs.instance} told of blocks that cannot be")
         codes *= 2
         if refs.tier is Tier.HOST:
             codes += 1
-        return cls(codes, np.array(refs.generations, dtype=np.int64))
+        return cls(codes, generations)
 
     @classmethod
     def at(cls, blocks: NDArray[np.int64], tiers: NDArray[np.uint8], generations: Generations) -> Addresses:

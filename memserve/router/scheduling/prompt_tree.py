@@ -2,8 +2,8 @@
 (MemServe §Global scheduling). One tree for each role.
 
 It is a hint: a worker's index is the truth, and whoever pulls verifies generations. Fed by what the router
-itself dispatches (`hold` without addresses), by what workers tell (`hold`, `remove_blocks`), by the cached
-length in each reply (`relearn`) and by snapshots. Pure: times are arguments, in seconds.
+itself dispatches (`hold` without addresses), by what workers tell (`hold`, `remove_blocks`), and by the
+cached length in each reply (`relearn`). Pure: times are arguments, in seconds.
 
     join ──► live ──lose──► lost ──drop──► (gone)
                  lost: never routed to, but still readable, so still a source for pulls
@@ -15,9 +15,6 @@ Invariants (those of the nodes: holder_tree.py)
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterable
-from typing import NamedTuple
 
 import numpy as np
 
@@ -33,14 +30,6 @@ from memserve.router.scheduling.holders import (
     no_codes,
     no_generations,
 )
-
-
-class HeldSequence(NamedTuple):
-    """One entry of a snapshot: a whole prefix, and where its blocks are."""
-
-    namespace: str
-    tokens: bytes
-    addresses: Addresses
 
 
 class PromptTree:
@@ -100,20 +89,6 @@ class PromptTree:
             if not lost:
                 del self._lost[instance]
         self.nodes.forget(life)
-
-    def snapshot(self, instance: str, incarnation: int, held: Iterable[HeldSequence], now: float) -> None:
-        """All that a live instance holds, in place of what was believed.
-
-        For whoever has missed something of an instance that lives on. Over a socketpair nobody does: it loses
-        nothing, and its end is the worker's. What the bounds make the tree forget comes back with each answer
-        (`relearn`, `hold`).
-        """
-        life = self._live_life(instance, incarnation)
-        if life is None:
-            return
-        self.nodes.forget(life)
-        for namespace, tokens, addresses in held:
-            self.hold(instance, incarnation, namespace, tokens, now, addresses=addresses)
 
     # --- what is held ---
 

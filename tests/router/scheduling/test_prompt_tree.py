@@ -12,9 +12,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from memserve.errors import EngineError
 from memserve.messages import BlockRefs, Tier
 from memserve.router.scheduling.holders import NO_SLOT, UNKNOWN, Addresses
-from memserve.router.scheduling.prompt_tree import HeldSequence, PromptTree
+from memserve.router.scheduling.prompt_tree import PromptTree
 
 
 def key_of(tokens: list[int]) -> bytes:
@@ -149,7 +150,6 @@ class PromptTreeMachine(RuleBasedStateMachine):
         self.tree.remove(instance, incarnation, space, key)
         self.tree.remove_blocks(instance, incarnation, addresses(list(range(10)), generation=1))
         self.tree.relearn(instance, incarnation, space, key, 0, self.now)
-        self.tree.snapshot(instance, incarnation, [], self.now)
         self.tree.lose(instance, incarnation)
 
     @rule(instance=instances, space=spaces, tokens=sequences)
@@ -223,24 +223,6 @@ class PromptTreeMachine(RuleBasedStateMachine):
                 self.table[instance, incarnation].setdefault(prefix, None)
             for prefix in self.prefixes(space, tokens[:-1])[num_blocks:]:
                 self.cut((instance, incarnation), prefix)
-
-    @rule(instance=instances, space=spaces, tokens=sequences)
-    def snapshot(self, instance: str, space: str, tokens: list[int]) -> None:
-        incarnation = self.live.get(instance, 0)
-        prefixes = self.prefixes(space, tokens)
-        for index in range(len(prefixes)):
-            self.generations[instance, index * 2] = self.generations.get((instance, index * 2), 0) + 1
-        places = [(index, 0, self.generations[instance, index * 2]) for index in range(len(prefixes))]
-        told = addresses([place[0] for place in places])._replace(
-            generations=np.asarray([place[2] for place in places], dtype=np.int64)
-        )
-        self.tree.snapshot(instance, incarnation, [HeldSequence(space, key_of(tokens), told)], self.now)
-        if incarnation:
-            self.table[instance, incarnation] = dict(zip(prefixes, places, strict=True))
-            for life in self.table:
-                if life[0] == instance and life[1] != incarnation:
-                    for place in places:
-                        self.free(life, place[:2], None)
 
     # --- what must be so ---
 
@@ -318,6 +300,22 @@ def test_life_of_a_prefix() -> None:
     # 5. nothing stays
     tree.drop("p0", 2)
     assert tree.num_blocks == 0 and not list(tree.nodes)
+
+
+@pytest.mark.parametrize("tier", list(Tier))
+@pytest.mark.parametrize("block", [-(2**40), -(2**31), -(2**30), -1, 2**30, 2**31 - 1, 2**31, 2**63])
+def test_a_number_that_is_no_block_is_an_error(block: int, tier: Tier) -> None:
+    for blocks in ((block,), (3, block, 5)):
+        with pytest.raises(EngineError, match="p0 told of blocks"):
+            Addresses.of(BlockRefs("p0", 1, tier, blocks, (1,) * len(blocks)))
+
+
+def test_the_largest_and_the_empty_are_blocks() -> None:
+    refs = BlockRefs("p0", 1, Tier.HOST, (0, 2**30 - 1), (1, 2**63 - 1))
+    assert Addresses.of(refs).refs("p0", 1) == (refs,)
+    assert len(Addresses.of(BlockRefs("p0", 1, Tier.DEVICE, (), ())).codes) == 0
+    with pytest.raises(EngineError, match="p0 told of blocks"):
+        Addresses.of(BlockRefs("p0", 1, Tier.DEVICE, (1,), (2**63,)))
 
 
 def test_what_nobody_uses_is_not_believed() -> None:
