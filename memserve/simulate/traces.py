@@ -79,8 +79,8 @@ class Trace:
         return lengths
 
     def at_load(self, load: float, num_workers: int, prefill_ms: Callable[[int], float]) -> Trace:
-        """The same with its times stretched, so that computing every prompt whole would take a share `load` of
-        so many workers' time: arrivals, and with them think times and the duration.
+        """The same with its times stretched, so that computing every prompt whole would take a share `load`
+        of so many workers' time: arrivals, and with them think times and the duration.
 
         Raises WorkloadError for a closed loop, and where all begins at once.
         """
