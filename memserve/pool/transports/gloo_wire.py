@@ -13,7 +13,7 @@ before anything is indexed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from memserve.messages import Tier
 from memserve.pool.allocator import BlockIds
+from memserve.pool.runs import run_ends, runs
 from memserve.pool.transports.gloo_pair import FIRST_TAG
 from memserve.pool.transports.pull import num_same
 
@@ -145,19 +146,9 @@ class Proof:
         return min(num_before, num_after), num_before <= num_after and num_before < len(expected)
 
 
-def runs(ids: BlockIds) -> Iterator[tuple[int, int]]:
-    """Ranges [start, end) of positions whose ids follow each other."""
-    start = 0
-    for end in (*(np.flatnonzero(np.diff(ids) != 1) + 1).tolist(), len(ids)):
-        if end > start:
-            yield start, end
-        start = end
-
-
 def cut(blocks: BlockIds, into: BlockIds, block_bytes: int) -> list[int]:
     """Where the pieces of a chunk end: with each run of both `blocks` and `into` if those are long enough."""
-    jumps = (np.diff(blocks) != 1) | (np.diff(into) != 1)
-    ends = [*(np.flatnonzero(jumps) + 1).tolist(), len(blocks)]
+    ends = run_ends(blocks, into)
     if len(ends) > MAX_PIECES or len(ends) * _MIN_PIECE_BYTES > len(blocks) * block_bytes:
         return [len(blocks)]
     return ends

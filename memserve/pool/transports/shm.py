@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from memserve.messages import BlockRefs, Tier
 from memserve.pool.allocator import BlockIds
 from memserve.pool.arena import PeerArena
+from memserve.pool.runs import runs
 from memserve.pool.transports.base import FailedPull, Pull
 from memserve.pool.transports.pull import QueuedPull, gone, num_same
 
@@ -250,9 +251,6 @@ class _ShmPull(QueuedPull):
 
     def _runs(self, num_blocks: int, max_blocks: int) -> Iterator[tuple[int, int]]:
         """Ranges [start, end) of at most `max_blocks` positions, consecutive both at the source and here."""
-        jumps = (np.diff(self.blocks[:num_blocks]) != 1) | (np.diff(self.into[:num_blocks]) != 1)
-        start = 0
-        for stop in (*(np.flatnonzero(jumps) + 1).tolist(), num_blocks):
+        for start, stop in runs(self.blocks[:num_blocks], self.into[:num_blocks]):
             for piece in range(start, stop, max_blocks):
                 yield piece, min(piece + max_blocks, stop)
-            start = stop
