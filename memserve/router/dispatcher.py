@@ -48,6 +48,7 @@ from memserve.messages import (
     ToWorker,
     pack_tokens,
 )
+from memserve.model_config import blocks_for
 from memserve.router.events import (
     Abandon,
     Action,
@@ -68,7 +69,7 @@ from memserve.router.scheduling.fair_queue import FairQueue
 from memserve.router.scheduling.global_scheduler import GlobalScheduler
 from memserve.router.scheduling.kept_kv import SentPullBack, pull_back, what_is_left
 from memserve.router.scheduling.policies.decision import Decision
-from memserve.router.scheduling.policy import Placement, WorkerView, blocks_for, choose_decode
+from memserve.router.scheduling.policy import Placement, WorkerView, choose_decode
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from memserve.messages import Load
+from memserve.model_config import blocks_for
 from memserve.router.events import FromWorker, WorkerDown, WorkerUp
-from memserve.router.scheduling.policy import WorkerView, blocks_for
+from memserve.router.scheduling.policy import WorkerView
 
 
 @dataclass(slots=True)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from memserve.config import Role
 from memserve.messages import Load
+from memserve.model_config import blocks_for
 
 
 @dataclass(slots=True)
@@ -21,8 +22,8 @@ class WorkerView:
 
     `outstanding_tokens`: prompt tokens dispatched there and not yet computed, as far as the router knows.
     Predictions, kept by whoever dispatches (load.py): `queue_ms`, until what waits there is computed;
-    `link_ms`, until the copies to and from it are done; `recent_ms`, what it was given lately, in a unit of
-    which only ratios count; `num_decoding` and `num_context`, its decodes and the tokens they attend to.
+    `recent_ms`, what it was given lately, in a unit of which only ratios count; `num_decoding` and
+    `num_context`, its decodes and the tokens they attend to.
     """
 
     instance: str
@@ -37,7 +38,6 @@ class WorkerView:
     num_placed: int = 0
     outstanding_tokens: int = 0
     queue_ms: float = 0.0
-    link_ms: float = 0.0
     recent_ms: float = 0.0
     num_decoding: int = 0
     num_context: int = 0
@@ -78,11 +78,6 @@ def choose_decode(views: Sequence[WorkerView], owner: str) -> str:
     """
     candidates = [view for view in views if view.role is not Role.PREFILL]
     return min(candidates, key=load_key).instance if candidates else owner
-
-
-def blocks_for(num_tokens: int, block_size: int) -> int:
-    """Blocks that hold `num_tokens` tokens."""
-    return -(-num_tokens // block_size)
 
 
 def load_key(view: WorkerView) -> tuple[int, float, int, str]:

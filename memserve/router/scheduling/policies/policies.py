@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from memserve.config import Role
+from memserve.model_config import blocks_for
 from memserve.router.scheduling.policies.decision import (
     Ask,
     Candidate,
@@ -24,7 +25,7 @@ from memserve.router.scheduling.policies.decision import (
     PrefillRow,
 )
 from memserve.router.scheduling.policies.pricing import price_decodes, price_prefills
-from memserve.router.scheduling.policy import Placement, blocks_for, load_key
+from memserve.router.scheduling.policy import Placement, load_key
 
 # Rows this near to the best (a share, and ms) are as good: the one that was given least lately is taken. That
 # spreads cold requests.

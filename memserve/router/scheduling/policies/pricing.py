@@ -94,7 +94,7 @@ def price_prefills(
         exec_ms *= factor
         total_ms = queue_ms + swap_in_ms + exec_ms
         if num_pulled:
-            pull_ms = view.link_ms + pull_ms * correction.factor(_TRANSFER, False)
+            pull_ms *= correction.factor(_TRANSFER, False)
             pulled_exec_ms *= factor
             with_ms = (queue_ms if queue_ms > pull_ms else pull_ms) + swap_in_ms + pulled_exec_ms
             if with_ms < total_ms and source_name != name:
@@ -158,7 +158,7 @@ def price_decodes(candidates: Sequence[Candidate], ask: Ask, found: Found | None
         view, predictor = candidate.view, candidate.predictor
         holding = live.get(view.instance)
         num_moved = num_tokens if holding is None else max(0, num_tokens - holding.num_tokens)
-        move_ms = view.link_ms + predictor.pull_ms(num_moved)
+        move_ms = predictor.pull_ms(num_moved)
         factor = candidate.correction.factor(_DECODE, False)
         num_decoding, num_context = view.num_decoding, view.num_context
         step_ms = predictor.decode_ms(num_decoding + 1, num_context + num_tokens) * factor
