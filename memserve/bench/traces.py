@@ -32,6 +32,9 @@ MOONCAKE_BLOCK_TOKENS = 512
 MAX_TOKENS = 10_000_000
 """No prompt or answer is longer: a longer one is a mistake, and would only show when it is sent."""
 
+MAX_TIMESTAMP_MS = 10**13
+"""Three hundred years, so that milliseconds since 1970 are fine too: a later arrival is a mistake."""
+
 _Prompt = Annotated[int, msgspec.Meta(ge=1, le=MAX_TOKENS)]
 _Output = Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)]
 _HashId = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
@@ -40,7 +43,7 @@ _AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 
 
 class _MooncakeRow(msgspec.Struct):
-    timestamp: Annotated[float, msgspec.Meta(ge=0)]
+    timestamp: Annotated[float, msgspec.Meta(ge=0, le=MAX_TIMESTAMP_MS)]
     input_length: _Prompt
     output_length: _Output
     hash_ids: list[_HashId]

@@ -586,7 +586,13 @@ class Dispatcher:
         request.salvage = what_is_left(request, dead)
         self.counters.replayed += 1
         self.log.note(request.request_id, now, Happening.REPLAYED, f"{dead.instance} died")
-        logger.warning("%s: replayed from token %d", request.request_id, len(request.tokens))
+        num_tokens = len(request.tokens)
+        logger.warning(
+            "%s: replayed from token %d of the answer, %d with the prompt",
+            request.request_id,
+            num_tokens - request.num_prompt_tokens,
+            num_tokens,
+        )
         request.attempt += 1
         self._stop_decoding(request)
         if request.phase is Phase.HANDOFF and request.offer is not None:

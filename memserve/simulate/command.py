@@ -87,7 +87,7 @@ TRANSFERS = ("request", "chunk", "layer")
 )
 @click.option(
     "--rate",
-    type=click.FloatRange(0, 1e6, min_open=True),
+    type=click.FloatRange(1e-6, 1e6),
     help="Requests a second, for a trace without times [default: 1].",
 )
 @click.option("--limit", type=click.IntRange(1), help="Only so many rows, or sessions, of the trace.")

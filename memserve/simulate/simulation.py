@@ -209,7 +209,10 @@ class Simulation:
     def _tick(self) -> None:
         self._events.append(Tick())
         if self._due:
-            self._at(self.now + _TICK_S, self._tick)
+            due = self.now + _TICK_S
+            if not self._asked:  # nobody would notice the ticks before the next session
+                due = max(due, self._due[0][0] // _TICK_S * _TICK_S)
+            self._at(due, self._tick)
 
     def _begin(self, session: Session) -> None:
         self._ask(self._clients.begin(session))

@@ -16,18 +16,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memserve.bench.arrivals import ThinkTime
-from memserve.bench.files import read_json_rows
+from memserve.bench.files import at_line, read_json_rows
 from memserve.bench.load import Answers, LoadOptions, arrival_times
 from memserve.bench.report import read_command
 from memserve.bench.shaping import Shape
 from memserve.bench.text_tokens import TextTokens
 from memserve.bench.tokens import Tokens
-from memserve.bench.traces import MOONCAKE_BLOCK_TOKENS
+from memserve.bench.traces import MAX_TIMESTAMP_MS, MOONCAKE_BLOCK_TOKENS
 from memserve.bench.workload import Piece, Workload, expand
 from memserve.bench.workload_spec import Source, WorkloadSpec, load_workload
 from memserve.errors import WorkloadError
 
 SESSION_BLOCK_TOKENS = 16
+_FORMATS = (
+    "a Mooncake trace (a row has timestamp, input_length, output_length, hash_ids), sessions (id, turns), "
+    "both one JSON object a line, plain or gzip, or the JSON report of bench serve"
+)
 Ids = NDArray[np.int32]
 
 
@@ -141,7 +145,8 @@ def read_trace(
 
 def _trace(workload: Workload, text: TextTokens, load: LoadOptions, block_size: int) -> Trace:
     dues = arrival_times(workload.sessions, load)
-    assert dues is None or all(math.isfinite(due) for due in dues)
+    if dues and max(dues) * 1e3 > MAX_TIMESTAMP_MS:
+        raise WorkloadError(f"the last session would begin after {max(dues):.2g} s")
     return Trace(
         workload=workload,
         text=text,
@@ -181,6 +186,12 @@ def _repeat(command: Sequence[str], limit: int | None, block_size: int | None) -
 
 
 def _has_hash_ids(path: Path) -> bool:
-    for _, row in read_json_rows(path, dict[str, object]):
-        return "hash_ids" in row
+    """Whether it is Mooncake's; raises WorkloadError if it is none of the formats."""
+    try:
+        for line, row in read_json_rows(path, dict[str, object]):
+            if not row.keys() & {"hash_ids", "turns"}:
+                raise at_line(path, line, "this is of another kind")
+            return "hash_ids" in row
+    except WorkloadError as error:
+        raise WorkloadError(f"{error}; what is read is {_FORMATS}") from None
     return False

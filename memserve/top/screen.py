@@ -60,5 +60,6 @@ async def snapshot(client: TopClient, interval_s: float, console: Console, clock
     if state.now is not None:
         await asyncio.sleep(interval_s)
         state.add(await client.ask(), clock())
-    console.print(render(state, console.width, max(console.height, 24), clock(), time.time()))
+    height = max(console.height, 24)
+    console.print(render(state, console.width, height, clock(), time.time(), once=True))
     return state.now is not None

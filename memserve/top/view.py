@@ -65,12 +65,14 @@ class State:
             self.problem = snapshot.problems[0] if snapshot.problems else "no answer"
 
 
-def render(state: State, width: int, height: int, now: float, wall: float) -> RenderableType:
-    """`now` by the clock of the snapshots, `wall` in seconds since the epoch."""
+def render(
+    state: State, width: int, height: int, now: float, wall: float, *, once: bool = False
+) -> RenderableType:
+    """`now` by the clock of the snapshots, `wall` in seconds since the epoch. `once`: nothing comes after."""
     head = header(state, width, now, wall)
     snapshot = state.now
     if snapshot is None:
-        return Group(*head, Text(), Text("waiting for the server; q ends", "dim"))
+        return Group(*head) if once else Group(*head, Text(), Text("waiting for the server; q ends", "dim"))
     beside = width >= _BESIDE
     workers: Sequence[Worker] = snapshot.workers.value if snapshot.workers is not None else ()
     columns = width // 2 - 1 if beside else width

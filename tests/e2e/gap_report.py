@@ -20,7 +20,9 @@ from datetime import datetime
 from typing import NamedTuple
 
 _REPLAY = re.compile(
-    r"^(\S+ \S+) WARNING memserve\.router\.dispatcher: ([^.\s]+)\.\S*: replayed from token (\d+)$", re.M
+    r"^(\S+ \S+) WARNING memserve\.router\.dispatcher: ([^.\s]+)\.\S*: "
+    r"replayed from token \d+ of the answer, (\d+) with the prompt$",
+    re.M,
 )
 
 

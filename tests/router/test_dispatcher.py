@@ -470,7 +470,9 @@ def test_abandoned_at_each_point(point: str) -> None:
 
 @pytest.mark.parametrize("dead", ["prefill-0", "decode-0"])
 @pytest.mark.parametrize("point", ["prefilling", "handoff", "decoding"])
-def test_worker_dies_at_each_point(world: World, point: str, dead: str) -> None:
+def test_worker_dies_at_each_point(
+    world: World, point: str, dead: str, caplog: pytest.LogCaptureFixture
+) -> None:
     # 1. bring the request to the point
     world.submit("r", [1, 2, 3], 6, prompt_logprobs=0)
     p, d = world.workers["prefill-0"], world.workers["decode-0"]
@@ -488,6 +490,11 @@ def test_worker_dies_at_each_point(world: World, point: str, dead: str) -> None:
     world.assert_complete()
     world.assert_idle()
     assert world.prompt_logprobs == {"r": 1}
+    assert ("replayed" in caplog.text) == (world.dispatcher.counters.replayed > 0)
+    for record in caplog.records:
+        if "replayed" in record.message:
+            num_drawn = 1 + (point == "decoding") if point in ("handoff", "decoding") else 0
+            assert f"from token {num_drawn} of the answer, {3 + num_drawn} with" in record.message
     # 4. a replacement takes new requests
     world.up(dead, Role.PREFILL if dead == "prefill-0" else Role.DECODE)
     world.submit("s", [9, 8, 7], 4)

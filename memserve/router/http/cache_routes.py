@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
-from aiohttp import web
+from aiohttp import hdrs, web
 
 from memserve.errors import RequestError
 from memserve.memfd import available_bytes
@@ -17,7 +17,13 @@ from memserve.messages import CacheCommand, CacheReport, CacheVerb, pack_tokens
 from memserve.router.engine_api import Engine, InstanceStatus
 from memserve.router.http.limits import HttpLimits
 from memserve.router.http.openai import to_json
-from memserve.router.http.schemas import decode_cache, decode_chat, decode_completion, has_messages
+from memserve.router.http.schemas import (
+    decode_chat,
+    decode_completion,
+    decode_flush,
+    decode_resize,
+    has_messages,
+)
 from memserve.router.http.served_model import ServedModel
 from memserve.router.http.validation import plan_chat, plan_completion
 from memserve.sizes import format_bytes, parse_memory
@@ -64,7 +70,7 @@ class CacheRoutes:
         """Forget all that no request uses: {"instance": NAME}, or nothing for all, and for all the ids that
         answers are read as when they come back.
         """
-        body = decode_cache(await self.read_body(request))
+        body = decode_flush(b"" if _is_bare(request) else await self.read_body(request))
         if body.instance is None and self.model.history is not None:
             self.model.history.clear()
         rows = self._rows(body.instance)
@@ -98,7 +104,7 @@ class CacheRoutes:
 
     async def resize(self, request: web.Request) -> web.Response:
         """Let host tiers have {"host_memory": SIZE} each, of {"instance": NAME} or of all that have one."""
-        body = decode_cache(await self.read_body(request))
+        body = decode_resize(await self.read_body(request))
         if body.host_memory is None:
             raise RequestError("host_memory is missing, such as 2GiB", param="host_memory")
         num_bytes = _size(body.host_memory)
@@ -147,6 +153,14 @@ class CacheRoutes:
         self, rows: list[InstanceStatus], command: CacheCommand
     ) -> Mapping[str, CacheReport | None]:
         return await self.engine.command_caches({row.instance: command for row in rows})
+
+
+def _is_bare(request: web.Request) -> bool:
+    """Whether it says nothing but its path, as `curl -X POST` does. A web page could send that too without
+    being asked, as it could other types than JSON, but a browser then tells where it comes from.
+    """
+    told = (hdrs.CONTENT_TYPE, hdrs.ORIGIN, "Sec-Fetch-Site")
+    return not request.can_read_body and not any(name in request.headers for name in told)
 
 
 def _size(text: str) -> int:

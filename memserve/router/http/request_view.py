@@ -43,7 +43,7 @@ class DecodeCandidate(msgspec.Struct, frozen=True):
 
 
 class DecisionObject(msgspec.Struct, frozen=True):
-    """One placement; `prefill` None: `decode` does both, `decode` None: the first token ends it."""
+    """One placement; `prefill` equal to `decode`: it does both, `decode` None: the first token ends it."""
 
     policy: str
     prefill: str | None
@@ -188,7 +188,7 @@ def _decision(decision: Decision) -> DecisionObject:
     placement = decision.placement
     return DecisionObject(
         policy=decision.policy,
-        prefill=placement.prefill,
+        prefill=placement.prefill or placement.decode,
         decode=placement.decode,
         predicted_ttft_ms=round(decision.predicted_ttft_ms, 3),
         prefill_candidates=[_prefill(row, row is decision.prefill) for row in decision.prefills],

@@ -147,10 +147,15 @@ class ChatBody(SamplingBody, frozen=True, kw_only=True):
     modalities: list[str] | None = None
 
 
-class CacheBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """POST /v1/cache/flush and /resize: which instance (all, if none is named), and how much for each."""
+class FlushBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """POST /v1/cache/flush: which instance (all, if none is named)."""
 
     instance: Name | None = None
+
+
+class ResizeBody(FlushBody, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """POST /v1/cache/resize: also how much for each."""
+
     host_memory: Name | None = None
 
 
@@ -158,11 +163,12 @@ class _MaybeChat(msgspec.Struct, frozen=True):
     messages: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
 
 
-Body = TypeVar("Body", CompletionBody, ChatBody, CacheBody, _MaybeChat)
+Body = TypeVar("Body", CompletionBody, ChatBody, FlushBody, ResizeBody, _MaybeChat)
 
 _COMPLETION = msgspec.json.Decoder(CompletionBody)
 _CHAT = msgspec.json.Decoder(ChatBody)
-_CACHE = msgspec.json.Decoder(CacheBody)
+_FLUSH = msgspec.json.Decoder(FlushBody)
+_RESIZE = msgspec.json.Decoder(ResizeBody)
 _MAYBE_CHAT = msgspec.json.Decoder(_MaybeChat)
 # How msgspec says where: "… - at `$.stop[2]`", "… - at `key` in `$.logit_bias`", "… required field `model`".
 _FIELD = re.compile(r"`\$\.((\w+)[^`]*)`")
@@ -185,9 +191,14 @@ def decode_chat(data: bytes) -> ChatBody:
     return _decode(data, _CHAT)
 
 
-def decode_cache(data: bytes) -> CacheBody:
-    """The body of a command on the cache; nothing at all is one too. Raises RequestError otherwise."""
-    return _decode(data or b"{}", _CACHE)
+def decode_flush(data: bytes) -> FlushBody:
+    """The body of a flush; nothing at all is one too. Raises RequestError otherwise."""
+    return _decode(data or b"{}", _FLUSH)
+
+
+def decode_resize(data: bytes) -> ResizeBody:
+    """The body of a resize; nothing at all is read as {}. Raises RequestError otherwise."""
+    return _decode(data or b"{}", _RESIZE)
 
 
 def has_messages(data: bytes) -> bool:

@@ -40,6 +40,23 @@ async def test_flush(serve: Serve, say: Say) -> None:
     assert status == 404 and answer["error"]["param"] == "instance"
 
 
+async def test_flush_without_a_body(serve: Serve, say: Say) -> None:
+    server = await serve(say("hi"), reports={"prefill-0": CacheReport(1, num_blocks=9)})
+    bare = {"skip_auto_headers": ["Content-Type"]}
+    async with server.session.post("/v1/cache/flush", **bare) as response:
+        assert response.status == 200
+    assert len(server.engine.commands) == 2
+    # a web page of another site, and other routes
+    for headers in ({"Origin": "http://a.example"}, {"Sec-Fetch-Site": "cross-site"}):
+        async with server.session.post("/v1/cache/flush", headers=headers, **bare) as response:
+            assert response.status == 415
+    async with server.session.post("/v1/cache/flush", data=b'{"instance": "decode-0"}', **bare) as response:
+        assert response.status == 415
+    async with server.session.post("/v1/cache/resize", **bare) as response:
+        assert response.status == 415
+    assert len(server.engine.commands) == 2
+
+
 async def test_lookup_of_a_prompt_and_of_a_chat(serve: Serve, say: Say, tiny_tokenizer: Tokenizer) -> None:
     report = CacheReport(1, num_device_tokens=16, num_host_tokens=32)
     server = await serve(say("hi"), reports={"prefill-0": report, "decode-0": report})
@@ -71,6 +88,7 @@ async def test_lookup_of_a_prompt_and_of_a_chat(serve: Serve, say: Say, tiny_tok
         ("flush", {"instance": 3}),
         ("flush", []),
         ("flush", {"instances": "prefill-0"}),
+        ("flush", {"host_memory": "1GiB"}),
         ("resize", {"host_memory": "1GiB"}),
     ],
 )

@@ -808,6 +808,13 @@ async def test_where_a_request_goes_can_be_asked_for_and_is_told(serve: Serve, s
     (told,) = choice["decisions"]
     assert (told["prefill"], told["decode"], told["predicted_ttft_ms"]) == ("prefill-0", "decode-0", 9.0)
     assert [each["chosen"] for each in told["prefill_candidates"]] == [True, False]
+    # a decode worker that does all of it is named on both sides, as in the headers
+    alone = row._replace(instance="decode-0")
+    log.submitted("alone.1-0", 5, now=100.0)
+    log.placed("alone.1-0", Decision("session", Placement(None, "decode-0"), alone, None, [alone], []), 100.0)
+    async with server.session.get("/v1/requests/alone") as response:
+        ((both,),) = [choice["decisions"] for choice in (await response.json())["choices"]]
+    assert (both["prefill"], both["decode"]) == ("decode-0", "decode-0")
     assert decision_headers(log.get("mine.1-0")) == {
         "x-memserve-policy": "session",
         "x-memserve-prefill": "prefill-0",
