@@ -42,6 +42,11 @@ from memserve.top.command import top
 
 # A worker's heart beats once a second; two late beats on a busy machine are no death.
 MIN_PING_DEADLINE_S = 3.0
+# Far above what any machine can do: more is a slip of the pen, and tables are laid out for it at the start.
+MAX_RUNNING = 16_384
+MAX_BATCH_TOKENS = 1 << 20
+# As long a `model` as a request may have.
+MAX_NAME = 512
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -93,6 +98,31 @@ def _seconds(context: click.Context, parameter: click.Parameter, value: float | 
 def _ping_deadline(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
     if value is not None and not (math.isfinite(value) and value >= MIN_PING_DEADLINE_S):
         raise click.BadParameter(f"must be at least {MIN_PING_DEADLINE_S:g} s: workers report once a second")
+    return value
+
+
+def _api_name(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    """What clients send as `model`, and terminals and logs show."""
+    if value is not None and not (value.strip() and value.isprintable() and len(value) <= MAX_NAME):
+        raise click.BadParameter(f"a name has 1 to {MAX_NAME} characters that can be printed")
+    return value
+
+
+def _folder_or_off(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    """Found out before the measurement that it is to keep."""
+    if value is None or value == "off":
+        return value
+    if not value.strip():
+        raise click.BadParameter("an empty name is no folder")
+    try:
+        path = Path(value).expanduser()
+        while not path.exists() and path != path.parent:
+            path = path.parent  # it will be made, in the nearest that is there
+        is_folder = path.is_dir()
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, an unknown ~user, a NUL
+        raise click.BadParameter(str(error)) from error
+    if not is_folder:
+        raise click.BadParameter(f"{path} is no folder")
     return value
 
 
@@ -154,8 +184,16 @@ def _worker_options(role: str | None) -> Decorator:
             metavar="SIZE",
             callback=_memory,
         ),
-        _option(f"{prefix}max-batch-tokens", f"Most tokens in one step of {whose}.", type=_at_least(16)),
-        _option(f"{prefix}max-running", f"Most requests that {whose} runs at once.", type=_at_least(1)),
+        _option(
+            f"{prefix}max-batch-tokens",
+            f"Most tokens in one step of {whose}.",
+            type=click.IntRange(16, MAX_BATCH_TOKENS),
+        ),
+        _option(
+            f"{prefix}max-running",
+            f"Most requests that {whose} runs at once.",
+            type=click.IntRange(1, MAX_RUNNING),
+        ),
         _option(f"{prefix}threads", f"CPU threads of {whose} [default: an even share].", type=_at_least(1)),
     ]
 
@@ -176,7 +214,7 @@ COUNT = click.IntRange(1, 64)
 @_option("--tokenizer", "Folder, file or hub name of another tokenizer.", metavar="MODEL")
 @_option("--chat-template", "Jinja file instead of the model's chat template.", metavar="FILE")
 @_option("--load-format", "dummy: random weights.", type=click.Choice(get_args(LoadFormat)))
-@_option("--served-model-name", "Name in the API [default: the model's].", metavar="NAME")
+@_option("--served-model-name", "Name in the API [default: the model's].", metavar="NAME", callback=_api_name)
 @_option("--prefill", "Number of prefill workers [default: 1, or half of the GPUs].", type=COUNT)
 @_option("--decode", "Number of decode workers [default: 1, or half of the GPUs].", type=COUNT)
 @_option("--colocated", "Number of workers that do both instead.", type=COUNT)
@@ -242,6 +280,7 @@ COUNT = click.IntRange(1, 64)
     "Folder that keeps what the first start has measured of the workers' speed; off: nothing is measured "
     "[default: ~/.cache/memserve/calibration].",
     metavar="FOLDER|off",
+    callback=_folder_or_off,
 )
 @_worker_options(None)
 @_worker_options("prefill")

@@ -62,7 +62,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     drawn at random), and dummy weights (None: those of seed 0). `reuse_history_tokens`: an answer that comes
     back in a prompt is read as the ids that were generated, unless nothing is cached. `calibration`: folder
     for the cost models that are measured at the first start, None = the user's cache folder; "off" = nothing
-    is measured, they are guessed.
+    is measured, they are guessed. `cuda_graphs`: None = where there are GPUs.
     """
 
     model: str | None = None
@@ -81,7 +81,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     max_model_len: int | None = None
     transfer: Transfer = "layer"
     transport: TransportChoice = "auto"
-    cuda_graphs: bool = True
+    cuda_graphs: bool | None = None
     caching: Caching = "full"
     reuse_history_tokens: bool = True
     eviction: Eviction = "lru"

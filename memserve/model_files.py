@@ -64,9 +64,11 @@ def served_model_name(model: str | None) -> str:
 
 def _local(name: str) -> Path | None:
     """The path that `name` means, None if it is a name on the hub. Raises ModelError if it can be neither."""
+    if not name.strip():
+        raise ModelError("an empty name is no model or tokenizer: give a folder, or a name on the hub")
     try:
         path = Path(name).expanduser()
-        if name and path.exists():
+        if path.exists():
             return path
     except (OSError, RuntimeError) as error:  # not allowed to look, a name too long, an unknown ~user
         reason = error.strerror if isinstance(error, OSError) else error

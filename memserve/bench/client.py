@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import aiohttp
 import msgspec
@@ -180,6 +180,11 @@ def base_url(url: str) -> str:
     """A server's URL without a path: http is assumed, a /v1 at the end dropped. Raises BenchError."""
     full = url if "://" in url else f"http://{url}"
     full = full.rstrip("/").removesuffix("/v1").rstrip("/")
-    if not full.startswith(("http://", "https://")) or full.endswith("//"):
+    try:
+        parts = urlsplit(full)
+        is_url = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets that do not close, a port that is none
+        is_url = False
+    if not is_url:
         raise BenchError(f"{url!r} is no URL of a server, such as http://127.0.0.1:8000")
     return full

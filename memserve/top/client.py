@@ -63,15 +63,20 @@ class TopClient:
         assert self._http is not None
         try:
             async with self._http.get(f"{self.url}{path}", allow_redirects=False) as answer:
-                body = await _body(answer)
-                told_at = self._clock()
-                if answer.status == 200:
-                    return Told(told_at, read(body))
-                problem = f"{answer.status} {error_message(body)}"
+                try:
+                    body = await _body(answer)
+                    told_at = self._clock()
+                    if answer.status == 200:
+                        return Told(told_at, read(body))
+                    problem = f"{answer.status} {error_message(body)}"
+                except ValueError as error:
+                    problem = f"an answer that makes no sense: {one_line(error)}"
         except TimeoutError:
             problem = "no answer in time"
-        except ValueError as error:  # of `read`, and of a URL that aiohttp cannot use
-            problem = f"an answer that makes no sense: {one_line(error)}"
+        except ValueError:  # nothing was sent: a URL or a name that no server can have
+            problem = "this is no URL of a server"
+        except aiohttp.ClientConnectorDNSError:
+            problem = "there is no host of this name"
         except aiohttp.ClientConnectorError as error:  # its own text is long, and names the host again
             problem = os.strerror(error.errno) if error.errno else describe(error.os_error)
         except (aiohttp.ClientError, OSError) as error:

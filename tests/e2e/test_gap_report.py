@@ -19,9 +19,11 @@ from tests.e2e.gap_report import (
 
 LOG = """\
 2026-11-22 14:55:41,838 WARNING memserve.router.engine: decode-0 (incarnation 0) is down: exited
-2026-11-22 14:55:41,840 WARNING memserve.router.dispatcher: c3-17.204-0: replayed from token 21 of the answer, 121 with the prompt
+2026-11-22 14:55:41,840 WARNING memserve.router.dispatcher: c3-17.204-0: replayed \
+from token 21 of the answer, 121 with the prompt
 2026-11-22 14:55:41,841 WARNING memserve.router.dispatcher: c4-9.205-0: decode-0 got 16 tokens of KV
-2026-11-22 14:55:42,841 WARNING memserve.router.dispatcher: c4-9.205-0: replayed from token 0 of the answer, 7 with the prompt
+2026-11-22 14:55:42,841 WARNING memserve.router.dispatcher: c4-9.205-0: replayed \
+from token 0 of the answer, 7 with the prompt
 """
 
 

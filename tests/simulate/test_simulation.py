@@ -41,6 +41,24 @@ def test_a_lone_request_takes_what_the_model_says() -> None:
     assert counters.pulled_back_tokens == 0
 
 
+def test_no_time_is_spent_on_years_without_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tick a second would be thirty billion of them."""
+    num_ticks = 0
+    tick = Simulation._tick
+
+    def counted(simulation: Simulation) -> None:
+        nonlocal num_ticks
+        num_ticks += 1
+        assert num_ticks < 100
+        tick(simulation)
+
+    monkeypatch.setattr(Simulation, "_tick", counted)
+    trace = trace_of([single(str(at_s), blocks(*range(128)), 11, at_s) for at_s in (0.0, 1e9, 3e10)])
+    first, *others = Simulation(Setup(MODEL, 1, 1, cache_tokens=8192), trace).run()
+    assert [round(outcome.arrived_at) for outcome in others] == [10**9, 3 * 10**10]
+    assert num_ticks >= 2
+
+
 def test_what_http_takes_is_added_once() -> None:
     trace = trace_of([single("a", blocks(*range(128)), 11)])
     plain, late = (

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import NoReturn
 
+import aiohttp
 import pytest
 from aiohttp import web
 
@@ -147,10 +150,22 @@ def test_what_is_no_url() -> None:
         TopClient("ftp://x", time.monotonic)
 
 
+@pytest.mark.parametrize("url", ["http://[::1", "http://host:99999999", "http://:80", "http://host:0"])
+def test_a_url_that_is_broken(url: str) -> None:
+    with pytest.raises(BenchError, match="no URL"):
+        TopClient(url, time.monotonic)
+
+
 async def test_a_url_that_cannot_be_used() -> None:
-    for url in ("http://[::1", "http://host:99999999", "http://\x7f/"):
-        try:
-            snapshot = await ask(url)
-        except BenchError:
-            continue
-        assert snapshot[:3] == (None, None, None) and len(snapshot.problems) == 3
+    snapshot = await ask("http://a..b")
+    assert snapshot[:3] == (None, None, None) and len(snapshot.problems) == 3
+    assert all("no URL" in problem for problem in snapshot.problems)
+
+
+async def test_a_name_that_nobody_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def resolve(*args: object, **kwargs: object) -> NoReturn:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(aiohttp.DefaultResolver, "resolve", resolve)
+    snapshot = await ask("http://nobody")
+    assert all(problem.endswith(": there is no host of this name") for problem in snapshot.problems)

@@ -99,12 +99,15 @@ async def test_a_bug_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--interval", "0"], 2, "--interval"),
         (["--interval", "nan"], 2, "--interval"),
         ([], 2, "use --once"),
+        (["--once", "--url", "http://[::1"], 2, "no URL"),
+        (["--once", "--url", "host:99999999"], 2, "no URL"),
         (["--once", "--url", "http://127.0.0.1:1"], 1, "/v1/workers: Connection refused"),
     ],
 )
 def test_what_cannot_be_done_is_said(args: list[str], status: int, told: str) -> None:
     result = CliRunner().invoke(cli, ["top", *args])
     assert (result.exit_code, told in result.output) == (status, True), result.output
+    assert "waiting" not in result.output
 
 
 class Terminal:

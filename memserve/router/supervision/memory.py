@@ -111,7 +111,7 @@ def plan_workers(
             cache_ttl_s=serve.cache_ttl_s,
             host_blocks=host.num_blocks,
             max_host_blocks=host.most,
-            cuda_graphs=serve.cuda_graphs,
+            cuda_graphs=serve.cuda_graphs is not False,
             shares_weights=sum(seat.gpu is not None and seat.gpu == other.gpu for other in seats) > 1,
             max_blocks=0 if seat.gpu is None else max(1, seat.gpu.total_bytes // geometry.block_bytes),
             transports=announced(serve.transport, "cpu" if seat.gpu is None else "cuda"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from memserve.config import Role, ServeConfig, WorkerOptions
 from memserve.errors import ConfigError
@@ -13,6 +14,8 @@ from memserve.router.supervision.machine import Gpu, Machine
 BF16_COMPUTE_CAPABILITY = (8, 0)
 # What is left for the CPU to do beside a GPU is launching kernels and moving small tensors.
 MAX_CUDA_THREADS = 8
+# More than one a core only wait for each other; the system refuses very many, and the worker dies of it.
+MAX_THREADS_A_CORE = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +46,10 @@ def check_roles(serve: ServeConfig) -> None:
 def place(serve: ServeConfig, machine: Machine) -> tuple[Seat, ...]:
     """Every worker's place, prefill first. Raises ConfigError."""
     check_roles(serve)
+    _check_threads(serve, machine)
     on_gpus = _on_gpus(serve, machine)
     staff = _staff(serve, machine.gpus if on_gpus else ())
-    gpus: Sequence[Gpu | None] = _take_turns(staff, machine.gpus) if on_gpus else [None] * len(staff)
+    gpus: Sequence[Gpu | None] = _take_turns(serve, staff, machine.gpus) if on_gpus else [None] * len(staff)
     cores = _cores([options.threads for _, _, options in staff], machine, pin=not on_gpus)
     return tuple(
         Seat(instance, role, options, gpu, threads, cpus)
@@ -71,10 +75,31 @@ def _on_gpus(serve: ServeConfig, machine: Machine) -> bool:
         raise ConfigError("--device cuda: no GPU was found, or the installed torch was built without CUDA")
     if serve.device != "cpu" and machine.gpus:
         return True
-    for options in (serve.worker, serve.prefill_worker, serve.decode_worker):
-        if options is not None and options.devices is not None:
-            raise ConfigError("--devices names GPUs, but the workers run on the CPU")
+    for option, _ in _given(serve, "devices"):
+        raise ConfigError(f"{option} names GPUs, but the workers run on the CPU")
+    if serve.cuda_graphs:
+        raise ConfigError("--cuda-graphs is for GPUs, but the workers run on the CPU")
     return False
+
+
+def _check_threads(serve: ServeConfig, machine: Machine) -> None:
+    most = MAX_THREADS_A_CORE * machine.num_cpus
+    for option, threads in _given(serve, "threads"):
+        if threads > most:
+            raise ConfigError(
+                f"{option} {threads}: at most {most}, {MAX_THREADS_A_CORE} for each core of the machine"
+            )
+
+
+def _given(serve: ServeConfig, name: str) -> list[tuple[str, Any]]:
+    """(option, value) wherever a field of WorkerOptions was given: for all workers, or for a role's."""
+    common = getattr(serve.worker, name)
+    given = [] if common is None else [(f"--{name}", common)]
+    for role, options in ((Role.PREFILL, serve.prefill_worker), (Role.DECODE, serve.decode_worker)):
+        value = None if options is None else getattr(options, name)
+        if value is not None and value != common:  # else it is the one for all
+            given.append((f"--{role.value}-{name}", value))
+    return given
 
 
 def _staff(serve: ServeConfig, gpus: Sequence[Gpu]) -> list[tuple[str, Role, WorkerOptions]]:
@@ -104,7 +129,9 @@ def names_roles(serve: ServeConfig) -> bool:
     return any(value is not None for value in asked)
 
 
-def _take_turns(staff: Sequence[tuple[str, Role, WorkerOptions]], gpus: Sequence[Gpu]) -> list[Gpu]:
+def _take_turns(
+    serve: ServeConfig, staff: Sequence[tuple[str, Role, WorkerOptions]], gpus: Sequence[Gpu]
+) -> list[Gpu]:
     """One GPU for each: workers with the same `devices` take turns on them."""
     turns: Counter[tuple[int, ...]] = Counter()
     taken = []
@@ -112,7 +139,8 @@ def _take_turns(staff: Sequence[tuple[str, Role, WorkerOptions]], gpus: Sequence
         devices = options.devices if options.devices is not None else tuple(range(len(gpus)))
         index = devices[turns[devices] % len(devices)]
         if not 0 <= index < len(gpus):
-            raise ConfigError(f"--devices: there is no GPU {index}, the last is {len(gpus) - 1}")
+            option = next((each for each, value in _given(serve, "devices") if value == devices), "--devices")
+            raise ConfigError(f"{option}: there is no GPU {index}, the last is {len(gpus) - 1}")
         turns[devices] += 1
         taken.append(gpus[index])
     return taken

@@ -72,8 +72,36 @@ def test_names() -> None:
     ],
 )
 def test_contradictions(serve: ServeConfig) -> None:
-    with pytest.raises(ConfigError, match="--(colocated|prefill|device|devices)"):
+    with pytest.raises(ConfigError, match="--(colocated|prefill|device|devices|decode-devices)"):
         place(serve, make_machine())
+
+
+@pytest.mark.parametrize(
+    ("serve", "said"),
+    [
+        (ServeConfig(cuda_graphs=True), "--cuda-graphs is for GPUs"),
+        (ServeConfig(worker=WorkerOptions(devices=(0,))), "--devices names"),
+        (ServeConfig(prefill_worker=WorkerOptions(devices=(0, 1))), "--prefill-devices names"),
+        (ServeConfig(decode_worker=WorkerOptions(devices=(0,))), "--decode-devices names"),
+        (ServeConfig(worker=WorkerOptions(threads=33)), "--threads 33: at most 32"),
+        (ServeConfig(decode_worker=WorkerOptions(threads=99)), "--decode-threads 99: at most 32"),
+    ],
+)
+def test_what_was_given_is_named(serve: ServeConfig, said: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{said}"):
+        place(serve, make_machine())
+
+
+def test_threads_and_graphs_that_are_fine() -> None:
+    assert place(ServeConfig(worker=WorkerOptions(threads=32)), make_machine())[0].threads == 32
+    assert place(ServeConfig(cuda_graphs=False), make_machine())
+    assert place(ServeConfig(cuda_graphs=True), make_machine(num_gpus=1))
+
+
+def test_a_gpu_that_is_not_there_is_told_by_its_option() -> None:
+    serve = ServeConfig(prefill_worker=WorkerOptions(devices=(5,)))
+    with pytest.raises(ConfigError, match="^--prefill-devices: there is no GPU 5"):
+        place(serve, make_machine(num_gpus=2))
 
 
 # --- GPUs ------------------------------------------------------------------------------------------------
