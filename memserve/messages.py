@@ -494,7 +494,8 @@ class Pulled(_Message, frozen=True, array_like=True, tag=True, gc=False):
     """An offer was dealt with: the router may release it at its source.
 
     The KV of `num_tokens` tokens is here now, `num_cached_tokens` of them because it was before; the rest is
-    recomputed because of `failure` (None when all came).
+    recomputed because of `failure` (None when all came). `pull_ms` is the time of what was pulled once the
+    offer was here, from the begin of that to its end.
     """
 
     request_id: str

@@ -2,9 +2,9 @@
 
     match what is here ─► allocate what is lacking ─► pull, verified ─► publish ─► visible to `match`
 
-In this order, so that nobody finds what is not there yet. While another pull brings blocks of the same
-prefix, this one waits for its end, holding nothing, and pulls what then is lacking (pending.py). Where the
-source had freed or rewritten something meanwhile, the verified beginning counts and the rest is a miss.
+In this order, so that nobody finds what is not there yet. While another pull under way brings blocks of the
+same prefix, this one waits for its end, holding nothing, and pulls what then is lacking (pending.py). Where
+the source had freed or rewritten something meanwhile, the verified beginning counts and the rest is a miss.
 """
 
 from __future__ import annotations
@@ -98,11 +98,6 @@ class Incoming:
             self._pull.cancel()
 
 
-def tail(refs: BlockRefs, start: int) -> BlockRefs:
-    """The addresses from the `start`th on."""
-    return refs.tail(start)
-
-
 class Pool(Protocol):
     """What is needed of a `MemPool`."""
 
@@ -155,10 +150,10 @@ def _with_insert(pool: Pool, offered: Transfer, spare: int, num_waits: int = 0) 
         return Incoming(None, _nothing, failure)
 
     def finish(num_verified: int, num_bytes: int, failure: str | None) -> Received:
-        if pending is not None:
-            pending.end()
         stop = num_shared + num_verified
         pool.publish(table, offered.tokens[num_shared * step : stop * step])
+        if pending is not None:
+            pending.end()  # those who wait for it find what was just published
         blocks = table.ids(table.num_shared).copy()
         pool.release(table)
         return Received(num_verified, num_bytes, blocks, failure)
@@ -167,10 +162,11 @@ def _with_insert(pool: Pool, offered: Transfer, spare: int, num_waits: int = 0) 
     if num_shared == num_blocks:
         return Incoming(None, finish)
     pending = pool.expect(offered.tokens, offered.salt)
+    pending.begin()
     ids = pool.alloc_mem(num_lacking)
     assert ids is not None
     table.append(ids)
-    return Incoming(pool.fetch(tail(refs, num_shared - offered.first_block), ids), finish)
+    return Incoming(pool.fetch(refs.tail(num_shared - offered.first_block), ids), finish)
 
 
 def _nothing(num_verified: int, num_bytes: int, failure: str | None) -> Received:

@@ -317,16 +317,16 @@ class MemPool:
         self._index.unlock(lock)
 
     def expect(self, tokens: bytes, salt: str = "") -> Pending:
-        """Blocks of `tokens` are being pulled: others find them `pending` until the caller ends the entry,
-        which it must.
+        """Blocks of `tokens` will be pulled: others find them `pending` from when the caller begins the entry
+        until it ends it, which it must.
         """
         return self._pending.expect(tokens, salt)
 
-    def pending(self, tokens: bytes, salt: str = "") -> Pending | None:
+    def pending(self, tokens: bytes, salt: str = "", *, only_begun: bool = True) -> Pending | None:
         """What is expected of `tokens` by a pull under way, so that it is worth waiting for; the most there
-        is.
+        is. Without `only_begun` also by one that is merely meant.
         """
-        return None if self._index is None else self._pending.best(tokens, salt)
+        return None if self._index is None else self._pending.best(tokens, salt, only_begun=only_begun)
 
     def take_removed(self) -> list[Removed]:
         """What is no longer cached where it was, since the last call; empty unless `tells_removals`."""

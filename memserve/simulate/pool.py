@@ -145,12 +145,12 @@ class ModelledPool:
             table.lock = None
 
     def expect(self, tokens: bytes, salt: str) -> Pending:
-        """Blocks of `tokens` are being pulled, until the caller ends the entry."""
+        """Blocks of `tokens` will be pulled: the caller begins the entry, and ends it."""
         return self._pending.expect(tokens, salt)
 
-    def pending(self, tokens: bytes, salt: str) -> Pending | None:
-        """What is expected of `tokens` by a pull under way."""
-        return self._pending.best(tokens, salt)
+    def pending(self, tokens: bytes, salt: str, *, only_begun: bool = True) -> Pending | None:
+        """What is expected of `tokens` by a pull under way, or also by one that is merely meant."""
+        return self._pending.best(tokens, salt, only_begun=only_begun)
 
     def addresses(self, ids: ArrayLike) -> BlockRefs:
         """Where blocks can be pulled from."""

@@ -205,9 +205,8 @@ class ModelledWorker:
 
     def _take_arrivals(self) -> list[Request]:
         arrived = []
-        for request, num_tokens, pulled in self._pulls.poll():
-            if pulled.failure is None:
-                self._patience.observe(pulled.num_tokens - pulled.num_cached_tokens, pulled.pull_ms)
+        for request, num_tokens, pulled, num_timed_tokens in self._pulls.poll():
+            self._patience.observe(num_timed_tokens, pulled.pull_ms)
             self._scheduler.pulled(request, num_tokens)
             self._publisher.publish(request)
             self._publisher.tell(request)

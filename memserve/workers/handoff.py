@@ -22,7 +22,6 @@ from memserve.messages import BlockRefs, Offer, PullAhead, Pulled, Reserve, num_
 from memserve.model_config import blocks_for
 from memserve.pool.allocator import BlockIds
 from memserve.pool.block_table import BlockTable
-from memserve.pool.incoming import tail
 from memserve.pool.pending import Pending
 from memserve.pool.transports.base import FailedPull, Pull, PullResult
 from memserve.workers.request import Request
@@ -38,7 +37,7 @@ class Fetcher(Protocol):
     def acquire(self, tokens: bytes, salt: str, /) -> BlockTable: ...
     def release(self, table: BlockTable, /) -> None: ...
     def expect(self, tokens: bytes, salt: str, /) -> Pending: ...
-    def pending(self, tokens: bytes, salt: str, /) -> Pending | None: ...
+    def pending(self, tokens: bytes, salt: str, /, *, only_begun: bool = True) -> Pending | None: ...
     def fetch(self, refs: BlockRefs, into: BlockIds, layers_from: int | None = None, /) -> Pull: ...
 
 
@@ -86,11 +85,14 @@ class OfferBook:
 
 
 class Arrival(NamedTuple):
-    """A pull that ended: `num_tokens` of KV are there, and `message` tells the router."""
+    """A pull that ended: `num_tokens` of KV are there, and `message` tells the router. `num_timed_tokens` of
+    them took its `pull_ms`: none where it failed, or where what was pulled ahead was in its way.
+    """
 
     request: Request
     num_tokens: int
     message: Pulled
+    num_timed_tokens: int
 
 
 class _Part(NamedTuple):
@@ -152,8 +154,8 @@ class Pulls:
     def reserve(self, message: Reserve) -> None:
         """A request will come: keep what the pool has of it, so that only the delta is pulled ahead.
 
-        Nothing is pulled ahead where another pull under way brings much of the same: this one's `Decode` will
-        find it, and pull what is left.
+        Nothing is pulled ahead where another pull, under way or reserved, brings much of the same: this one's
+        `Decode` will find it, and pull what is left. Nobody waits for it before `begin_ahead`.
         """
         known = self._ahead.get(message.request_id)
         if known is not None:
@@ -164,7 +166,7 @@ class Pulls:
         tokens = message.token_ids[: num_blocks * self._block_size * 4]
         table = self._pool.acquire(tokens, message.cache_salt)
         useful = table.num_shared * self._block_size + MIN_FOLLOWED_TOKENS
-        other = self._pool.pending(tokens, message.cache_salt)
+        other = self._pool.pending(tokens, message.cache_salt, only_begun=False)
         if other is not None and other.num_common(tokens) >= useful:
             self._pool.release(table)
             return
@@ -181,12 +183,13 @@ class Pulls:
         done = ahead.table.num_blocks - message.first_block
         if not 0 <= done < len(message.refs.blocks):
             return
-        refs = tail(message.refs, done)
+        refs = message.refs.tail(done)
         block_ids = self._pool.alloc_mem(len(refs.blocks))
         if block_ids is None:
             return
         ahead.table.append(block_ids)
         ahead.parts.append(_Part(self._pool.fetch(refs, block_ids, message.layers_from), len(block_ids)))
+        ahead.pending.begin()
 
     def claim(self, request: Request) -> None:
         """The request has come: what was pulled ahead for this attempt is its first blocks from now on."""
@@ -255,6 +258,7 @@ class Pulls:
                 self._pool.expect(request.token_bytes(0, num_expected), request.cache_salt), []
             )
         pending, parts = claimed
+        pending.begin()
         num_ahead = len(parts)
         if fault is None:
             done = num_shared + sum(part.num_blocks for part in parts)
@@ -305,7 +309,8 @@ class Pulls:
 
         None if that was a part pulled ahead: the offer stands, so the rest is pulled from it, once.
         """
-        request, offer, num_shared, num_blocks, parts, num_ahead, _, num_bytes = running
+        request, offer, num_shared, num_here, parts, num_ahead, _, num_bytes = running
+        num_blocks = num_here
         num_bytes += sum(result.num_bytes for result in results)
         failure: str | None = None
         for index, (part, result) in enumerate(zip(parts, results, strict=True)):
@@ -338,10 +343,12 @@ class Pulls:
             num_tokens=num_tokens,
             num_cached_tokens=num_shared * self._block_size,
             num_bytes=num_bytes,
-            pull_ms=results[-1].elapsed_ms if results else 0.0,
+            pull_ms=max((result.elapsed_ms for result in results[num_ahead:]), default=0.0),
             failure=failure,
         )
-        return Arrival(request, num_tokens, message)
+        is_timed = failure is None and not num_ahead
+        num_timed_tokens = max(0, num_tokens - num_here * self._block_size) if is_timed else 0
+        return Arrival(request, num_tokens, message, num_timed_tokens)
 
     def _stop(self, parts: Sequence[_Part], table: BlockTable, pending: Pending) -> None:
         pending.end()

@@ -28,7 +28,7 @@ class Patience:
         self._pulls_ms: deque[float] = deque(maxlen=_NUM_PULLS)  # a token
 
     def observe(self, num_tokens: int, elapsed_ms: float) -> None:
-        """A pull of so many tokens has ended well."""
+        """A pull of so many tokens has ended well, all of it begun at once and so long ago."""
         if num_tokens > 0:
             self._pulls_ms.append(elapsed_ms / num_tokens)
 

@@ -64,12 +64,13 @@ class Request:
     (any more). `cached`: the tokens found in the pool when the request was first admitted, and pulled for it
     (None before).
     `began_at`: when its first step began.
-    `pending` is a pull that brings them for one that is not here yet; who waits for a pull does so until
-    `patience_ends`.
-    `offer` is KV to be pulled; None when there is none, or no longer. `leader` computes or pulls the first
-    `num_common_tokens` of a waiting request, which is admitted when they are there; it was the
-    `num_follows`th such. `tell_blocks`: the router
-    hears of each block as it fills, `num_told_blocks` so far; `tell_layers`: already when the step begins.
+    `offer` is KV to be pulled; None when there is none, or no longer.
+    A waiting request may wait until the pool has its first `num_common_tokens`. They are computed or pulled
+    by `leader`, another request here; or they come by `pending`, a pull for a request that is not here yet or
+    for none, as what is pulled back. At most one of the two is not None; it was the `num_follows`th such. At
+    `patience_ends` the request waits no more (for what a `leader` computes only if it has an offer).
+    `tell_blocks`: the router hears of each block as it fills, `num_told_blocks` so far; `tell_layers`:
+    already when the step begins.
     `is_drawing`: the last token is; `is_at_end`: and whichever it is, nothing follows it here.
     """
 

@@ -7,8 +7,8 @@ in order of arrival. Blocks:
   request to grow by; it gets them at once, so that only a decode that crosses a block boundary can find
   the pool empty. What the pool has cached of its tokens it shares, and computes only the rest.
 - While another computes or pulls a long prefix that it needs too, it waits for it, holding nothing, and
-  those behind it may pass: a burst on one cold prefix computes it once. For a pull it waits no longer than
-  `patience` says (patience.py).
+  those behind it may pass: a burst on one cold prefix computes it once. For a pull, and with an offer of its
+  own for anything, it waits no longer than `patience` says (patience.py).
 - If a decode finds the pool empty, the youngest running request is preempted: it waits again at its place of
   arrival, and what the pool no longer has of it by then is recomputed. The oldest running request is never
   preempted for another, so there is always progress.
@@ -329,7 +329,8 @@ class Scheduler:
         leader, request.leader = request.leader, None
         pending, request.pending = request.pending, None
         if leader is not None and self._is_behind(leader, request.num_common_tokens):
-            if leader.state is RequestState.RUNNING or now < request.patience_ends:
+            runs = leader.state is RequestState.RUNNING
+            if (runs and request.offer is None) or now < request.patience_ends:
                 request.leader = leader
                 return True
             request.num_follows = MAX_FOLLOWS

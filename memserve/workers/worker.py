@@ -286,9 +286,8 @@ class Worker:
     def _take_arrivals(self) -> list[Request]:
         """Pulls that ended: their requests run from now on."""
         arrived: list[Request] = []
-        for request, num_tokens, pulled in self._pulls.poll():
-            if pulled.failure is None:
-                self._patience.observe(pulled.num_tokens - pulled.num_cached_tokens, pulled.pull_ms)
+        for request, num_tokens, pulled, num_timed_tokens in self._pulls.poll():
+            self._patience.observe(num_timed_tokens, pulled.pull_ms)
             self._scheduler.pulled(request, num_tokens)
             self._publisher.publish(request)
             self._publisher.tell(request)
@@ -395,6 +394,7 @@ class Worker:
             self._release(request.request_id, request.attempt)
         fault = request.fault(self._config.max_model_len, self._config.model.vocab_size)
         if fault is not None:
+            self._pulls.drop_ahead(request.request_id, request.attempt)
             self._channel.send(Failed(request.request_id, request.attempt, fault))
             return
         self._requests[request.request_id] = request

@@ -4,9 +4,7 @@ does not.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
@@ -16,22 +14,7 @@ from memserve.pool.incoming import Incoming, Received
 from memserve.pool.index import Lock
 from memserve.pool.pending import PendingBook
 from tests.pool.conftest import MakePool, PoolUnderTest
-
-
-@dataclass
-class Gate:
-    """Copies, each of which waits until it may go on."""
-
-    num_bytes: int = 0
-    entered: threading.Event = field(default_factory=threading.Event)
-    go_on: threading.Event = field(default_factory=threading.Event)
-
-    def copy(self, destination: np.ndarray, source: np.ndarray) -> int:
-        self.entered.set()
-        assert self.go_on.wait(30)
-        np.copyto(destination, source)
-        self.num_bytes += source.nbytes
-        return source.nbytes
+from tests.pool.gate import Gate
 
 
 class Two:
@@ -183,9 +166,12 @@ def test_the_book_finds_the_most_and_rings_once_somebody_has_looked() -> None:
     book = PendingBook(lambda: rung.append(1))
     tokens = np.arange(40, dtype="<i4").tobytes()
     assert book.best(tokens, "") is None
-    # 1. of two the one with more, of equals the earlier
+    # 1. once begun, of two the one with more, of equals the earlier
     short, long, same = (book.expect(tokens[: 4 * count], "") for count in (8, 16, 16))
     salted = book.expect(tokens, "salt")
+    assert book.best(tokens, "") is None and book.best(tokens, "", only_begun=False) is long
+    for entry in (short, long, same, salted):
+        entry.begin()
     assert book.best(tokens, "") is long and long.num_common(tokens) == 16
     # 2. it is over once, and rings only if it was found
     same.end()
@@ -196,3 +182,45 @@ def test_the_book_finds_the_most_and_rings_once_somebody_has_looked() -> None:
     short.end()
     salted.end()
     assert len(book) == 0
+
+
+def test_the_book_agrees_with_a_full_comparison() -> None:
+    random = np.random.default_rng(3)
+    for _ in range(200):
+        # 1. few different tokens, so that prefixes are common and long
+        sequences = random.integers(0, 2, (9, 12)) * 256 + 1
+        *made, asked = (row[: random.integers(0, 13)].astype("<i4").tobytes() for row in sequences)
+        book = PendingBook(lambda: None)
+        entries = [book.expect(tokens, "") for tokens in made]
+        for entry in entries:
+            entry.begin()
+        # 2. the first of those with most
+        naive = max(entries, key=lambda entry: entry.num_common(asked))
+        assert book.best(asked, "") is (naive if naive.num_common(asked) else None)
+
+
+def test_a_transfer_waits_for_what_has_begun_alone(two: Two) -> None:
+    # 1. all of it is expected, by a pull that is merely meant: the transfer goes by itself
+    meant = two.receiver.pool.expect(two.tokens(8))
+    first = two.begin(6)
+    assert not first.is_waiting
+    assert [end.num_blocks for end in two.finish(first)] == [6]
+    # 2. once that has begun, one waits for its end, and then lacks the same
+    meant.begin()
+    second = two.begin(8)
+    assert second.is_waiting and second.poll() is None
+    meant.end()
+    assert [end.num_blocks for end in two.finish(second)] == [2]
+    assert content(two.receiver, two.tokens(8)) == list(range(10, 18))
+    two.end()
+
+
+def test_what_was_brought_is_there_when_those_who_wait_are_called(two: Two) -> None:
+    pool, found = two.receiver.pool, []
+    first = two.begin(8)
+    leader = pool.pending(two.tokens(8))
+    assert leader is not None
+    pool._pending._wake = lambda: found.append(pool.match(two.tokens(8)).num_tokens)
+    two.finish(first)
+    assert leader.is_over and found == [8 * two.block_size]
+    two.end()

@@ -165,7 +165,7 @@ class Life:
         pulls, pull_backs = self.rig.worker._pulls, self.rig.worker._pull_backs
         parts = [part for running in pulls._running.values() for part in running.parts]
         parts += [part for ahead in pulls._ahead.values() for part in ahead.parts]
-        parts += [part for claimed in pulls._claimed.values() for part in claimed]
+        parts += [part for claimed in pulls._claimed.values() for part in claimed.parts]
         parts += [part for cancelled, _ in pulls._cancelled for part in cancelled]
         return [part.pull for part in parts] + [running.incoming for running in pull_backs._running]
 

@@ -270,3 +270,13 @@ def test_blocks_pulled_ahead_give_way(make_rig, tools):
     assert first.token_ids + heard.token_ids == tools.expected(prompt, 8)
     assert heard.pulled[0].num_tokens == 60
     pair.assert_idle()
+
+
+def test_a_decode_that_cannot_be_run_leaves_nothing_that_was_pulled_ahead(make_rig, tools):
+    pair = Pair(make_rig, tools)
+    prompt = tools.prompt(60)
+    first = pair.prefill("a", prompt)
+    assert pair.d.worker._pulls._ahead["a"].table.num_blocks == 12
+    heard = pair.decode("a", [-1, *prompt[1:]], first, 8)
+    assert heard.failed is not None and heard.token_ids == []
+    pair.assert_idle()

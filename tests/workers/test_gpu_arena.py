@@ -59,7 +59,7 @@ def test_from_the_grant_of_a_table_to_the_grant_of_the_memory(ends, by_descripto
         export_arena(arena, grants)
         memory.grant_device(ours, "prefill-0", 0)
         assert grants.receive() == []
-        memory.take_exports(ours, "prefill-0")
+        memory.take_exports(ours, "prefill-0", "cuda:0")
         memory.grant_device(ours, "prefill-0", 0)
         (granted,) = grants.receive()
         assert isinstance(granted.grant, DeviceGrant) and granted.grant.memory is not None
@@ -93,7 +93,7 @@ def test_what_no_worker_sends_is_refused_with_its_descriptors(ends, body: bytes)
     socket.send_fds(grants._socket, [body or b"\x90"], [fd])
     os.close(fd)
     with pytest.raises(ValueError):
-        memory.take_exports(ours, "p")
+        memory.take_exports(ours, "p", "cuda:0")
     assert len(os.listdir("/proc/self/fd")) == num_fds
     memory.close()
 

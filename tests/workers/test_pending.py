@@ -4,10 +4,10 @@ uses what came; or takes over; or, when it has waited as long as it would take b
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import replace
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -16,25 +16,10 @@ from memserve.pool.mempool import MemPool
 from memserve.workers.budget import StepBudget
 from memserve.workers.patience import Patience
 from memserve.workers.request import Request
+from tests.pool.gate import Gate
 from tests.workers.test_contention import Two
 
 PREFIX = 160
-
-
-@dataclass
-class Gate:
-    """The first copy waits until it may go on; those after it do so too."""
-
-    num_bytes: int = 0
-    entered: threading.Event = field(default_factory=threading.Event)
-    go_on: threading.Event = field(default_factory=threading.Event)
-
-    def copy(self, destination: np.ndarray, source: np.ndarray) -> int:
-        self.entered.set()
-        assert self.go_on.wait(30)
-        np.copyto(destination, source)
-        self.num_bytes += source.nbytes
-        return source.nbytes
 
 
 @pytest.fixture
@@ -80,6 +65,62 @@ def check(two: Two, tools, decode, request_id: str, said: list) -> None:
 
 def num_copied(two: Two, gate: Gate) -> int:
     return gate.num_bytes // two.d.pool.kv[0].nbytes
+
+
+def test_who_has_an_offer_waits_only_for_what_is_on_its_way(two, tools, gate):
+    common = tools.prompt(PREFIX, seed=1)
+    pairs = {name: two.prefilled(name, common + tools.prompt(9, seed=ord(name)), 4) for name in "abcd"}
+    scheduler = two.d.worker._scheduler
+    # 1. a is reserved, and no byte of it moves: b, which needs the same, pulls at once
+    two.d.send(Reserve("a", 0, pairs["a"][0].token_ids), pairs["b"][1])
+    two.d.worker.step()
+    assert [r.request_id for r in scheduler.pulling] == ["b"] and not scheduler.waiting
+    two.d.send(Cancel("b", 0))
+    two.d.worker.step()
+    # 2. once some of it moves, two others wait
+    two.d.send(PullAhead("a", 0, 0, pairs["a"][1].offer.refs), pairs["c"][1], pairs["d"][1])
+    two.d.worker.step()
+    assert [r.request_id for r in scheduler.waiting if r.pending is not None] == ["c", "d"]
+    # 3. it ends without having brought anything: one takes over, and the other waits for that
+    two.d.send(Cancel("a", 0))
+    two.d.worker.step()
+    assert [r.request_id for r in scheduler.pulling] == ["c"]
+    assert [r.leader.request_id for r in scheduler.waiting] == ["c"]
+    gate.go_on.set()
+    two.d.run()
+    said = two.d.take()
+    for name in "cd":
+        check(two, tools, pairs[name][1], name, said)
+    two.end(*"abcd")
+
+
+def test_who_has_an_offer_waits_for_one_that_computes_no_longer_than_a_pull_takes(make_rig, tools):
+    two = Two(make_rig, tools, d={"max_batch_tokens": 16})
+    common = tools.prompt(PREFIX, seed=1)
+    prompts = {name: common + tools.prompt(9, seed=ord(name)) for name in "abc"}
+    _, decode = two.prefilled("b", prompts["b"], 4)
+    scheduler = two.d.worker._scheduler
+    # 1. D computes all of a, a chunk a step; b could pull the same, c could not
+    two.d.send(tools.decode("a", prompts["a"], max_tokens=4), decode)
+    two.d.send(tools.decode("c", prompts["c"], max_tokens=4))
+    two.d.worker.step()
+    b, c = scheduler.waiting
+    assert b.leader.request_id == "a" and b.leader.num_computed_tokens == 16
+    assert scheduler._follows(c, two.d.clock.now)
+    # 2. for as long as a pull would take, both wait
+    two.d.worker.step()
+    assert scheduler.waiting == [b, c]
+    # 3. then b pulls, and c waits on
+    two.d.clock.now = max(b.patience_ends, c.patience_ends)
+    assert scheduler._follows(c, two.d.clock.now)
+    two.d.worker.step()
+    assert b not in scheduler.waiting and b.cached.device < PREFIX and c in scheduler.waiting
+    two.d.run()
+    said = two.d.take()
+    check(two, tools, decode, "b", said)
+    for name in "ac":
+        assert tools.Transcript.of(said, name).token_ids == tools.expected(prompts[name], 4)
+    two.end("b")
 
 
 def test_it_uses_what_was_pulled_ahead_of_another(two, tools, gate, decodes, block_size):
@@ -222,6 +263,69 @@ def test_a_prefill_waits_for_what_is_pulled_back(make_rig, tools, gate, block_si
     p.run()
     p.assert_idle()
     d.assert_idle()
+
+
+def test_only_what_began_with_the_offer_is_timed(make_rig, tools, monkeypatch):
+    two = Two(make_rig, tools)
+    patience, times_ms, num_lost = two.d.worker._patience, [], []
+    fetch = two.d.pool.fetch
+
+    class Timed:
+        def __init__(self, pull) -> None:
+            self.pull, self.elapsed_ms, self.is_lost = (
+                pull,
+                times_ms.pop(0),
+                bool(num_lost) and num_lost.pop(),
+            )
+
+        def poll(self):
+            result = self.pull.poll()
+            if result is None:
+                return None
+            num_blocks = 0 if self.is_lost else result.num_blocks
+            return replace(result, num_blocks=num_blocks, elapsed_ms=self.elapsed_ms)
+
+        def cancel(self) -> None:
+            self.pull.cancel()
+
+    monkeypatch.setattr(two.d.pool, "fetch", lambda *args: Timed(fetch(*args)))
+
+    def hand_off(name: str, num_ahead: int, *elapsed_ms: float):
+        """The pull of 40 blocks of 4 tokens in two parts, some of them ahead; what was told of it."""
+        times_ms[:] = elapsed_ms
+        message, decode = two.prefilled(name, tools.prompt(160, seed=ord(name)), 4)
+        refs = decode.offer.refs
+        if num_ahead:
+            two.d.send(Reserve(name, 0, message.token_ids))
+            two.d.send(PullAhead(name, 0, 0, head(refs, num_ahead)))
+            two.d.worker.step()
+        else:
+            offer = msgspec.structs.replace(decode.offer, refs=head(refs, 30), more=(refs.tail(30),))
+            decode = msgspec.structs.replace(decode, offer=offer)
+        two.d.send(decode)
+        two.d.run()
+        (pulled,) = tools.Transcript.of(two.d.take(), name).pulled
+        assert pulled.failure is None and pulled.num_tokens == 160 and not times_ms
+        return pulled
+
+    # 1. parts that were begun together take as long as the longer
+    assert hand_off("a", 0, 32.0, 8.0).pull_ms == 32.0
+    assert list(patience._pulls_ms) == [0.2]
+    # 2. what was pulled ahead is not counted, nor is anything learnt from the rest behind it
+    assert hand_off("b", 30, 500.0, 16.0).pull_ms == 16.0
+    assert hand_off("c", 40, 500.0).pull_ms == 0.0
+    assert list(patience._pulls_ms) == [0.2]
+    # 3. where what came ahead is lost, all is pulled from the offer, and timed again
+    num_lost.append(True)
+    assert hand_off("d", 40, 500.0, 64.0).pull_ms == 64.0
+    assert list(patience._pulls_ms) == [0.2, 0.4]
+    two.end(*"abcd")
+
+
+def head(refs, num_blocks: int):
+    return msgspec.structs.replace(
+        refs, blocks=refs.blocks[:num_blocks], generations=refs.generations[:num_blocks]
+    )
 
 
 def test_patience(tools):
