@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 
 from memserve.messages import Tier, Transfer
-from memserve.pool.incoming import Incoming, tail
+from memserve.pool.incoming import Incoming
 from memserve.pool.transports.base import FailedPull
 from tests.pool.pool_oracle import PoolBesideOracle, prefixes
 from tests.pool.pools_alone import PoolsAlone, host_sizes, numbers
@@ -86,7 +86,7 @@ class PoolsMachine(PoolsAlone):
             source.locks[id(lock)] = (salt, symbols)
             self.kept.append((source, lock))
         if symbols:
-            message = msgspec.structs.replace(message, refs=tail(message.refs, first), first_block=first)
+            message = msgspec.structs.replace(message, refs=message.refs.tail(first), first_block=first)
             values = [source.value(prefix) for prefix in prefixes(salt, symbols)[first:]]
             self.offer(data, Offer(source, target, message, values, salt, symbols))
 
@@ -295,7 +295,7 @@ class PoolsMachine(PoolsAlone):
         assert result is not None
         # 1. generations never fall: what verifies still verified all the time
         if not flight.is_spoiled:
-            still = offer.source.verifies(tail(offer.message.refs, flight.skipped))
+            still = offer.source.verifies(offer.message.refs.tail(flight.skipped))
             num_certain = still.index(False) if False in still else len(still)
             assert result.num_blocks >= num_certain
             assert (result.failure is None) == (result.num_blocks == len(still))
