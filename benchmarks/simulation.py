@@ -36,8 +36,8 @@ from memserve.simulate.report import simulate
 from memserve.simulate.simulation import Setup, Simulation
 from memserve.simulate.traces import read_trace
 
-# Of other sessions than those that are compared, and of as many different lengths: a library that makes kernels
-# for each shape has seldom seen the one that comes.
+# Of other sessions than those that are compared, and of as many different lengths: a library that makes
+# kernels for each shape has seldom seen the one that comes.
 ALONE = (
     "react-like --sessions 12 --seed 1 --max-prompt-tokens 1500 --max-output-tokens 32 "
     "--concurrency 1 --warmup 8"

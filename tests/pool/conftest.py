@@ -106,7 +106,7 @@ MakePool = Callable[..., PoolUnderTest]
 def make_pool() -> Iterator[MakePool]:
     """Makes pools that poison what is freed; at the end all must be idle, and every descriptor back."""
     if any(shared_memory()):
-        gc.collect()  # what tests of processes and machines have left in cycles would go in the middle of this
+        gc.collect()  # what other tests have left in cycles would go in the middle of this
     before = shared_memory()
     made: list[PoolUnderTest] = []
 
