@@ -253,7 +253,7 @@ def measure_copies() -> Iterator[Line]:
         "receiver",
         0,
         lambda: None,
-        retention=Retention(host=HostArena(host, wanted, pins=CudaPins(device))),
+        retention=Retention(host=HostArena(host, wanted, pins=CudaPins(gpu.driver, 0))),
         transfer=PeerTransfer(lambda: None, None, cuda=cuda),
         lanes=gpu.lanes,
     )

@@ -121,6 +121,14 @@ class CudaDriver(Protocol):
     def close_ipc(self, ordinal: int, address: int) -> None:
         """End an `open_ipc`. Nothing may be reading there any more."""
 
+    # --- memory of the host ---
+
+    def pin(self, ordinal: int, address: int, num_bytes: int) -> None:
+        """Pin host memory, so that GPUs copy from and to it on their own."""
+
+    def unpin(self, ordinal: int, address: int) -> None:
+        """End a `pin`. Nothing may be copied there any more."""
+
 
 # --- structs of cuda.h -------------------------------------------------------------------------------------
 
@@ -189,6 +197,8 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuIpcGetMemHandle": (POINTER(_IpcHandle), c_ulonglong),
     "cuIpcOpenMemHandle_v2": (POINTER(c_ulonglong), _IpcHandle, c_uint),
     "cuIpcCloseMemHandle": (c_ulonglong,),
+    "cuMemHostRegister_v2": (c_void_p, c_size_t, c_uint),
+    "cuMemHostUnregister": (c_void_p,),
 }
 
 
@@ -258,7 +268,8 @@ class LibCuda:
 
     def create(self, ordinal: int, num_bytes: int) -> int:
         handle = c_ulonglong()
-        self._call("cuMemCreate", byref(handle), num_bytes, byref(_shareable(ordinal)), 0)
+        with self._current(ordinal):
+            self._call("cuMemCreate", byref(handle), num_bytes, byref(_shareable(ordinal)), 0)
         return handle.value
 
     def export_descriptor(self, handle: int) -> int:
@@ -272,6 +283,10 @@ class LibCuda:
         return handle.value
 
     def map(self, handle: int, num_bytes: int, ordinal: int, *, writable: bool) -> int:
+        with self._current(ordinal):  # a GPU without any context has no addresses to give access at
+            return self._map(handle, num_bytes, ordinal, writable)
+
+    def _map(self, handle: int, num_bytes: int, ordinal: int, writable: bool) -> int:
         address = c_ulonglong()
         self._call("cuMemAddressReserve", byref(address), num_bytes, 0, 0, 0)
         try:
@@ -325,6 +340,16 @@ class LibCuda:
     def close_ipc(self, ordinal: int, address: int) -> None:
         with self._current(ordinal):
             self._call("cuIpcCloseMemHandle", address)
+
+    # --- memory of the host ---
+
+    def pin(self, ordinal: int, address: int, num_bytes: int) -> None:
+        with self._current(ordinal):
+            self._call("cuMemHostRegister_v2", address, num_bytes, 0)
+
+    def unpin(self, ordinal: int, address: int) -> None:
+        with self._current(ordinal):
+            self._call("cuMemHostUnregister", address)
 
     # --- inside ---
 

@@ -90,17 +90,23 @@ def compare(device: torch.device, seed: int) -> Iterator[Compared]:
 def _pairs(
     device: torch.device, dtype: torch.dtype, generator: torch.Generator
 ) -> Iterator[tuple[str, _Run]]:
+    import numpy as np
     import torch
 
     from memserve.kernels import activation as plain_activation
     from memserve.kernels import norm as plain_norm
     from memserve.kernels.rotary import rotation_table
+    from memserve.kernels.sampling import SamplingRow, sample
     from memserve.kernels.triton import activation, kv_store, norm
     from memserve.kernels.triton.copy_blocks import BlockMemory, copy_blocks, copy_blocks_torch
     from memserve.kernels.triton.decode_attention import decode_attention, decode_attention_torch
     from memserve.kernels.triton.prefill_attention import prefill_attention, prefill_attention_torch
-    from memserve.kernels.triton.tuning import Tuning
+    from memserve.kernels.triton.skinny_linear import skinny_gated, skinny_linear
+    from memserve.kernels.triton.tuning import SkinnyConfig, Tuning
+    from memserve.messages import SamplingParams
     from memserve.model_config import RopeConfig
+    from memserve.models.paged_step import Staging
+    from memserve.models.sampling_step import build_sampling_step, sample_step
 
     def randn(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(device=device, dtype=dtype)
@@ -109,6 +115,20 @@ def _pairs(
     x, weight, gate_up = randn(7, 256), randn(256), randn(5, 2 * 192)
     yield "rms_norm", lambda: (norm.rms_norm(x, weight, 1e-5), plain_norm.rms_norm(x, weight, 1e-5))
     yield "silu_and_mul", lambda: (activation.silu_and_mul(gate_up), plain_activation.silu_and_mul(gate_up))
+
+    def add() -> tuple[torch.Tensor, torch.Tensor]:
+        residual = weight.expand(7, -1).contiguous()
+        twin = residual.clone()
+        found = norm.add_rms_norm_(x, residual, weight, 1e-5)
+        expected = norm.add_rms_norm_torch_(x, twin, weight, 1e-5)
+        return torch.cat([found, residual]), torch.cat([expected, twin])
+
+    yield "add_rms_norm", add
+    matrix, few = randn(2 * 80, 256), SkinnyConfig(max_rows=32, block_n=32, block_k=128)
+    products = x.double() @ matrix.double().T
+    gated = plain_activation.silu_and_mul(products)
+    yield "skinny_linear", lambda: (skinny_linear(x, matrix, None, few), products)
+    yield "skinny_gated", lambda: (skinny_gated(x, matrix, None, few), gated)
 
     kv = randn(12, layers, 2, kv_heads, block_size, head_dim)
     tuning = Tuning.of(device)
@@ -145,6 +165,15 @@ def _pairs(
         )
 
     yield "rotate_and_store", store
+
+    def store_alone() -> tuple[torch.Tensor, torch.Tensor]:
+        written, twin = kv.clone(), kv.clone()
+        new = qkv[:, heads:].unflatten(1, (2, kv_heads)).contiguous()
+        kv_store.store_kv(new, slots, tails, written, 1)
+        kv_store.store_kv_torch(new, slots, tails, twin, 1)
+        return written, twin
+
+    yield "store_kv", store_alone
     ids, others = torch.tensor([3, 0, 11], device=device), torch.tensor([1, 10, 4], device=device)
 
     def copy() -> tuple[torch.Tensor, torch.Tensor]:
@@ -154,6 +183,23 @@ def _pairs(
         return target, twin
 
     yield "copy_blocks", copy
+    if dtype != torch.float32:
+        return  # tokens are drawn from float32 whatever the model's type
+    cuts = {"top_p": 0.8}, {"top_k": 9}, {"min_p": 0.1}, {}, {"temperature": 0.0}
+    rows = [
+        SamplingRow(SamplingParams(max_tokens=1, seed=index, **cut), index, np.empty(0, np.int32), [])
+        for index, cut in enumerate(cuts)
+    ]
+    # Far apart, so that no rounding decides a draw.
+    logits = (
+        torch.stack([torch.randperm(999, generator=generator) for _ in rows]).float().mul(0.25).to(device)
+    )
+
+    def draw() -> tuple[torch.Tensor, torch.Tensor]:
+        found = sample_step(logits, build_sampling_step(rows, 999, Staging(device))).token_ids
+        return found, torch.tensor(sample(logits.cpu(), rows).token_ids, device=device)
+
+    yield "draw", draw
 
 
 if TYPE_CHECKING:

@@ -60,7 +60,28 @@ class TritonTransformer:
         self._rotations = rotation_table(model.rope, model.head_dim, max_model_len, device)
         self._scale = model.head_dim**-0.5
 
-    def forward(self, step: PagedStep, kv: Tensor, on_layer: Callable[[], None] = _ignore) -> Tensor:
+    def prepare(self, kv: Tensor) -> None:
+        """Have every form of the attention kernels compiled that a step may ask for, depending on its batch and
+        its longest sequence: the first to need one would wait a second for the compiler. Touches nothing of
+        the arena.
+        """
+        model, device = self.model, self.device
+        q = torch.zeros((1, model.num_heads, model.head_dim), dtype=self.dtype, device=device)
+        tables, none = (torch.zeros(shape, dtype=torch.int32, device=device) for shape in ((1, 1), 2))
+        longest = len(self._rotations)
+        for window in set(model.sliding_window):
+            for exponent in range(longest.bit_length() + 1):
+                for sequences in (None, none[:1]):
+                    decode_attention(
+                        q, kv, 0, tables, sequences, none[:1], self._scale, window, 1 << exponent, self.tuning
+                    )
+            prefill_attention(
+                q, kv, 0, tables, none, none[:1], self._scale, window, self.tuning, torch.empty_like(q), 1
+            )
+
+    def forward(
+        self, step: PagedStep, kv: Tensor, on_layer: Callable[[], None] = _ignore, out: Tensor | None = None
+    ) -> Tensor:
         """Enqueue one step.
 
         Args:
@@ -68,6 +89,7 @@ class TritonTransformer:
             kv: the arena [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]; the step's slots
                 are written, the blocks of its sequences read.
             on_layer: told after each layer's K and V are enqueued to be in the arena.
+            out: where to leave the logits; None = in a new tensor.
 
         Returns:
             Logits, float32 [len(step.logit_rows), vocab_size], row by row as `step.logit_rows`. A padding
@@ -96,7 +118,8 @@ class TritonTransformer:
             inner = self._product(layer.down, self._gated(layer.gate_up, normed))
             following = weights.norm if index == last else weights.layers[index + 1].input_norm
             normed = add_rms_norm_(inner, x, following, model.rms_norm_eps)
-        return self._product(weights.lm_head, normed).float()
+        logits = self._product(weights.lm_head, normed)
+        return logits.float() if out is None else out.copy_(logits)
 
     def _queries(
         self, layer: LayerWeights, normed: Tensor, step: PagedStep, kv: Tensor, index: int

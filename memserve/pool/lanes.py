@@ -104,7 +104,9 @@ class _CudaMark:
         self.event = event
 
     def is_done(self) -> bool:
-        return bool(self.event.query())  # type: ignore[no-untyped-call]
+        # A thread that never chose a GPU would make a context on the first one, and take memory there.
+        with torch.cuda.device(self.event.device):
+            return bool(self.event.query())  # type: ignore[no-untyped-call]
 
 
 class _CudaLane:

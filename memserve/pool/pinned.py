@@ -15,9 +15,10 @@ from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
+from memserve.cuda.driver import CudaDriver
+from memserve.errors import MemserveError
 from memserve.pool.allocator import BlockIds
 
 logger = logging.getLogger(__name__)
@@ -26,28 +27,29 @@ _CHUNK_BYTES = 64 << 20
 
 
 class Pins(Protocol):
-    """How memory is pinned: CUDA's, or a test's. Both raise RuntimeError if that fails; from any thread."""
+    """How memory is pinned: CUDA's, or a test's. Both raise CudaError or MemoryError_ if that fails; from any
+    thread.
+    """
 
     def pin(self, address: int, num_bytes: int) -> None: ...
     def unpin(self, address: int) -> None: ...
 
 
 class CudaPins:
-    """The `Pins` of a GPU."""
+    """The `Pins` of a GPU, by the driver: a pin that fails in CUDA's runtime, whose calls torch has too, leaves
+    an error there that torch takes for one of the next kernel it launches.
+    """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, driver: CudaDriver, ordinal: int) -> None:
+        self._driver = driver
+        self._ordinal = ordinal
 
     def pin(self, address: int, num_bytes: int) -> None:
         """See `Pins`, here and below."""
-        with torch.cuda.device(self._device):
-            runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-            torch.cuda.check_error(runtime.cudaHostRegister(address, num_bytes, 0))
+        self._driver.pin(self._ordinal, address, num_bytes)
 
     def unpin(self, address: int) -> None:
-        with torch.cuda.device(self._device):
-            runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-            torch.cuda.check_error(runtime.cudaHostUnregister(address))
+        self._driver.unpin(self._ordinal, address)
 
 
 class PinnedBlocks:
@@ -75,7 +77,7 @@ class PinnedBlocks:
                 piece = self._blocks[start : start + self._chunk]
                 try:
                     self._pins.pin(piece.ctypes.data, piece.nbytes)
-                except RuntimeError as error:
+                except MemserveError as error:
                     self._gave_up = True
                     logger.warning(
                         "the host tier is pinned up to block %d, swaps beyond are slower: %s",

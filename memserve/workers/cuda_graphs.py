@@ -148,7 +148,7 @@ class DecodeGraphs:
                 out = logits[:size]
 
                 def work(static: StaticStep = static, out: Tensor = out) -> None:
-                    out.copy_(transformer.forward(static.step, kv))
+                    transformer.forward(static.step, kv, out=out)
 
                 graphs.append(DecodeGraph(static, device.capture(work), out))
         self._graphs = graphs[::-1]

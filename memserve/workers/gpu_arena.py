@@ -22,7 +22,7 @@ from memserve.memfd import map_bytes
 from memserve.messages import ArenaExport, generation_table_bytes
 from memserve.model_config import KVGeometry
 from memserve.pool.arena import Arena
-from memserve.pool.lanes import Lanes, Scatter
+from memserve.pool.lanes import Lanes, Scatter, as_words
 from memserve.pool.transports.device_sources import Gpu
 from memserve.workers.channel import GrantSocket
 
@@ -75,6 +75,9 @@ def make_arena(
     memory = allocate_in_time(gpu.driver, gpu.ordinal, num_blocks * geometry.block_bytes, wait_s)
     table = map_bytes(table_fd, generation_table_bytes(max_blocks), writable=True)
     arena = Arena.on_gpu(geometry, num_blocks, memory, gpu.device, table.view(np.uint64))
+    # A block onto itself, so that the kernel is compiled by now: the first pull would wait a second for that.
+    words, first = as_words(arena.as_bytes(), geometry.num_layers), np.zeros(1, dtype=np.int64)
+    gpu.lanes.pull.copy_blocks(words, first, words, first, slice(0, words.shape[1]))
     if gpu.device.type == "cuda":
         torch.cuda.synchronize(gpu.device)
     return arena

@@ -22,7 +22,7 @@ from torch import Tensor
 from memserve.config import WorkerConfig
 from memserve.errors import MemoryError_
 from memserve.messages import Decode, SamplingParams, pack_tokens
-from memserve.model_config import KVGeometry, blocks_for
+from memserve.model_config import DTYPE_BYTES, KVGeometry, blocks_for
 from memserve.models.triton_transformer import TritonTransformer
 from memserve.models.weights import Weights
 from memserve.sizes import format_bytes
@@ -67,6 +67,7 @@ class GpuModel:
         runner = CudaRunner(
             self._transformer, kv, config.block_size, max_rows(config), self._device, on_layer
         )
+        self._transformer.prepare(kv)
         if config.cuda_graphs:
             runner.capture(config.max_running, config.max_model_len)
         return runner
@@ -155,7 +156,8 @@ def graph_bytes(config: WorkerConfig) -> int:
     """About what CUDA graphs take."""
     if not config.cuda_graphs:
         return 0
-    logits = config.max_running * config.model.vocab_size * 4
+    # As the head gives them, and as float32.
+    logits = config.max_running * config.model.vocab_size * (DTYPE_BYTES[config.dtype] + 4)
     return logits + _GRAPHS_BYTES + len(bucket_sizes(config.max_running)) * _GRAPH_BYTES
 
 

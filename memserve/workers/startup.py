@@ -321,7 +321,9 @@ def _host_arena(
     if config.host_blocks is None:
         return None
     arena = _map_arena(granted, Tier.HOST, geometry, config.max_host_blocks)
-    return HostArena(arena, config.host_blocks, pins=None if gpu is None else CudaPins(gpu.device))
+    return HostArena(
+        arena, config.host_blocks, pins=None if gpu is None else CudaPins(gpu.driver, gpu.ordinal)
+    )
 
 
 def _map_arena(granted: Grants, tier: Tier, geometry: KVGeometry, num_blocks: int) -> Arena:

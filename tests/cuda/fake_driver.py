@@ -18,7 +18,7 @@ GRANULARITY = 1 << 16
 @dataclass
 class FakeDriver:
     """`num_gpus` GPUs. What of it is missing, and what fails, is set by the test; `open` counts what was
-    not given back: handles, mappings, allocations, opened ones.
+    not given back: handles, mappings, allocations, opened ones, pins.
     """
 
     num_gpus: int = 1
@@ -136,6 +136,15 @@ class FakeDriver:
         with self._lock:
             self._maps.pop(address)
             self.open["opened"] -= 1
+
+    # --- memory of the host ---
+
+    def pin(self, ordinal: int, address: int, num_bytes: int) -> None:
+        self._check("cuMemHostRegister")
+        self.open["pins"] += 1
+
+    def unpin(self, ordinal: int, address: int) -> None:
+        self.open["pins"] -= 1
 
     # --- inside ---
 

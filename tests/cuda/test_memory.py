@@ -156,16 +156,24 @@ def names(library: Library) -> list[str]:
 def test_the_calls_behind_each_step(library: Library) -> None:
     driver = LibCuda()
     assert names(library) == ["cuInit"]
+    # what a mapping gives access to is a context, which there may not be yet: the GPU's primary one is made
+    retained = ["cuDeviceGet", "cuDevicePrimaryCtxRetain"]
+    mapped = ["cuMemAddressReserve", "cuMemMap", "cuMemSetAccess"]
     driver.map(7, 4096, 1, writable=False)
-    assert names(library) == ["cuMemAddressReserve", "cuMemMap", "cuMemSetAccess"]
+    assert names(library) == [*retained, "cuCtxPushCurrent_v2", *mapped, "cuCtxPopCurrent_v2"]
     driver.unmap(4096, 4096)
     assert names(library) == ["cuMemUnmap", "cuMemAddressFree"]
     # calls that go by the thread's context are made in the GPU's primary one, retained once
     driver.allocate(0, 10)
     around = ["cuCtxPushCurrent_v2", "cuMemAlloc_v2", "cuCtxPopCurrent_v2"]
-    assert names(library) == ["cuDeviceGet", "cuDevicePrimaryCtxRetain", *around]
+    assert names(library) == [*retained, *around]
     driver.free(0, 4096)
     assert names(library) == ["cuCtxPushCurrent_v2", "cuMemFree_v2", "cuCtxPopCurrent_v2"]
+    driver.pin(0, 1 << 40, 8192)
+    assert library.calls[1] == ("cuMemHostRegister_v2", (1 << 40, 8192, 0))
+    assert names(library) == ["cuCtxPushCurrent_v2", "cuMemHostRegister_v2", "cuCtxPopCurrent_v2"]
+    driver.unpin(0, 1 << 40)
+    assert names(library)[1] == "cuMemHostUnregister"
 
 
 @pytest.mark.parametrize(
@@ -180,7 +188,7 @@ def test_a_mapping_that_fails_halfway_is_undone(library: Library, fault: str, un
     library.statuses[fault] = 801
     with pytest.raises(CudaError, match=f"{fault} failed: .* \\(801\\)"):
         driver.map(7, 4096, 1, writable=False)
-    assert names(library)[-len(undone) :] == undone
+    assert names(library)[-len(undone) - 1 :] == [*undone, "cuCtxPopCurrent_v2"]
 
 
 def test_a_full_gpu_is_told_from_a_broken_call(library: Library) -> None:

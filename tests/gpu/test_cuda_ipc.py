@@ -59,7 +59,7 @@ class GpuPool:
         retention, self.host = None, None
         if host_blocks:
             self.host, self.host_fds = Arena.create(f"{instance}-host", GEOMETRY, host_blocks)
-            retention = Retention(host=HostArena(self.host, host_blocks, pins=CudaPins(DEVICE)))
+            retention = Retention(host=HostArena(self.host, host_blocks, pins=CudaPins(self.gpu.driver, 0)))
         wake = threading.Event().set
         cuda = CudaTransfer(self.arena.as_bytes(), self.gpu, wake, num_layers=GEOMETRY.num_layers)
         self.pool = MemPool(

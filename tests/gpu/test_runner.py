@@ -235,6 +235,7 @@ def test_a_graph_gives_the_logits_of_the_kernels(folder: Path, model: ModelConfi
         assert graph is not None and graph.logits[:count].isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
 def test_nothing_in_a_step_waits_for_the_device(folder: Path, model: ModelConfig) -> None:
     """Torch itself tells of every wait: prefills, decodes, graphs, greedy and drawn, pending tokens too."""
     transformer = triton_of(folder, model)

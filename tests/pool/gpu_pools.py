@@ -13,6 +13,7 @@ import torch
 
 from memserve import memfd
 from memserve.cuda.memory import DeviceMemory, allocate
+from memserve.errors import MemoryError_
 from memserve.messages import ArenaGrant, DeviceGrant, Tier, generation_table_bytes
 from memserve.model_config import KVGeometry
 from memserve.pool.arena import Arena
@@ -38,7 +39,7 @@ class FakePins:
 
     def pin(self, address: int, num_bytes: int) -> None:
         if sum(self.pinned.values()) + num_bytes > self.most:
-            raise RuntimeError("out of memory")
+            raise MemoryError_("out of memory")
         self.pinned[address] = num_bytes
 
     def unpin(self, address: int) -> None:

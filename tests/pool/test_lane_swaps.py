@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from memserve.messages import Removed, Tier, pack_tokens
-from memserve.pool.pinned import PinnedBlocks
+from memserve.pool.pinned import CudaPins, PinnedBlocks
 from memserve.workers.publisher import Publisher
+from tests.cuda.fake_driver import FakeDriver
 from tests.pool.fake_lanes import FakeGpu, FakeMark
 from tests.pool.gpu_pools import FakePins, GpuPool, gpu_pools
 
@@ -198,6 +199,20 @@ def test_what_is_in_use_stays_pinned() -> None:
     assert pinned.num_pinned == 8
     pinned.shrink(0)
     assert pinned.num_pinned == 0 and not pins.pinned
+
+
+def test_a_gpu_pins_by_its_driver(caplog: pytest.LogCaptureFixture) -> None:
+    """Not by CUDA's runtime, where a pin that fails would make torch's next kernel fail too."""
+    driver = FakeDriver()
+    blocks = np.zeros((40, 4096), dtype=np.uint8)
+    pinned = PinnedBlocks(blocks, CudaPins(driver, 0), chunk_bytes=1 << 14)
+    pinned.grow(8)
+    assert pinned.num_pinned == 8 and driver.open["pins"] == 2
+    driver.fails.add("cuMemHostRegister")
+    pinned.grow(20)
+    assert pinned.num_pinned == 8 and "swaps beyond are slower: cuMemHostRegister failed" in caplog.text
+    pinned.shrink(0)
+    driver.assert_all_returned()
 
 
 def test_what_cannot_be_pinned_is_said_once(caplog: pytest.LogCaptureFixture) -> None:

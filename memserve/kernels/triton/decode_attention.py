@@ -39,9 +39,9 @@ def _decode_kernel(
     tables_ptr,  # int32 [S, W], rows stride_table apart
     sequences_ptr,  # int32 [B], rows of the tables, if HAS_SEQUENCES; else query i has row i
     lens_ptr,  # int32 [B], keys of each query; 0 = none
-    out_ptr,  # [B, heads, HEAD_DIM], contiguous; written if NUM_SPLITS is 1
-    partial_ptr,  # float32 [B, heads, NUM_SPLITS, HEAD_DIM], otherwise
-    lse_ptr,  # float32 [B, heads, NUM_SPLITS]: base-2 logsumexp, -inf of a split without keys
+    out_ptr,  # [B, heads, HEAD_DIM], contiguous; written unless IS_SPLIT
+    partial_ptr,  # float32 [B, heads, splits, HEAD_DIM], otherwise
+    lse_ptr,  # float32 [B, heads, splits]: base-2 logsumexp, -inf of a split without keys
     scale_log2,
     window,
     stride_q,
@@ -53,7 +53,7 @@ def _decode_kernel(
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SEQUENCES: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -62,7 +62,7 @@ def _decode_kernel(
     BLOCK_D: tl.constexpr,
 ):
     kv_head, batch, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
-    num_heads = tl.num_programs(0) * GROUP
+    num_heads, num_splits = tl.num_programs(0) * GROUP, tl.num_programs(2)
     rows, dims = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     heads = kv_head * GROUP + rows
     is_head = rows < GROUP
@@ -73,20 +73,20 @@ def _decode_kernel(
     if HAS_WINDOW:
         begin = tl.maximum(num_keys - window, 0)
     aligned = begin // BLOCK_N * BLOCK_N
-    tiles_each = tl.cdiv(tl.cdiv(num_keys - aligned, BLOCK_N), NUM_SPLITS)
+    tiles_each = tl.cdiv(tl.cdiv(num_keys - aligned, BLOCK_N), num_splits)
     start = aligned + split * tiles_each * BLOCK_N
     stop = tl.minimum(start + tiles_each * BLOCK_N, num_keys)
     if start >= stop:
-        if NUM_SPLITS == 1:
-            zeros = tl.zeros([BLOCK_M, BLOCK_D], dtype=out_ptr.dtype.element_ty)
-            inside = is_head[:, None] & (dims < HEAD_DIM)[None, :]
-            tl.store(out_ptr + out_rows[:, None] * HEAD_DIM + dims[None, :], zeros, mask=inside)
-        else:
+        if IS_SPLIT:
             tl.store(
-                lse_ptr + out_rows * NUM_SPLITS + split,
+                lse_ptr + out_rows * num_splits + split,
                 tl.full([BLOCK_M], float("-inf"), tl.float32),
                 mask=is_head,
             )
+        else:
+            zeros = tl.zeros([BLOCK_M, BLOCK_D], dtype=out_ptr.dtype.element_ty)
+            inside = is_head[:, None] & (dims < HEAD_DIM)[None, :]
+            tl.store(out_ptr + out_rows[:, None] * HEAD_DIM + dims[None, :], zeros, mask=inside)
         return
 
     q_mask = is_head[:, None] & (dims < HEAD_DIM)[None, :]
@@ -127,13 +127,13 @@ def _decode_kernel(
         blocks = tl.load(table + keys // BLOCK_SIZE, mask=keys < stop, other=0).to(tl.int64)
 
     found = acc / total[:, None]
-    if NUM_SPLITS == 1:
-        out = out_ptr + out_rows[:, None] * HEAD_DIM + dims[None, :]
-        tl.store(out, found.to(out_ptr.dtype.element_ty), mask=q_mask)
-    else:
-        places = out_rows * NUM_SPLITS + split
+    if IS_SPLIT:
+        places = out_rows * num_splits + split
         tl.store(partial_ptr + places[:, None] * HEAD_DIM + dims[None, :], found, mask=q_mask)
         tl.store(lse_ptr + places, top + tl.log2(total), mask=is_head)
+    else:
+        out = out_ptr + out_rows[:, None] * HEAD_DIM + dims[None, :]
+        tl.store(out, found.to(out_ptr.dtype.element_ty), mask=q_mask)
 
 
 @triton.jit
@@ -215,7 +215,7 @@ def decode_attention(
     _decode_kernel[(num_kv_heads, batch, splits)](
         q, layer_kv, tables, key_lens if sequences is None else sequences, key_lens, out, partial, lse,
         scale * math.log2(math.e), window or 0, q.stride(0), *layer_kv.stride()[:4], tables.stride(0),
-        GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, NUM_SPLITS=splits,
+        GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, IS_SPLIT=splits > 1,
         HAS_WINDOW=window is not None, HAS_SEQUENCES=sequences is not None,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         BLOCK_M=max(triton.next_power_of_2(group), _MIN_ROWS), BLOCK_N=config.block_n, BLOCK_D=block_d,

@@ -29,6 +29,8 @@ from memserve.kernels.sampling import GREEDY_BELOW
 _BLOCK = 64
 # Blocks of a chunk.
 _CHUNK_BLOCKS = 64
+# Elements of 4 bytes between places that are all as aligned as the first.
+_ALIGNED = 4
 
 
 class DrawParams(NamedTuple):
@@ -361,11 +363,13 @@ def draw(logits: Tensor, params: DrawParams, any_truncated: bool = True) -> tupl
         return ids, is_bad
     num_blocks = triton.cdiv(vocab_size, _BLOCK)
     num_chunks = triton.cdiv(num_blocks, _CHUNK_BLOCKS)
-    # One allocation a type: float32 | maxima, sums, block maxima |, int32 | best ids, fastest blocks |.
-    floats = torch.empty((num_rows, 2 * num_chunks + num_blocks), dtype=torch.float32, device=device).view(-1)
-    maxima, sums = floats[: 2 * num_rows * num_chunks].view(2, num_rows, num_chunks)
-    block_maxima = floats[2 * num_rows * num_chunks :].view(num_rows, num_blocks)
-    best_ids, fastest = torch.empty((2, num_rows, num_chunks), dtype=torch.int32, device=device)
+    # One allocation a type: float32 | maxima, sums, block maxima |, int32 | best ids, fastest blocks |. Each
+    # begins at 16 bytes whatever the rows: for pointers that are aligned otherwise the kernels are compiled
+    # anew, in the middle of a step.
+    per_part = -(-num_rows * num_chunks // _ALIGNED) * _ALIGNED
+    floats = torch.empty(2 * per_part + num_rows * num_blocks, dtype=torch.float32, device=device)
+    maxima, sums, block_maxima = floats[:per_part], floats[per_part : 2 * per_part], floats[2 * per_part :]
+    best_ids, fastest = torch.empty((2, per_part), dtype=torch.int32, device=device)
     keys = torch.empty((num_rows, num_chunks), dtype=torch.float64, device=device)
     temperatures, top_ps, min_ps, top_ks, seeds, positions = params
     shapes = {"GREEDY": GREEDY_BELOW, "BLOCK": _BLOCK}
@@ -379,7 +383,8 @@ def draw(logits: Tensor, params: DrawParams, any_truncated: bool = True) -> tupl
         logits.stride(0), vocab_size, num_chunks, MAX_CHUNKS=max_chunks, num_warps=1, **shapes,
     )  # fmt: skip
     if any_truncated:
-        probs, packed = torch.empty((2, num_rows, vocab_size), dtype=torch.float32, device=device)
+        per_part = -(-num_rows * vocab_size // _ALIGNED) * _ALIGNED
+        probs, packed = torch.empty((2, per_part), dtype=torch.float32, device=device)
         _truncate_kernel[(num_rows,)](
             logits, temperatures, top_ps, min_ps, top_ks, seeds, positions, maxima, sums, block_maxima,
             probs, packed, is_bad, ids, logits.stride(0), vocab_size, num_blocks, num_chunks,
