@@ -7,9 +7,12 @@
     4. copies against what this GPU reaches in the same run: a pull of 8k tokens of Llama-3-8B's KV out of
        another process's arena, in one run and scattered, against a plain copy on the device; swaps against
        plain copies from and to pinned memory
+    5. Llama-3-8B's shapes, bfloat16, dummy weights, against the copy bandwidth and the matrix rate measured
+       beside them: decode steps of 1 and 64 requests, a prefill of 8k tokens, the attention of 64 decodes
 
-A short table comes last; exit status 1 if any line of it fails. `--only 34` makes parts of it; `--seed` draws
-other inputs. Kernels against their own bounds are measured by benchmarks/kernels.py.
+A short table comes last; exit status 1 if any line of it fails, 2 if there is no GPU. `--only 34` makes parts
+of it; `--seed` draws other inputs. More of 5: benchmarks/gpu_engine.py, beside transformers, and
+benchmarks/kernels.py, of every kernel.
 """
 
 from __future__ import annotations
@@ -31,16 +34,19 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PULL_SHARE = 0.70
 SWAP_SHARE = 0.80
+KERNEL_SHARE = 0.80
 BF16_LOGPROB = 0.15
 NUM_TOKENS = 8192
 MAX_TOKENS = 32
 _START_S = 120.0
+_MEASURED_S = 200.0
 _NUM_REPEATS = 9
 PROMPTS = (
     "The quick brown fox jumps over the lazy dog. " * 12,
@@ -71,11 +77,13 @@ class Answer:
 def main() -> int:
     """Make the parts, print the table."""
     parser = argparse.ArgumentParser(description="Check memserve on the GPU at hand.")
-    parser.add_argument("--only", default="1234", metavar="PARTS", help="of 1234 [default: all]")
+    parser.add_argument("--only", default="12345", metavar="PARTS", help="of 12345 [default: all]")
     parser.add_argument(
         "--seed", type=int, default=secrets.randbits(31), help="of random inputs [default: drawn]"
     )
     options = parser.parse_args()
+    if not set(options.only) <= set("12345"):
+        parser.error(f"--only {options.only}: the parts are 1 to 5")
     try:
         import torch
 
@@ -91,26 +99,37 @@ def main() -> int:
         "2": lambda: check_twins(options.seed),
         "3": check_servers,
         "4": measure_copies,
+        "5": measure_engine,
     }
     lines: list[Line] = []
     began_at = time.monotonic()
     for part in options.only:
+        print(f"part {part}, after {time.monotonic() - began_at:.0f} s", flush=True)
         try:
-            lines.extend(parts[part]())
+            for line in parts[part]():
+                lines.append(line)
+                _print(line)  # at once: whoever ends this early has what there is
         except Exception as error:  # the other parts are worth having all the same
+            print(error, flush=True)
             lines.append(Line(f"part {part}", f"{type(error).__name__}: {error}"[:90], "to run", False))
     print(f"\n{torch.cuda.get_device_name(0)}, seed {options.seed}, {time.monotonic() - began_at:.0f} s")
     for line in lines:
-        print(f"{'ok  ' if line.passed else 'FAIL'}  {line.what:<46} {line.found:<34} {line.wanted}")
+        _print(line)
     return 0 if all(line.passed for line in lines) else 1
+
+
+def _print(line: Line) -> None:
+    verdict = "ok  " if line.passed else "FAIL"
+    print(f"{verdict}  {line.what:<46} {line.found:<34} {line.wanted}", flush=True)
 
 
 # --- 1 and 2 ---
 
 
 def run_tests() -> Iterator[Line]:
-    """The tests of tests/gpu."""
+    """The tests of tests/gpu, but for the servers: part 3 starts them too."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--timeout", "120", "tests/gpu"]
+    command += ["-k", "not test_a_server_says"]
     ran = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=400)
     print(ran.stdout[-4000:])
     last = next((line for line in reversed(ran.stdout.splitlines()) if " in " in line), "no summary")
@@ -133,8 +152,8 @@ def check_twins(seed: int) -> Iterator[Line]:
 
 def check_servers() -> Iterator[Line]:
     """Disaggregated against colocated, in both types."""
+    colocated = answers(["--colocated", "1", "--dtype", "float32"])
     for transfer in ("request", "layer"):
-        colocated = answers(["--colocated", "1", "--dtype", "float32"])
         found = answers(["--prefill", "1", "--decode", "1", "--dtype", "float32", "--transfer", transfer])
         same = sum(a.text == b.text for a, b in zip(found, colocated, strict=True))
         moved = found[-1].pulled > 0
@@ -301,6 +320,40 @@ def measure_copies() -> Iterator[Line]:
     back = size / _median(swap(lambda: pool.load(host_ids, into)))
     yield _share("swap in", back, to_device, SWAP_SHARE)
     pool.close()
+
+
+# --- 5 ---
+
+
+def measure_engine() -> Iterator[Line]:
+    """Whole steps, and the attention of decodes alone, each in a process of its own: both want much memory."""
+    engine = _measured("gpu_engine.py", "--no-reference", "--repeats", "3")
+    yield Line(
+        "matrix product, bfloat16", f"{engine['matmul_flop_per_s'] / 1e12:.0f} TFLOP/s", "(measured)", True
+    )
+    for row in engine["rows"]:
+        found = f"{row['ours_ms']:.2f} ms, {row['share']:.0%} of the bound"
+        yield Line(row["name"], found, f">= {row['floor']:.0%}", row["share"] >= row["floor"])
+    name = "decode attention 64 x 4k"
+    for case in _measured("kernels.py", "--only", name)["results"]:
+        share = case["fraction"]
+        found = f"{case['ms']:.3f} ms, {share:.0%} of the bound"
+        yield Line(name, found, f">= {KERNEL_SHARE:.0%}", share >= KERNEL_SHARE)
+
+
+def _measured(script: str, *options: str) -> dict[str, Any]:
+    """What a benchmark beside this one has measured."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "measured.json"
+        command = [sys.executable, str(REPOSITORY / "benchmarks" / script), *options, "--json", str(path)]
+        ran = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=_MEASURED_S)
+        if not path.exists():
+            raise RuntimeError(f"{script} failed: {(ran.stderr or ran.stdout)[-2000:]}")
+        measured: dict[str, Any] = json.loads(path.read_text())
+        return measured
+
+
+# --- of 4 ---
 
 
 def _copy_rates(size: int) -> tuple[float, float, float]:

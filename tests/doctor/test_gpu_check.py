@@ -19,6 +19,38 @@ def test_without_a_gpu_it_says_so(
     assert "torch finds no GPU on this machine" in capsys.readouterr().err
 
 
+def test_parts_that_there_are_not_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--only", "16"])
+    with pytest.raises(SystemExit, match="2"):
+        gpu_check.main()
+
+
+def test_steps_and_attention_are_held_against_their_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = {
+        "gpu_engine.py": {
+            "matmul_flop_per_s": 7e14,
+            "rows": [
+                {"name": "decode, batch 1", "ours_ms": 4.0, "share": 0.81, "floor": 0.8},
+                {"name": "prefill of 8192", "ours_ms": 300.0, "share": 0.54, "floor": 0.55},
+            ],
+        },
+        "kernels.py": {"results": [{"ms": 0.3, "fraction": 0.8}]},
+    }
+    monkeypatch.setattr(gpu_check, "_measured", lambda script, *options: measured[script])
+    lines = {line.what: line.passed for line in gpu_check.measure_engine()}
+    assert lines == {
+        "matrix product, bfloat16": True,
+        "decode, batch 1": True,
+        "prefill of 8192": False,
+        "decode attention 64 x 4k": True,
+    }
+
+
+def test_a_benchmark_that_fails_is_told_with_what_it_said() -> None:
+    with pytest.raises(RuntimeError, match=r"gpu_engine.py failed: .*no GPU here"):
+        gpu_check._measured("gpu_engine.py", "--no-reference")
+
+
 @pytest.mark.parametrize(("rate", "passed"), [(7e11, True), (6.9e11, False), (float("nan"), False)])
 def test_a_share_of_the_ceiling_passes_or_not(rate: float, passed: bool) -> None:
     assert gpu_check._share("a pull", rate, 1e12, 0.7).passed is passed
