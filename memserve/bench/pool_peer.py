@@ -89,7 +89,7 @@ def run(fd: int, num_blocks: int) -> None:
         ready, _, _ = select.select([ours, rung], [], [])
         if rung in ready:
             rung.recv(4096)
-        for message in pool.take_control():
+        for message in pool.peers.take_control():
             ours.send(encoder.encode(message))
         if ours not in ready:
             continue
@@ -110,7 +110,7 @@ def run(fd: int, num_blocks: int) -> None:
             assert bare is not None and arena.blocks is not None
             bare.send(arena.blocks[message.at : message.at + message.num_blocks])
         elif isinstance(message, Connect | Accept | Refuse):
-            pool.on_control(message)
+            pool.peers.on_control(message)
     pool.close()
 
 

@@ -51,7 +51,7 @@ def _pull() -> float:
         woken = threading.Semaphore(0)
         pool = MemPool(arena, RECEIVER, 0, woken.release)
         try:
-            pool.add_peer(offer.grant, fds[0], fds[1])
+            pool.peers.add_mapped(offer.grant, fds[0], fds[1])
             pool.populate()
             into = pool.alloc_mem(_NUM_BLOCKS)
             assert into is not None

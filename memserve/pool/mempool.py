@@ -9,16 +9,13 @@ pulls from peers.
 Owned by the worker's loop and called from its thread alone. A block has one owner: whoever allocated it, or
 the index. `alloc_mem` evicts what nobody uses when no block is free; with a host tier that is a `swap_out`,
 and `acquire` swaps in. The destination of a pull counts as written until the pull has a result. Memory and
-layout are arena.py's, who holds what allocator.py's and index.py's, how bytes move the transports'. Peers
-come and go by grants of the supervisor.
+layout are arena.py's, who holds what allocator.py's and index.py's, how bytes move the transports'. From whom
+it can pull is the business of its `peers` (peers.py).
 """
 
 from __future__ import annotations
 
-import logging
 import math
-import os
-import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -28,38 +25,30 @@ import torch
 from numpy.typing import ArrayLike
 
 from memserve import memfd
-from memserve.errors import EngineError, MemserveError
 from memserve.messages import (
-    ArenaGrant,
     BlockRefs,
-    DeviceGrant,
-    LinkMessage,
-    PeerGrant,
     Removed,
     Tier,
     Transfer,
-    generation_table_bytes,
 )
 from memserve.pool.addresses import Addresses
 from memserve.pool.allocator import BlockAllocator, BlockIds
-from memserve.pool.arena import Arena, ArenaFds, PeerArena, Progress
+from memserve.pool.arena import Arena, Progress
 from memserve.pool.block_table import BlockTable
 from memserve.pool.device_progress import DeviceProgress
 from memserve.pool.host_tier import HostTier
 from memserve.pool.incoming import Incoming, begin_transfer
 from memserve.pool.index import Index, Lock, Match
 from memserve.pool.lanes import AllMarks, Lanes, Mark
+from memserve.pool.peers import Peers
 from memserve.pool.pending import Pending, PendingBook
 from memserve.pool.removals import RemovalLog
 from memserve.pool.retention import PoolStats, Retention
 from memserve.pool.swaps import Cooling, LaneSwaps
-from memserve.pool.transports.base import FailedPull, Pull
+from memserve.pool.transports.base import Pull
 from memserve.pool.transports.by_peer import PeerTransfer
 from memserve.pool.transports.shm import ShmTransfer
 
-logger = logging.getLogger(__name__)
-
-_POPULATE_NICENESS = 10
 # Where evictions are copies beside the steps: the share of the pool that is kept free.
 _AHEAD_SHARE = 32
 
@@ -80,6 +69,8 @@ class MemPool:
         transfer: how peers are reached, owned from now on; None = they are mapped, or none is reached if the
             host cannot address the arena. Must know this arena.
         lanes: of the GPU that the arena is on, if it is.
+
+    `peers` are the pools that it can pull from.
     """
 
     def __init__(
@@ -128,11 +119,7 @@ class MemPool:
         if transfer is None and arena.blocks is not None:
             shm = ShmTransfer(arena.blocks, wake, num_layers=arena.geometry.num_layers)
             transfer = PeerTransfer(wake, shm)
-        self._transfer = transfer  # None: peers are unknown, every pull is a miss
-        self._is_populated = False
-        self._unpopulated: dict[str, PeerArena] = {}
-        self._populating: list[threading.Thread] = []
-        self._closing = threading.Event()
+        self.peers = Peers(instance, arena.geometry.block_bytes, transfer, wake)
 
     @property
     def kv(self) -> torch.Tensor:
@@ -380,77 +367,6 @@ class MemPool:
 
     # --- other instances ----------------------------------------------------------------------------------
 
-    def add_peer(self, grant: ArenaGrant, arena_fd: int, generations_fd: int) -> None:
-        """Map a peer's arena to pull from; a second grant of the same instance and tier replaces the first.
-
-        Its mapping is populated by `populate`, or in the background if that was before. The descriptors are
-        ours from now on: they are closed, whatever happens. Raises MemoryError_, or EngineError if it is not
-        to be mapped, or made of other blocks.
-        """
-        try:
-            if self._transfer is None:
-                return
-            self._check_blocks(grant.instance, grant.block_bytes)
-            peer = PeerArena.map(grant, ArenaFds(arena_fd, generations_fd))
-        finally:
-            os.close(arena_fd)
-            os.close(generations_fd)
-        self._transfer.add_mapped(peer)
-        if peer.tier is Tier.HOST:
-            return  # mostly holes, which reading would fill
-        if self._is_populated:
-            self._populate_later(peer)
-        else:
-            self._unpopulated[peer.instance] = peer
-
-    def add_device_peer(self, grant: DeviceGrant, table_fd: int, memory_fd: int | None = None) -> None:
-        """Open a peer's arena on a GPU to pull from; a later grant of the same instance replaces this one.
-        The descriptors are ours from now on. Raises as `add_peer`.
-        """
-        try:
-            if self._transfer is None or grant.memory is None:
-                return
-            self._check_blocks(grant.instance, grant.block_bytes)
-            if grant.num_blocks > grant.max_blocks:
-                raise EngineError(f"{grant.instance} has {grant.num_blocks} blocks of {grant.max_blocks}")
-            table = memfd.map_bytes(table_fd, generation_table_bytes(grant.max_blocks), writable=False)
-            given, memory_fd = memory_fd, None
-            self._transfer.open_device(grant, table.view(np.uint64), given)
-        finally:
-            os.close(table_fd)
-            if memory_fd is not None:
-                os.close(memory_fd)
-
-    def _check_blocks(self, instance: str, block_bytes: int) -> None:
-        ours = self._arena.geometry.block_bytes
-        if block_bytes != ours:
-            raise EngineError(f"{instance} has blocks of {block_bytes} bytes, {self._instance} of {ours}")
-
-    def add_sending_peer(self, grant: PeerGrant) -> None:
-        """Pull from a peer that cannot be mapped, by asking it; a later life replaces the one before.
-
-        Raises EngineError if that is not to be done here.
-        """
-        if self._transfer is not None:
-            self._transfer.add_sending(grant)
-
-    def on_control(self, message: LinkMessage) -> None:
-        """Take what another worker says of a link between it and us. Never waits."""
-        if self._transfer is not None:
-            self._transfer.on_control(message)
-
-    def take_control(self) -> list[LinkMessage]:
-        """What is to be said to other workers, by way of the router; `wake` tells when there is something."""
-        return [] if self._transfer is None else self._transfer.take_control()
-
-    def remove_peer(self, instance: str, tier: Tier | None = None) -> None:
-        """Forget a peer, or one tier of it: pulls from it that are under way still end. Unknown names are
-        ignored.
-        """
-        self._unpopulated.pop(instance, None)
-        if self._transfer is not None:
-            self._transfer.remove_peer(instance, tier)
-
     @property
     def progress(self) -> Progress:
         """Whoever computes into our blocks tells here how far it has got, layer by layer."""
@@ -484,10 +400,7 @@ class MemPool:
         Never raises or waits: an unknown peer, a full queue, bad addresses are results. The caller holds
         `into` and may not free it before the pull has a result.
         """
-        if self._transfer is None:
-            self._wake()
-            return FailedPull(f"unknown peer {refs.instance}")
-        return self._transfer.begin(refs, np.asarray(into, dtype=np.int64), layers_from)
+        return self.peers.pull(refs, np.asarray(into, dtype=np.int64), layers_from)
 
     def transfer(self, target: str, ids: ArrayLike, into: tuple[int, ...] | None = None) -> Transfer:
         """Offer our blocks `ids` to the pool `target`: what to send it, for its `receive` (the paper's
@@ -526,8 +439,7 @@ class MemPool:
         from them, and two threads that share one matrix product wait for the slower. `progress` is told
         fractions from 0 to 1. Raises MemoryError_ if there is not enough for our own.
         """
-        peers, self._unpopulated = tuple(self._unpopulated.values()), {}
-        self._is_populated = True
+        peers = self.peers.take_unpopulated()
         num_parts = 1 + len(peers)
 
         def tell(part: int, fraction: float) -> None:
@@ -539,7 +451,7 @@ class MemPool:
         if self._host is not None:
             self._host.populate()
         for part, peer in enumerate(peers, start=1):
-            self._populate_peer(peer, partial(tell, part))
+            self.peers.populate(peer, partial(tell, part))
         tell(num_parts - 1, 1.0)
 
     def stats(self) -> PoolStats:
@@ -574,16 +486,10 @@ class MemPool:
 
     def close(self) -> None:
         """End every pull and background thread. The memory goes when the last view of `kv` does."""
-        self._closing.set()
         if self._host is not None:
             self._host.stop_growing()
-        self._unpopulated.clear()
-        if self._transfer is not None:
-            self._transfer.close()
+        self.peers.close()
         self._progress.close()
-        for thread in self._populating:
-            thread.join()
-        self._populating.clear()
 
     def _swap_in(self, table: BlockTable, tokens: bytes, salt: str, num_blocks: int) -> None:
         """Copy the host blocks that follow those of the table, as far as there is room, into its own."""
@@ -634,22 +540,3 @@ class MemPool:
         if self._removals is not None:
             self._removals.gone(blocks, Tier.DEVICE)
         self._allocator.free(blocks)
-
-    def _populate_peer(self, peer: PeerArena, progress: Callable[[float], None] | None = None) -> None:
-        try:
-            memfd.populate(peer.blocks.reshape(-1), self._closing, progress)
-        except MemserveError as error:  # only a matter of speed, until the memory is really needed
-            logger.warning(
-                "%s: cannot populate the arena of %s: %s", self._instance, peer.instance, str(error)
-            )
-
-    def _populate_later(self, peer: PeerArena) -> None:
-        def run() -> None:
-            # Of this thread alone, on Linux: serving must not wait for it.
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _POPULATE_NICENESS)
-            self._populate_peer(peer)
-
-        self._populating = [thread for thread in self._populating if thread.is_alive()]
-        thread = threading.Thread(target=run, name="memserve-populate", daemon=True)
-        self._populating.append(thread)
-        thread.start()

@@ -188,7 +188,7 @@ class Worker:
             self._publisher.flush()
         for message in self._channel.receive():
             self._handle(message)
-        for control in self._pool.take_control():
+        for control in self._pool.peers.take_control():
             self._channel.send(control)
         if self._pulls:
             self._take_arrivals()
@@ -312,21 +312,21 @@ class Worker:
         match grant:
             case ArenaGrant() if grant.instance != self._config.instance and len(fds) == 2:
                 try:
-                    self._pool.add_peer(grant, *fds)
+                    self._pool.peers.add_mapped(grant, *fds)
                 except MemserveError as error:
                     logger.error("cannot map the arena of %s: %s", grant.instance, error)
             case PeerGrant() if not fds:
                 try:
-                    self._pool.add_sending_peer(grant)
+                    self._pool.peers.add_sending(grant)
                 except MemserveError as error:
                     logger.error("cannot pull from %s: %s", grant.instance, error)
             case DeviceGrant() if grant.instance != self._config.instance and 0 < len(fds) <= 2:
                 try:
-                    self._pool.add_device_peer(grant, *fds)
+                    self._pool.peers.add_device(grant, *fds)
                 except MemserveError as error:
                     logger.error("cannot open the arena of %s: %s", grant.instance, error)
             case RevokeGrant():
-                self._pool.remove_peer(grant.instance, grant.tier)
+                self._pool.peers.remove(grant.instance, grant.tier)
             case _:
                 logger.error("an unexpected %s with %d descriptors", type(grant).__name__, len(fds))
                 for fd in fds:
@@ -373,7 +373,7 @@ class Worker:
             case Release():
                 self._release(message.request_id, message.attempt)
             case Connect() | Accept() | Refuse():
-                self._pool.on_control(message)
+                self._pool.peers.on_control(message)
             case Shutdown():
                 self._stopping = True
             case _:
