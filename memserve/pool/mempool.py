@@ -9,8 +9,8 @@ pulls from peers.
 Owned by the worker's loop and called from its thread alone. A block has one owner: whoever allocated it, or
 the index. `alloc_mem` evicts what nobody uses when no block is free; with a host tier that is a `swap_out`,
 and `acquire` swaps in. The destination of a pull counts as written until the pull has a result. Memory and
-layout are arena.py's, who holds what allocator.py's and index.py's, how bytes move the transports'. From whom
-it can pull is the business of its `peers` (peers.py).
+layout are arena.py's, who holds what allocator.py's and index.py's, who gives way room.py's, how bytes move
+the transports'. From whom it can pull is the business of its `peers` (peers.py).
 """
 
 from __future__ import annotations
@@ -25,12 +25,7 @@ import torch
 from numpy.typing import ArrayLike
 
 from memserve import memfd
-from memserve.messages import (
-    BlockRefs,
-    Removed,
-    Tier,
-    Transfer,
-)
+from memserve.messages import BlockRefs, Removed, Tier, Transfer
 from memserve.pool.addresses import Addresses
 from memserve.pool.allocator import BlockAllocator, BlockIds
 from memserve.pool.arena import Arena, Progress
@@ -44,14 +39,11 @@ from memserve.pool.peers import Peers
 from memserve.pool.pending import Pending, PendingBook
 from memserve.pool.removals import RemovalLog
 from memserve.pool.retention import PoolStats, Retention
-from memserve.pool.swaps import Cooling, LaneSwaps
+from memserve.pool.room import Room
+from memserve.pool.swaps import LaneSwaps
 from memserve.pool.transports.base import Pull
 from memserve.pool.transports.by_peer import PeerTransfer
 from memserve.pool.transports.shm import ShmTransfer
-
-# Where evictions are copies beside the steps: the share of the pool that is kept free.
-_AHEAD_SHARE = 32
-
 
 _NO_BLOCKS: BlockIds = np.empty(0, dtype=np.int64)
 
@@ -109,9 +101,7 @@ class MemPool:
         self._instance = instance
         self._wake = wake
         self._allocator = BlockAllocator(arena.num_blocks, arena.generations, on_free)
-        self._cooling: Cooling | None = None
-        if lanes is not None and self._host is not None:
-            self._cooling = Cooling(self._allocator, lanes)
+        self._room = Room(self._allocator, self._index, self._host, self._removals, lanes)
         if lanes is None:
             self._progress = Progress(arena.progress, incarnation)
         else:
@@ -139,12 +129,7 @@ class MemPool:
     @property
     def num_available(self) -> int:
         """Blocks that `alloc_mem` could give now: the free ones, and those that it would evict."""
-        return self._num_free + (0 if self._index is None else self._index.num_evictable)
-
-    @property
-    def _num_free(self) -> int:
-        """Blocks that nobody has, those that are still being copied to the host included."""
-        return self._allocator.num_free + (0 if self._cooling is None else self._cooling.num_blocks)
+        return self._room.num_available
 
     @property
     def block_size(self) -> int:
@@ -160,23 +145,7 @@ class MemPool:
         device tier are swapped out if there is a host tier. None, and nothing taken or evicted, if there are
         not enough of both.
         """
-        if tier is Tier.HOST:
-            return self._alloc_host(num_blocks)
-        ids = self._allocate(num_blocks)
-        if ids is not None or self._index is None:
-            return ids
-        num_lacking = num_blocks - self._num_free
-        if num_lacking > self._index.num_evictable:
-            return None
-        self._evict(num_lacking)
-        return self._allocate(num_blocks)
-
-    def _allocate(self, num_blocks: int) -> BlockIds | None:
-        if self._cooling is not None:
-            self._cooling.poll()
-            if num_blocks <= self._num_free:
-                self._cooling.take(num_blocks - self._allocator.num_free)
-        return self._allocator.allocate(num_blocks)
+        return self._room.take(num_blocks) if tier is Tier.DEVICE else self._room.take_host(num_blocks)
 
     def free_mem(self, ids: ArrayLike, tier: Tier = Tier.DEVICE) -> None:
         """Give back blocks that `alloc_mem` gave and nobody published."""
@@ -190,11 +159,7 @@ class MemPool:
         """Move that many blocks that nobody uses to the host tier, the least useful first, or as many as
         there are; those that are colder than all of a full host tier are dropped. Returns the blocks moved.
         """
-        if self._index is None or self._host is None:
-            return 0
-        before = self._host.num_stored
-        self._evict(num_blocks)
-        return self._host.num_stored - before
+        return self._room.swap_out(num_blocks)
 
     def swap_in(self, tokens: bytes, salt: str = "") -> int:
         """Move what the host tier holds of a cached prefix to the device tier, as far as there is room.
@@ -218,40 +183,11 @@ class MemPool:
         way, and it keeps all up to the last of them. Raises MemoryError_ if the machine has not the memory to
         grow, ValueError outside the bounds.
         """
-        host = self._host
-        if host is None or not 0 <= num_blocks <= host.capacity:
-            capacity = 0 if host is None else host.capacity
-            raise ValueError(f"a host tier of {num_blocks} blocks, but from 0 to {capacity} are possible")
-        host.stop_growing()
-        if num_blocks >= host.num_blocks:
-            host.grow_to(num_blocks, self._wake)
-            return num_blocks
-        assert self._index is not None
-        self._index.evict_host(host.num_held - num_blocks)
-        host.withdraw_from(num_blocks)
-        self._index.relocate_host(partial(host.relocate, limit=num_blocks))
-        in_the_way = host.held_blocks()
-        num_blocks = max(num_blocks, in_the_way.item(-1) + 1 if len(in_the_way) else 0)
-        host.shrink_to(num_blocks)
-        return num_blocks
+        return self._room.resize(num_blocks, self._wake)
 
     def poll(self) -> None:
         """Take note of what goes on beside the loop; cheap."""
-        if self._host is not None:
-            self._host.absorb()
-        if self._cooling is not None:
-            self._cooling.poll()
-            self._evict_ahead(self._cooling)
-
-    def _evict_ahead(self, cooling: Cooling) -> None:
-        """Swap out before room is needed, so that no step waits for the copies: a little, and only what the
-        host tier has room for.
-        """
-        assert self._host is not None and self._index is not None
-        num_lacking = self.num_blocks // _AHEAD_SHARE - self._num_free
-        num_blocks = min(num_lacking, self._host.num_free, self._index.num_evictable)
-        if num_blocks > 0:
-            self._evict(num_blocks)
+        self._room.poll()
 
     # --- the index -----------------------------------------------------------------------------------------
 
@@ -280,7 +216,7 @@ class MemPool:
         """Forget a cached prefix with all that continues it, in either tier; what is in use stays. Returns
         the blocks freed.
         """
-        return self._forget(lambda index: index.delete(self._namespace + salt, tokens))
+        return self._room.forget(lambda index: index.delete(self._namespace + salt, tokens))
 
     def flush(self) -> int:
         """Forget all that is cached and not in use. Returns the blocks freed."""
@@ -290,7 +226,7 @@ class MemPool:
         """Forget what was not used since `before`, by the pool's clock (time to live). Returns the blocks
         freed.
         """
-        return self._forget(lambda index: index.expire(before))
+        return self._room.forget(lambda index: index.expire(before))
 
     def lock(self, tokens: bytes, salt: str = "") -> Lock | None:
         """Keep what the device tier caches of `tokens` until `unlock`; None = the pool keeps nothing."""
@@ -456,7 +392,7 @@ class MemPool:
 
     def stats(self) -> PoolStats:
         """Blocks by state, now; from any thread."""
-        free, total = self._num_free, self._allocator.num_blocks
+        free, total = self._room.num_free, self._allocator.num_blocks
         historical = 0 if self._index is None else self._index.num_evictable
         return PoolStats(
             free=free,
@@ -511,32 +447,3 @@ class MemPool:
         table.append(extended.blocks)
         table.share(extended.blocks)
         table.num_swapped_in = count
-
-    def _alloc_host(self, num_blocks: int) -> BlockIds | None:
-        if self._host is None:
-            return None
-        num_lacking = num_blocks - self._host.num_free
-        if num_lacking > 0 and self._index is not None and num_lacking <= self._index.num_host_blocks:
-            self._index.evict_host(num_lacking)
-        return self._host.allocate(num_blocks)
-
-    def _evict(self, num_blocks: int) -> None:
-        assert self._index is not None
-        blocks = self._index.evict(num_blocks)
-        self._free_historical(blocks)
-        if self._cooling is not None:
-            self._cooling.add(blocks)
-
-    def _forget(self, give_up: Callable[[Index], BlockIds]) -> int:
-        """Free what the index gives up, in both tiers; how many blocks."""
-        if self._index is None:
-            return 0
-        num_host_before = self._index.num_host_blocks
-        freed = give_up(self._index)
-        self._free_historical(freed)
-        return len(freed) + num_host_before - self._index.num_host_blocks
-
-    def _free_historical(self, blocks: BlockIds) -> None:
-        if self._removals is not None:
-            self._removals.gone(blocks, Tier.DEVICE)
-        self._allocator.free(blocks)
