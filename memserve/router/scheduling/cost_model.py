@@ -95,7 +95,7 @@ class Waves(msgspec.Struct, frozen=True, tag=True):
 class Operators(msgspec.Struct, frozen=True, kw_only=True):
     """Coefficients of the operators; see the module and `StepShape` for what each multiplies. `draw_ms` is
     for a step that draws at all, `mixed_ms` for one that is mixed, which needs two kinds of attention,
-    `chunk_ms` for one with a chunk: lengths are seldom met twice, and kernels are made for each.
+    `chunk_ms` for one with a chunk, whose attention is planned and called by itself.
     """
 
     rows: Ramp | Waves
