@@ -9,7 +9,7 @@ def test_a_size_is_enough_and_little_more() -> None:
     for size in range(1, 5000):
         rows, keys = padded_rows(size), padded_keys(size)
         assert size <= rows < size * 9 / 8 and (size > 16 or rows == size)
-        assert size <= keys < max(size * 17 / 16, size + 32)
+        assert size <= keys < max(size * 9 / 8, size + 64)
         assert padded_rows(rows) == rows and padded_keys(keys) == keys
         assert whole_rows(size) <= size and padded_rows(whole_rows(size)) == whole_rows(size)
         assert whole_rows(rows) == rows
@@ -19,7 +19,7 @@ def test_there_are_few_sizes() -> None:
     sizes = list(row_sizes(2048))
     assert sizes == sorted({padded_rows(size) for size in range(1, 2049)})
     assert len(sizes) < 110
-    assert len({padded_keys(size) for size in range(1, 131_073)}) < 200
+    assert len({padded_keys(size) for size in range(1, 131_073)}) < 80
 
 
 def test_nothing_is_nothing() -> None:
