@@ -382,7 +382,7 @@ def test_what_was_seen_corrects_the_table() -> None:
         candidates["p0"].correction.observe(Phase.PREFILL, False, 10.0, 20.0)
     rows = {
         row.instance: row
-        for row in decide("prompt-tree", candidates, Ask(1000, 9, random.Random(0))).prefills
+        for row in decide("prompt-tree", candidates, Ask(1024, 9, random.Random(0))).prefills
     }
-    assert rows["p0"].exec_ms == pytest.approx(202.0, rel=0.01)
-    assert rows["p1"].exec_ms == pytest.approx(101.0)
+    assert rows["p0"].exec_ms == pytest.approx(2 * 103.4, rel=0.01)
+    assert rows["p1"].exec_ms == pytest.approx(103.4)
