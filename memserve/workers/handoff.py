@@ -24,8 +24,8 @@ from memserve.pool.allocator import BlockIds
 from memserve.pool.block_table import BlockTable
 from memserve.pool.pending import Pending
 from memserve.pool.transports.base import FailedPull, Pull, PullResult
+from memserve.workers.following import MIN_FOLLOWED_TOKENS
 from memserve.workers.request import Request
-from memserve.workers.scheduler import MIN_FOLLOWED_TOKENS
 
 logger = logging.getLogger(__name__)
 

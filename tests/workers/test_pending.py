@@ -106,13 +106,13 @@ def test_who_has_an_offer_waits_for_one_that_computes_no_longer_than_a_pull_take
     two.d.worker.step()
     b, c = scheduler.waiting
     assert b.leader.request_id == "a" and b.leader.num_computed_tokens == 16
-    assert scheduler._follows(c, two.d.clock.now)
+    assert scheduler._following.follows(c, scheduler._producers(), two.d.clock.now)
     # 2. for as long as a pull would take, both wait
     two.d.worker.step()
     assert scheduler.waiting == [b, c]
     # 3. then b pulls, and c waits on
     two.d.clock.now = max(b.patience_ends, c.patience_ends)
-    assert scheduler._follows(c, two.d.clock.now)
+    assert scheduler._following.follows(c, scheduler._producers(), two.d.clock.now)
     two.d.worker.step()
     assert b not in scheduler.waiting and b.cached.device < PREFIX and c in scheduler.waiting
     two.d.run()
