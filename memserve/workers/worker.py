@@ -129,6 +129,7 @@ class Worker:
         self.gauges = Gauges(self._scheduler, self._offers, pool, clock)
         self._requests: dict[str, Request] = {}
         self._arrivals = 0
+        self._step_s = 0.0  # of the last step
         self._stopping = False
         self._expires_at = 0.0
         self._told_load = Load()
@@ -252,6 +253,7 @@ class Worker:
             return
         drawn = self._executor.finish(flight, following)
         step_ms, tally = self.gauges.step_ms, flight.tally
+        self._step_s = step_ms / 1e3
         self.budget.observe(tally, step_ms)
         logger.debug(
             "step of %d tokens, %d of them prefill: %.1f ms",
@@ -304,7 +306,7 @@ class Worker:
         """
         num_tokens = sum(request.offer.num_tokens for request in plan.pulls if request.offer is not None)
         expected_s = ARRIVAL_LEAST_S + self._patience.pull_s(num_tokens)
-        wait_s = max(ARRIVAL_LEAST_S, min(expected_s, self.gauges.step_ms / 1e3, ARRIVAL_MOST_S))
+        wait_s = max(ARRIVAL_LEAST_S, min(expected_s, self._step_s, ARRIVAL_MOST_S))
         for _ in range(math.ceil(wait_s / ARRIVAL_LOOK_S)):
             for request in self._take_arrivals():
                 self._scheduler.join(request, plan, tally)
