@@ -269,7 +269,9 @@ def test_the_last_token_is_always_computed() -> None:
     candidates = fleet(1, 1)
     trees, prompt = Trees(candidates), tokens_of(0, 1600)
     trees.hold("p0", prompt)
-    assert decide("prompt-tree", candidates, trees.ask(prompt)).prefill.num_cached_tokens == 1584
+    assert decide("prompt-tree", candidates, trees.ask(prompt)).prefill.num_cached_tokens == 1599
+    longer = tokens_of(0, 1601)
+    assert decide("prompt-tree", candidates, trees.ask(longer)).prefill.num_cached_tokens == 1600
 
 
 def test_the_dead_are_only_sources() -> None:
