@@ -21,12 +21,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from memserve.cuda.memory import DeviceExport  # noqa: E402
 from memserve.messages import (  # noqa: E402
     FRAME_HEADER,
     ArenaExport,
     ArenaGrant,
     Cancel,
-    DeviceExport,
     DeviceGrant,
     Failed,
     Fatal,
