@@ -42,7 +42,7 @@ class Abandon:
 
 @dataclass(frozen=True, slots=True)
 class WorkerUp:
-    """A worker takes requests. `num_blocks` of its device tier, of the host tier at most `max_host_blocks`."""
+    """A worker takes requests. `num_blocks` of its device tier, at most `max_host_blocks` of the host tier."""
 
     instance: str
     role: Role
