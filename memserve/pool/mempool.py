@@ -229,7 +229,7 @@ class MemPool:
         It grows beside everything else, and `poll` takes what has got memory. To shrink it evicts, moves what
         it keeps together, and gives the memory back; blocks that somebody has from `alloc_mem` stand in the
         way, and it keeps all up to the last of them. Raises MemoryError_ if the machine has not the memory to
-        grow, ValueError outside the bounds.
+        grow, ValueError outside the bounds, EngineError if a GPU does not end its copies: nothing changed.
         """
         host = self._host
         if host is None or not 0 <= num_blocks <= host.capacity:
@@ -240,6 +240,7 @@ class MemPool:
             host.grow_to(num_blocks, self._wake)
             return num_blocks
         assert self._index is not None
+        host.settle()
         self._index.evict_host(host.num_held - num_blocks)
         host.withdraw_from(num_blocks)
         self._index.relocate_host(partial(host.relocate, limit=num_blocks))
