@@ -42,7 +42,7 @@ class Abandon:
 
 @dataclass(frozen=True, slots=True)
 class WorkerUp:
-    """A worker takes requests. `num_blocks` of its device tier, at most `max_host_blocks` of the host tier."""
+    """A worker takes requests; its tiers have `num_blocks` and at most `max_host_blocks`."""
 
     instance: str
     role: Role
