@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from memserve.messages import Cancel, PullAhead, PullBack, Release, Reserve, pack_tokens
+from memserve.messages import Cancel, PullAhead, PullBack, PulledBack, Release, Reserve, pack_tokens
 from memserve.pool.mempool import MemPool
 from memserve.workers.budget import StepBudget
 from memserve.workers.patience import Patience
@@ -263,6 +263,35 @@ def test_a_prefill_waits_for_what_is_pulled_back(make_rig, tools, gate, block_si
     p.run()
     p.assert_idle()
     d.assert_idle()
+
+
+def test_a_pull_back_behind_one_that_stalls_is_given_up(make_rig, tools, gate, block_size):
+    common = {"num_blocks": 512, "max_model_len": 400, "max_batch_tokens": 400, "caches": True}
+    p = make_rig(instance="prefill-0", block_size=block_size, copy=gate.copy, **common)
+    d = make_rig(instance="decode-0", block_size=block_size, **common)
+    d.grant_to(p)
+    d.send(tools.decode("a", tools.prompt(PREFIX + 1, seed=1), max_tokens=1))
+    d.run()
+    tokens = pack_tokens(tools.prompt(PREFIX + 1, seed=1)[:PREFIX])
+    refs = d.pool.addresses(d.pool.match(tokens).device_blocks)
+    # 1. the same is pulled back twice; the first copy stands still
+    p.send(PullBack("a", tokens, "", 0, refs), PullBack("b", tokens, "", 0, refs))
+    p.worker.step()
+    assert gate.entered.wait(10)
+    assert p.take() == []
+    # 2. the loop sleeps no longer than the second waits; then that one is given up
+    ends_at = p.worker._pull_backs.patience_ends
+    assert ends_at is not None and p.clock.now < ends_at == p.clock.now + p.worker._rest_s
+    p.clock.now = ends_at
+    p.worker.step()
+    assert p.take() == [PulledBack("b", 0, 0, "another pull has not brought it in 5 s")]
+    assert p.worker._pull_backs.patience_ends is None
+    # 3. the first goes on whenever it can
+    gate.go_on.set()
+    p.run()
+    (answer,) = p.take()
+    assert (answer.request_id, answer.num_tokens, answer.failure) == ("a", PREFIX, None)
+    p.assert_idle()
 
 
 def test_only_what_began_with_the_offer_is_timed(make_rig, tools, monkeypatch):
