@@ -2,9 +2,9 @@
 
 Everything a field alone can say about its own validity is written here as a constraint and checked while the
 JSON is decoded: types, finite numbers in bounds, lengths of lists. What needs the model or a second field is
-left to `validation.py`. Unknown fields are ignored, as clients of both endpoints send many, but not those of
-the cache's admin routes, where a misspelt one would give the wrong answer; known ones that would change the answer and are not
-implemented are declared (`Unsupported`) so that they can be refused by name. `null` always means "not given".
+left to `validation.py`. Unknown fields are ignored, but for the cache's admin routes, where a misspelt one
+would quietly give the wrong answer; known ones that would change the answer and are not implemented are
+declared (`Unsupported`) so that they can be refused by name. `null` always means "not given".
 """
 
 from __future__ import annotations
