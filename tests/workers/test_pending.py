@@ -294,6 +294,37 @@ def test_a_pull_back_behind_one_that_stalls_is_given_up(make_rig, tools, gate, b
     p.assert_idle()
 
 
+@pytest.mark.parametrize("has_ended", [True, False])
+def test_what_another_brought_since_the_reserve_is_not_pulled_ahead(two, tools, gate, has_ended):
+    common = tools.prompt(PREFIX, seed=1)
+    message, first = two.prefilled("a", common + tools.prompt(9, seed=2), 4)
+    _, second = two.prefilled("b", common + tools.prompt(7, seed=3), 4)
+    num_fetched, fetch = [], two.d.pool.fetch
+
+    def counted(refs, *args):
+        num_fetched.append(len(refs.blocks))
+        return fetch(refs, *args)
+
+    two.d.pool.fetch = counted
+    # 1. a is to come; b is there, and what it pulls has begun, or ended
+    two.d.send(Reserve("a", 0, message.token_ids), second)
+    two.d.worker.step()
+    assert gate.entered.wait(10)
+    if has_ended:
+        gate.go_on.set()
+        two.d.run()
+    # 2. what is offered ahead of a is here, or on its way
+    two.d.send(PullAhead("a", 0, 0, first.offer.refs))
+    two.d.worker.step()
+    gate.go_on.set()
+    two.d.send(first)
+    two.d.run()
+    num_blocks, block_size = len(first.offer.refs.blocks), two.d.pool.block_size
+    assert sum(num_fetched) == len(second.offer.refs.blocks) + num_blocks - PREFIX // block_size
+    check(two, tools, first, "a", two.d.take())
+    two.end("a", "b")
+
+
 def test_only_what_began_with_the_offer_is_timed(make_rig, tools, monkeypatch):
     two = Two(make_rig, tools)
     patience, times_ms, num_lost = two.d.worker._patience, [], []
