@@ -347,6 +347,19 @@ class MemPool:
             self._swap_in(table, tokens, salt, len(host))
         return table
 
+    def copy_last(self, tokens: bytes, salt: str, into: int) -> bool:
+        """Copy the block of the last of `tokens` (whole blocks), with all before it, to the block `into`,
+        which the caller holds. False = it is not cached in the device tier.
+        """
+        if self._index is None:
+            return False
+        prefix = self._index.match(self._namespace + salt, tokens, self._clock())
+        device, _ = prefix.blocks()
+        if len(device) * self.block_size * 4 != len(tokens):
+            return False
+        self.kv[into].copy_(self.kv[int(device[-1])])
+        return True
+
     def publish(self, table: BlockTable, tokens: bytes) -> None:
         """The table's next own blocks hold the KV of `tokens`, whole blocks: they become shared.
 

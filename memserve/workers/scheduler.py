@@ -57,6 +57,7 @@ class BlockSource(Protocol):
     def match(self, tokens: bytes, salt: str, /) -> Match: ...
     def acquire(self, tokens: bytes, salt: str, /) -> BlockTable: ...
     def release(self, table: BlockTable, /) -> None: ...
+    def copy_last(self, tokens: bytes, salt: str, into: int, /) -> bool: ...
     def pending(self, tokens: bytes, salt: str, /) -> Pending | None: ...
 
 
@@ -281,7 +282,6 @@ class Scheduler:
                 return
             self.waiting.remove(request)
             if request.offer is None:
-                request.num_computed_tokens = request.table.num_shared * self._block_size
                 request.state = RequestState.RUNNING
                 insort(self.running, request, key=_arrival)
                 self._plan_chunks((request,), plan, tally)
@@ -305,11 +305,27 @@ class Scheduler:
             block_ids = self._pool.alloc_mem(num_lacking)
             assert block_ids is not None
             request.table.append(block_ids)
+        num_cached = request.table.num_shared * self._block_size
+        if request.offer is None:
+            num_cached += self._copy_last(request)
+            request.num_computed_tokens = num_cached
         if request.cached is None:
             host = request.table.num_swapped_in * self._block_size
-            device = request.table.num_shared * self._block_size - host
-            request.cached = CachedTokens(device, host)
+            request.cached = CachedTokens(num_cached - host, host)
         return True
+
+    def _copy_last(self, request: Request) -> int:
+        """A request of whole blocks whose last one is cached too takes a copy of that, as its last token is
+        still to be computed, and nobody writes to a shared block. Returns the tokens that are spared.
+        """
+        block_size, num_tokens = self._block_size, request.num_tokens
+        num_blocks = num_tokens // block_size
+        is_last = request.table.num_shared == num_blocks - 1 and num_tokens % block_size == 0
+        if not is_last or block_size == 1 or request.prompt_logprobs is not None:
+            return 0
+        into = int(request.table.ids(num_blocks)[-1])
+        is_copied = self._pool.copy_last(request.token_bytes(0, num_tokens), request.cache_salt, into)
+        return block_size - 1 if is_copied else 0
 
     def _cacheable(self, request: Request) -> bytes:
         """The tokens that need not be computed if the pool has them: whole blocks, never the last token, and

@@ -52,6 +52,7 @@ from memserve.pool.transports.cuda_ipc import CudaTransfer
 from memserve.pool.transports.device_sources import Gpu
 from memserve.pool.transports.shm import ShmTransfer
 from memserve.pool.transports.torch_distributed import TorchPool
+from memserve.step_shapes import row_sizes
 from memserve.torch_dtypes import TORCH_DTYPES
 from memserve.workers.budget import StepBudget
 from memserve.workers.channel import Channel, Doorbell, GrantSocket, ReceivedGrant, SocketChannel
@@ -73,6 +74,9 @@ _M_MMAP_MAX = -4
 # Steps computed before the worker is ready, and the longest of them.
 NUM_WARM_UPS = 4
 MAX_WARM_UP_TOKENS = 256
+# Sizes of steps whose kernels are made before the worker is ready, and how long that may take.
+MAX_COMPILED_ROWS = 512
+COMPILE_S = 0.4
 _PROGRESS_STEP = 0.01
 
 
@@ -119,6 +123,7 @@ def start(init: Init, channel: SocketChannel, grants: GrantSocket) -> tuple[Work
     else:
         transformer = Transformer(config.model, weights, config.max_model_len, device, dtype)
         runner = ModelRunner(transformer, pool.kv, config.block_size, pool.progress.advance)
+        _compile(transformer, config)
     worker = Worker(config, channel, grants, pool, runner)
     # Those there are now are populated before the first step is timed.
     for peer in (*granted.peers, *grants.receive()):
@@ -356,6 +361,16 @@ def _transfer(
         second = None if host is None else host.arena
         torch_pool = TorchPool.of(config.instance, init.incarnation, identity, arena, second)
     return PeerTransfer(wake, shm, torch_pool)
+
+
+def _compile(transformer: Transformer, config: WorkerConfig) -> None:
+    """Have the matrix products' kernels for steps of up to so many rows ready, as far as time allows."""
+    deadline = time.monotonic() + COMPILE_S
+    with torch.inference_mode():
+        for num_rows in row_sizes(min(MAX_COMPILED_ROWS, config.max_batch_tokens)):
+            if time.monotonic() > deadline:
+                break
+            transformer.compile_linear(num_rows)
 
 
 def _warm_up(config: WorkerConfig, pool: MemPool, runner: Runner, budget: StepBudget) -> None:

@@ -22,6 +22,7 @@ blocks with it, so that with no request left the pool is idle.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -76,9 +77,10 @@ from memserve.workers.steps import Chunk, Drawn, Runner, StepPlan
 
 logger = logging.getLogger(__name__)
 
-# How often, and how long in between, a step looks for pulls that have begun with it.
-ARRIVAL_LOOKS = 9
+# How often a step looks for pulls that have begun with it, and how long it does at least and at most.
 ARRIVAL_LOOK_S = 0.00025
+ARRIVAL_LEAST_S = 0.002
+ARRIVAL_MOST_S = 0.01
 # How often within a time to live it is looked what is over it.
 EXPIRY_LOOKS = 4
 # How often an idle loop looks whether what it has to tell is true by now: a GPU rings no doorbell.
@@ -127,6 +129,7 @@ class Worker:
         self.gauges = Gauges(self._scheduler, self._offers, pool, clock)
         self._requests: dict[str, Request] = {}
         self._arrivals = 0
+        self._step_s = 0.0  # of the last step
         self._stopping = False
         self._expires_at = 0.0
         self._told_load = Load()
@@ -250,6 +253,7 @@ class Worker:
             return
         drawn = self._executor.finish(flight, following)
         step_ms, tally = self.gauges.step_ms, flight.tally
+        self._step_s = step_ms / 1e3
         self.budget.observe(tally, step_ms)
         logger.debug(
             "step of %d tokens, %d of them prefill: %.1f ms",
@@ -296,10 +300,14 @@ class Worker:
         return arrived
 
     def _await_arrivals(self, plan: StepPlan, tally: StepTally) -> None:
-        """Pulls that have just begun mostly end in a millisecond or two, or were done ahead: wait so long for
-        them rather than let them miss the step that is about to run.
+        """Pulls that have just begun mostly end in some milliseconds, or were done ahead: wait so long for
+        them rather than let them miss the step that is about to run. At most for as long as they should
+        take, and the step before took: then who waits for them loses less than they would.
         """
-        for _ in range(ARRIVAL_LOOKS):
+        num_tokens = sum(request.offer.num_tokens for request in plan.pulls if request.offer is not None)
+        expected_s = ARRIVAL_LEAST_S + self._patience.pull_s(num_tokens)
+        wait_s = max(ARRIVAL_LEAST_S, min(expected_s, self._step_s, ARRIVAL_MOST_S))
+        for _ in range(math.ceil(wait_s / ARRIVAL_LOOK_S)):
             for request in self._take_arrivals():
                 self._scheduler.join(request, plan, tally)
             if not any(request.state is RequestState.PULLING for request in plan.pulls):
