@@ -321,7 +321,7 @@ def _receiver(num_blocks: int) -> Iterator[_Receiver]:
                 str(theirs.fileno()),
                 str(num_blocks),
             ]
-            process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
+            process = subprocess.Popen(command, pass_fds=[theirs.fileno()], start_new_session=True)
         try:
             ours.settimeout(PEER_TIMEOUT_S)
             data, fds, _, _ = socket.recv_fds(ours, MAX_MESSAGE_BYTES, 2)

@@ -3,11 +3,12 @@
     python -m memserve.bench.pool_peer FD NUM_BLOCKS
 
 Over the socket FD goes first the grant of its arena with the descriptors, then commands and control messages
-of links. It ends when the socket does.
+of links. It ends when the socket does, without a word: who started it has ended, or was stopped.
 """
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import sys
@@ -128,4 +129,5 @@ class _Wake:
 
 
 if __name__ == "__main__":
-    run(int(sys.argv[1]), int(sys.argv[2]))
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        run(int(sys.argv[1]), int(sys.argv[2]))

@@ -40,7 +40,7 @@ def _pull() -> float:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.settimeout(_WAIT_S)
     command = [sys.executable, "-m", "memserve.bench.pool_peer", str(theirs.fileno()), str(_NUM_BLOCKS)]
-    peer = subprocess.Popen(command, pass_fds=(theirs.fileno(),))
+    peer = subprocess.Popen(command, pass_fds=(theirs.fileno(),), start_new_session=True)
     try:
         theirs.close()
         body, fds, _, _ = socket.recv_fds(ours, MAX_MESSAGE_BYTES, 2)

@@ -181,7 +181,7 @@ class MemPool:
         It grows beside everything else, and `poll` takes what has got memory. To shrink it evicts, moves what
         it keeps together, and gives the memory back; blocks that somebody has from `alloc_mem` stand in the
         way, and it keeps all up to the last of them. Raises MemoryError_ if the machine has not the memory to
-        grow, ValueError outside the bounds.
+        grow, ValueError outside the bounds, EngineError if a GPU does not end its copies: nothing changed.
         """
         return self._room.resize(num_blocks, self._wake)
 

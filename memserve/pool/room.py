@@ -108,6 +108,7 @@ class Room:
             host.grow_to(num_blocks, wake)
             return num_blocks
         assert self._index is not None
+        host.settle()
         self._index.evict_host(host.num_held - num_blocks)
         host.withdraw_from(num_blocks)
         self._index.relocate_host(partial(host.relocate, limit=num_blocks))

@@ -111,7 +111,7 @@ class Worker:
             patience=self._patience.seconds,
         )
         self._pulls = Pulls(pool, config.block_size)
-        self._pull_backs = PullBacks(pool, config.instance)
+        self._pull_backs = PullBacks(pool, config.instance, clock)
         self._cache_admin = CacheAdmin(pool)
         self._measurer = Measurer(config, pool, runner)
         self._offers = OfferBook()
@@ -170,9 +170,9 @@ class Worker:
         rests: list[float] = [HELD_LOOK_S] if self._publisher.is_holding else []
         if self._config.cache_ttl_s is not None:
             rests.append(self._config.cache_ttl_s / EXPIRY_LOOKS)
-        patience_ends = self._scheduler.patience_ends
-        if patience_ends is not None:
-            rests.append(max(0.0, patience_ends - self._clock()))
+        for patience_ends in (self._scheduler.patience_ends, self._pull_backs.patience_ends):
+            if patience_ends is not None:
+                rests.append(max(0.0, patience_ends - self._clock()))
         return min(rests, default=None)
 
     def step(self) -> bool:
