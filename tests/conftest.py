@@ -1,5 +1,5 @@
-"""Tests of one kind in a process: those marked `gpu`, where they are asked for, or all the others, which see no
-GPU whatever the machine has. Triton's kernels then run under its interpreter; that must be said before its
+"""Tests of one kind in a process: those marked `gpu`, where they are asked for, or all the others, which see
+no GPU whatever the machine has. Triton's kernels then run under its interpreter; that must be said before its
 import.
 """
 

@@ -37,18 +37,20 @@ def paged_attention(
         new: [T, 2, num_kv_heads, head_dim] the step's own keys and values; already stored in `kv`.
         kv: the arena.
         layer: which layer of it.
-        plan: covers each of the R rows once.
+        plan: covers each of the first rows once; those behind them are filler.
         scale: factor of the scores.
 
     Returns:
-        [R, num_heads * head_dim], owned by the caller.
+        [R, num_heads * head_dim], owned by the caller; 0 where the row is filler.
     """
     num_rows, num_heads, head_dim = q.shape
-    if len(plan.decodes) == 1 and not plan.chunks and isinstance(plan.decodes[0].rows, slice):
-        return _decode(q, kv, layer, plan.decodes[0], scale).view(num_rows, num_heads * head_dim)
-    if len(plan.chunks) == 1 and not plan.decodes:
-        return _chunk(q, new, kv, layer, plan.chunks[0], scale).reshape(num_rows, num_heads * head_dim)
+    if plan.num_rows == num_rows:
+        if len(plan.decodes) == 1 and not plan.chunks and isinstance(plan.decodes[0].rows, slice):
+            return _decode(q, kv, layer, plan.decodes[0], scale).view(num_rows, num_heads * head_dim)
+        if len(plan.chunks) == 1 and not plan.decodes:
+            return _chunk(q, new, kv, layer, plan.chunks[0], scale).reshape(num_rows, num_heads * head_dim)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out[plan.num_rows :] = 0
     for group in plan.decodes:
         out[group.rows] = _decode(q[group.rows], kv, layer, group, scale)
     for chunk in plan.chunks:
@@ -95,15 +97,15 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, chunk: ChunkPlan, scale: float) -> 
         keys, values = k[:, part.keys], v[:, part.keys]
         num_queries = part.queries.stop - part.queries.start
         shape = (num_queries, kv_heads, num_heads // kv_heads, head_dim)
-        folded = q[part.queries].view(shape).permute(1, 2, 0, 3).reshape(kv_heads, -1, head_dim)
+        folded = q.new_zeros((kv_heads, num_heads // kv_heads, part.num_rows, head_dim))
+        folded[:, :, :num_queries] = q[part.queries].view(shape).permute(1, 2, 0, 3)
+        folded = folded.view(kv_heads, -1, head_dim)
         # in place, because what it would add is copied first, even for a beta of 0
         scores = q.new_empty((kv_heads, folded.shape[1], keys.shape[1]))
         scores.baddbmm_(folded, keys.transpose(1, 2), beta=0, alpha=scale)
-        scores.view(kv_heads, -1, num_queries, keys.shape[1])[..., part.first_masked :].add_(part.mask)
-        found = torch.bmm(scores.softmax(dim=-1), values)
-        out[part.queries].view(shape).copy_(
-            found.view(kv_heads, -1, num_queries, head_dim).permute(2, 0, 1, 3)
-        )
+        scores.view(kv_heads, -1, part.num_rows, keys.shape[1])[..., part.first_masked :].add_(part.mask)
+        found = torch.bmm(scores.softmax(dim=-1), values).view(kv_heads, -1, part.num_rows, head_dim)
+        out[part.queries].view(shape).copy_(found[:, :, :num_queries].permute(2, 0, 1, 3))
     return out
 
 

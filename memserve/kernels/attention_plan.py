@@ -23,7 +23,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from memserve.model_config import blocks_for
 from memserve.step_memory import MAX_SCORE_ELEMENTS
+from memserve.step_shapes import padded_keys, padded_rows, whole_rows
 
 # Groups of decodes differ by a factor of two in context, except the short ones: below this many tokens the
 # padding is cheaper than another call per layer (~50 us against ~0.2 us a token of gathered context).
@@ -38,6 +40,10 @@ MIN_PART_QUERIES = 16
 
 # From this many queries on, torch's flash kernel works on tiles of 256 of them, not 64.
 LONG_TILE_QUERIES = 768
+# Keys that are not all the gathered ones are copied before they are multiplied, which costs as much as an
+# eighth of them would for the queries of a part: a part that needs nearly all is given all.
+SPARED_KEYS = 8
+
 # Fewer queries than this are not worth more than one call.
 MIN_SPLIT_QUERIES = 192
 OWN_PART_QUERIES = 128
@@ -85,12 +91,14 @@ class MaskedPart:
 
     Attributes:
         queries: rows among the chunk's queries.
+        num_rows: rows to compute, filler behind the queries included (`step_shapes`).
         keys: columns among the chunk's gathered keys.
         first_masked: the first of those columns that some query does not see.
-        mask: [queries, columns from `first_masked` on] of the model's dtype, 0 or -inf.
+        mask: [num_rows, columns from `first_masked` on] of the model's dtype, 0 or -inf.
     """
 
     queries: slice
+    num_rows: int
     keys: slice
     first_masked: int
     mask: Tensor
@@ -114,7 +122,8 @@ class ChunkPlan:
 
     Without parts its keys are the `num_keys` stored ones, all visible, then its own new ones, causally; where
     there is no context `num_keys` is 0. With parts they are the `num_keys` stored ones alone (the step's own
-    are stored by then), some hidden.
+    are stored by then), some hidden; without a window all that is gathered counts, filler included, so that
+    it need not be copied.
 
         gathered blocks:  |skip|<------ num_keys ------>|unused slots of the last block|
 
@@ -138,8 +147,11 @@ class ChunkPlan:
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """What every layer with the same window does. Each query row is in exactly one group or chunk."""
+    """What every layer with the same window does. Each of `num_rows` query rows is in exactly one group or
+    chunk.
+    """
 
+    num_rows: int
     decodes: tuple[DecodeGroup, ...]
     chunks: tuple[ChunkPlan, ...]
 
@@ -181,7 +193,8 @@ def plan_attention(
             visible = piece.context_len + 1 if window is None else min(piece.context_len + 1, window)
             groups[(max(visible, SHORT_CONTEXT) - 1).bit_length()].append((row, piece))
     decodes = tuple(_plan_group(group, window, paging) for group in groups.values())
-    return AttentionPlan(decodes=decodes, chunks=tuple(chunks))
+    num_rows = sum(piece.num_new for _, piece in queries)
+    return AttentionPlan(num_rows=num_rows, decodes=decodes, chunks=tuple(chunks))
 
 
 def _plan_group(group: list[tuple[int, SequenceSlice]], window: int | None, paging: Paging) -> DecodeGroup:
@@ -190,7 +203,7 @@ def _plan_group(group: list[tuple[int, SequenceSlice]], window: int | None, pagi
     first_keys = np.zeros_like(lengths) if window is None else np.maximum(lengths - window, 0)
     first_blocks = first_keys // block_size
     counts = -(-lengths // block_size) - first_blocks
-    num_blocks = int(counts.max())
+    num_blocks = blocks_for(padded_keys(int(counts.max()) * block_size), block_size)
     # Padding repeats a sequence's first gathered block: masked, but its bytes take part in sums as 0 * x,
     # so they must be finite. Every block that holds a token is (see kv_cache).
     table = np.empty((len(group), num_blocks), dtype=np.int64)
@@ -216,36 +229,52 @@ def _plan_chunk(row: int, piece: SequenceSlice, window: int | None, paging: Pagi
     first_key = max(context + 1 - window, 0) if window is not None else 0
     masked = is_windowed or not paging.joins
     last_key = total if masked else context
-    first_block, end_block = first_key // paging.block_size, -(-last_key // paging.block_size)
-    num_blocks = end_block - first_block
+    first_block, end_block = first_key // paging.block_size, blocks_for(last_key, paging.block_size)
+    block_ids = piece.block_ids[first_block:end_block]
+    skip, num_keys = first_key - first_block * paging.block_size, last_key - first_key
+    if masked and not is_windowed:
+        # As in a decode group, filler is the sequence's own first block.
+        num_blocks = blocks_for(padded_keys(num_keys), paging.block_size)
+        block_ids = np.append(block_ids, np.repeat(block_ids[:1], num_blocks - len(block_ids)))
+        num_keys = num_blocks * paging.block_size
     return ChunkPlan(
         queries=slice(row, row + piece.num_new),
         new=slice(piece.start, piece.start + piece.num_new),
-        num_blocks=num_blocks,
-        skip=first_key - first_block * paging.block_size,
-        num_keys=last_key - first_key,
-        block_rows=_arena_rows(piece.block_ids[None, first_block:end_block], paging) if num_blocks else None,
-        parts=tuple(_parts(piece, first_key, window if is_windowed else None, paging)) if masked else (),
+        num_blocks=len(block_ids),
+        skip=skip,
+        num_keys=num_keys,
+        block_rows=_arena_rows(block_ids[None], paging) if len(block_ids) else None,
+        parts=tuple(_parts(piece, first_key, num_keys, window if is_windowed else None, paging))
+        if masked
+        else (),
         own_parts=tuple(_own_parts(piece.num_new, paging)) if paging.joins and not masked else (),
     )
 
 
-def _parts(piece: SequenceSlice, first_key: int, window: int | None, paging: Paging) -> Iterator[MaskedPart]:
-    """The chunk's queries in runs whose scores are few enough. Gathered keys begin at `first_key`."""
+def _parts(
+    piece: SequenceSlice, first_key: int, num_gathered: int, window: int | None, paging: Paging
+) -> Iterator[MaskedPart]:
+    """The chunk's queries in runs whose scores are few enough. `num_gathered` keys begin at `first_key`."""
     context, num_new = piece.context_len, piece.num_new
-    num_rows = _part_queries(context + num_new - first_key, window, paging)
-    masks: dict[tuple[int, int], Tensor] = {}  # most parts have the same one
+    num_rows = _part_queries(num_gathered, window, paging)
+    masks: dict[tuple[int, int, int], Tensor] = {}  # most parts have the same one
     for start in range(0, num_new, num_rows):
         stop = min(start + num_rows, num_new)
-        first = first_key if window is None else max(context + start + 1 - window, first_key)
-        # Only what lies above the diagonal is hidden, unless a window hides on its left too.
-        masked = context + start if window is None else first
-        shape = (stop - start, context + start - masked)
+        if window is None:
+            # Only what lies above the diagonal is hidden.
+            first, masked, end = 0, context + start, padded_keys(context + stop)
+            if (num_gathered - end) * SPARED_KEYS <= num_gathered:
+                end = num_gathered
+        else:  # a window hides on its left too
+            first = masked = max(context + start + 1 - window, first_key)
+            end = context + stop
+        shape = (padded_rows(stop - start), context + start - masked, end - masked)
         if shape not in masks:
             masks[shape] = _mask(*shape, window, paging)
         yield MaskedPart(
             queries=slice(start, stop),
-            keys=slice(first - first_key, context + stop - first_key),
+            num_rows=shape[0],
+            keys=slice(first - first_key, end - first_key),
             first_masked=masked - first,
             mask=masks[shape],
         )
@@ -259,13 +288,15 @@ def _part_queries(total_keys: int, window: int | None, paging: Paging) -> int:
     fitting = MAX_SCORE_ELEMENTS // (num_heads * num_keys)
     if on_cpu:
         fitting = min(fitting, max(MIN_PART_QUERIES, SCORE_ELEMENTS_CPU // (num_heads * num_keys)))
-    return max(1, min(most, fitting))
+    return whole_rows(max(1, min(most, fitting)))
 
 
-def _mask(num_queries: int, num_before: int, window: int | None, paging: Paging) -> Tensor:
-    """Who sees whom among `num_queries` tokens and the `num_before` in front of them: 0 or -inf."""
+def _mask(num_queries: int, num_before: int, num_keys: int, window: int | None, paging: Paging) -> Tensor:
+    """Who of `num_queries` tokens sees whom of `num_keys`, of which `num_before` lie in front of the first
+    query: 0 or -inf.
+    """
     positions = torch.arange(num_before, num_before + num_queries, device=paging.device)[:, None]
-    keys = torch.arange(num_before + num_queries, device=paging.device)
+    keys = torch.arange(num_keys, device=paging.device)
     hidden = keys > positions
     if window is not None:
         hidden |= keys <= positions - window

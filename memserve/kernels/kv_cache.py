@@ -55,9 +55,11 @@ def block_rows(kv: Tensor, layer: int) -> Tensor:
 
 
 def store_kv(kv: Tensor, layer: int, new: Tensor, plan: StorePlan) -> None:
-    """Write `new` [T, 2, num_kv_heads, head_dim] (keys, then values) into the arena's layer `layer`."""
+    """Write `new` [T or more, 2, num_kv_heads, head_dim] (keys, then values) into the arena's layer `layer`;
+    what lies behind the plan's T tokens is left out.
+    """
     _, _, two, heads, block_size, head_dim = kv.shape
     rows = kv.view(-1, head_dim)[layer * two * heads * block_size :]
-    rows.index_copy_(0, plan.rows, new.reshape(-1, head_dim))
+    rows.index_copy_(0, plan.rows, new.reshape(-1, head_dim)[: len(plan.rows)])
     if plan.zero_rows is not None:
         rows.index_fill_(0, plan.zero_rows, 0.0)

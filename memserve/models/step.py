@@ -21,6 +21,7 @@ from memserve.kernels.attention import joins
 from memserve.kernels.attention_plan import AttentionPlan, Paging, SequenceSlice, plan_attention
 from memserve.kernels.kv_cache import StorePlan, plan_store
 from memserve.model_config import ModelConfig
+from memserve.step_shapes import padded_rows
 
 __all__ = ["LogitRows", "SequenceSlice", "StepTensors", "build_step"]
 
@@ -35,12 +36,15 @@ class LogitRows(Enum):
 
 @dataclass(frozen=True, slots=True)
 class StepTensors:
-    """Input of `Transformer.forward`, on its device. T = tokens of the step, R = rows with logits.
+    """Input of `Transformer.forward`, on its device. T = tokens of the step, R = rows with logits, both with
+    filler behind them up to a size that comes again (`step_shapes`), whose KV and logits are dropped.
 
     Attributes:
         token_ids: int64 [T].
         positions: int64 [T], counted from the start of each sequence.
-        logit_rows: int64 [R], ascending.
+        logit_rows: int64 [R], ascending, the filler aside.
+        num_logits: rows with logits, the filler aside.
+        takes_all: every token wants logits: `logit_rows` are all rows in order.
         store: where the new KV goes.
         plans: attention of each distinct window (None = unlimited) in all layers but the last.
         final: attention of the last layer's R rows; None when R = 0. The queries are rows of `logit_rows`.
@@ -49,6 +53,8 @@ class StepTensors:
     token_ids: Tensor
     positions: Tensor
     logit_rows: Tensor
+    num_logits: int
+    takes_all: bool
     store: StorePlan
     plans: dict[int | None, AttentionPlan]
     final: AttentionPlan | None
@@ -98,12 +104,16 @@ def build_step(
         final = plan_attention(queries, last_window, paging) if queries else None
 
     def to_device(values: NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(values).to(device, non_blocking=True)
+        filled = np.zeros(padded_rows(len(values)), dtype=np.int64)
+        filled[: len(values)] = values
+        return torch.from_numpy(filled).to(device, non_blocking=True)
 
     return StepTensors(
         token_ids=to_device(token_ids),
         positions=to_device(positions),
         logit_rows=to_device(rows),
+        num_logits=len(rows),
+        takes_all=len(rows) == len(token_ids),
         store=plan_store(slots, tails, model.num_layers, model.num_kv_heads, block_size, device),
         plans={window: plans[_effective(window, limit)] for window in set(model.sliding_window[:-1])},
         final=final,

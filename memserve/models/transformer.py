@@ -19,6 +19,9 @@ from memserve.model_config import ModelConfig
 from memserve.models.step import StepTensors
 from memserve.models.weights import LayerWeights, Weights
 
+# Rows up to which `compile_linear` goes for logits: few requests draw in the same step.
+_MOST_DRAWING = 16
+
 
 def _ignore() -> None:
     pass
@@ -61,7 +64,7 @@ class Transformer:
             on_layer: told after each layer's K and V are in the arena (on a GPU: enqueued).
 
         Returns:
-            Logits, float32 [len(step.logit_rows), vocab_size], row by row as `step.logit_rows`.
+            Logits, float32 [step.num_logits, vocab_size], row by row as `step.logit_rows`.
         """
         model, weights = self.model, self._weights
         rotations = self._rotations.index_select(0, step.positions).unsqueeze(1)
@@ -81,11 +84,22 @@ class Transformer:
         on_layer()
         if step.final is None:
             return torch.empty((0, model.vocab_size), dtype=torch.float32, device=self.device)
-        if len(step.logit_rows) < len(x):
+        if not step.takes_all:
             q, x = q.index_select(0, step.logit_rows), x.index_select(0, step.logit_rows)
         x = layer.o.plus(paged_attention(q, new, kv, index, step.final, self._scale), x)
         x = layer.down.plus(layer.gate_up(rms_norm(x, layer.post_norm, model.rms_norm_eps)), x)
-        return weights.lm_head(rms_norm(x, weights.norm, model.rms_norm_eps)).float()
+        return weights.lm_head(rms_norm(x, weights.norm, model.rms_norm_eps))[: step.num_logits].float()
+
+    def compile_linear(self, num_rows: int) -> None:
+        """Multiply `num_rows` rows of zeros by each kind of matrix, so that the kernels which that takes
+        are there when a step needs them. All layers are of one shape.
+        """
+        layer, weights = self._weights.layers[0], self._weights
+        x = torch.zeros((num_rows, self.model.hidden_size), dtype=self.dtype, device=self.device)
+        layer.qkv(x)
+        layer.o.plus(x.new_zeros((num_rows, self._num_q)), x)
+        layer.down.plus(layer.gate_up(x), x)
+        weights.lm_head(x[: min(num_rows, _MOST_DRAWING)])
 
     def _project(self, layer: LayerWeights, x: Tensor, rotations: Tensor) -> tuple[Tensor, Tensor]:
         """Queries [T, num_heads, head_dim]; keys with values [T, 2, num_kv_heads, head_dim]; q and k rotated.

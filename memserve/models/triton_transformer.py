@@ -61,8 +61,8 @@ class TritonTransformer:
         self._scale = model.head_dim**-0.5
 
     def prepare(self, kv: Tensor) -> None:
-        """Have every form of the attention kernels compiled that a step may ask for, depending on its batch and
-        its longest sequence: the first to need one would wait a second for the compiler. Touches nothing of
+        """Have every form of the attention kernels compiled that a step may ask for, depending on its batch
+        and its longest sequence: the first to need one would wait a second for the compiler. Touches nothing of
         the arena.
         """
         model, device = self.model, self.device

@@ -36,8 +36,8 @@ class Pins(Protocol):
 
 
 class CudaPins:
-    """The `Pins` of a GPU, by the driver: a pin that fails in CUDA's runtime, whose calls torch has too, leaves
-    an error there that torch takes for one of the next kernel it launches.
+    """The `Pins` of a GPU, by the driver: a pin that fails in CUDA's runtime, whose calls torch has too,
+    leaves an error there that torch takes for one of the next kernel it launches.
     """
 
     def __init__(self, driver: CudaDriver, ordinal: int) -> None:

@@ -124,6 +124,10 @@ class ModelledPool:
         prefix = self.storage.index.match(salt, tokens, self._clock())
         return BlockTable(prefix.blocks()[0], self.storage.index.lock(prefix))
 
+    def copy_last(self, tokens: bytes, salt: str, into: int) -> bool:
+        """Whether all of `tokens` is cached, so that the last block could be copied."""
+        return self.match(tokens, salt).num_tokens * 4 == len(tokens)
+
     def publish(self, table: BlockTable, tokens: bytes) -> None:
         """The table's next own blocks hold the KV of `tokens`: they become shared."""
         if not tokens:

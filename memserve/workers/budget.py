@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from memserve.model_config import ModelConfig
 from memserve.step_memory import MAX_LOGIT_ROWS
+from memserve.step_shapes import whole_rows
 
 MIN_CHUNK_TOKENS = 16
 
@@ -145,10 +146,13 @@ class StepTally:
         self.num_logit_rows_left -= num_rows
 
     def room(self, context_len: int) -> int:
-        """How many tokens a chunk after `context_len` tokens may have; 0 = the step is full."""
+        """How many tokens a chunk after `context_len` tokens may have; 0 = the step is full. A chunk of so
+        many makes a step that needs no filler (`step_shapes`).
+        """
         room = self._budget.max_tokens - self.num_tokens
         if self._budget.max_step_ms is not None:
             room = min(room, self._room_in_time(context_len, self._budget.max_step_ms))
+        room = whole_rows(self.num_tokens + room) - self.num_tokens
         if room >= MIN_CHUNK_TOKENS:
             return room
         # A sliver costs a step's overhead for little: full, unless nothing was prefilled yet.

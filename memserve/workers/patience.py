@@ -32,11 +32,15 @@ class Patience:
         if num_tokens > 0:
             self._pulls_ms.append(elapsed_ms / num_tokens)
 
+    def pull_s(self, num_tokens: int) -> float:
+        """What a pull of so many tokens takes by those that ended; 0 where none did."""
+        return num_tokens * median(self._pulls_ms) / 1e3 if self._pulls_ms else 0.0
+
     def seconds(self, request: Request, num_cached: int, num_tokens: int) -> float:
         """Of a request that could use the first `num_tokens` tokens, of which `num_cached` are here."""
         num_new = num_tokens - num_cached
         if request.offer is not None and self._pulls_ms:
-            alone_ms = num_new * median(self._pulls_ms)
+            alone_ms = 1e3 * self.pull_s(num_new)
         else:
             alone_ms = self._budget.cost_ms(num_new, num_new * (num_cached + num_new / 2))
         return max(_LEAST_S, alone_ms / 1e3) if alone_ms > 0 else _UNKNOWN_S

@@ -13,7 +13,7 @@ def test_without_a_time_limit_only_tokens_count():
     tally = StepBudget(100, None).open()
     for _ in range(30):
         tally.add_decode(1000)
-    assert tally.room(0) == 70
+    assert tally.room(0) == 66, "96 rows need no filler, 100 would"
     tally.add_chunk(60, 0)
     assert tally.room(0) == 0, "a sliver is not worth a chunk"
 
@@ -70,16 +70,16 @@ def test_decode_steps_teach_nothing():
 
 
 def test_decodes_take_from_the_time_of_chunks():
-    budget = StepBudget(4096, 200.0, pair_cost=1e-9)
+    budget = StepBudget(4096, 220.0, pair_cost=1e-9)
     tally = budget.open()
     tally.add_chunk(100, 0)
     budget.observe(tally, 100.0)
     whole = budget.open().room(0)
-    assert 170 <= whole <= 200
+    assert whole == 192, "193.6 fit"
     tally = budget.open()
     for _ in range(50):
         tally.add_decode(0)
-    assert tally.room(0) == pytest.approx(whole - 50, abs=2)
+    assert tally.room(0) == whole - 50
 
 
 def test_the_first_guess_of_a_pair_is_the_models_arithmetic():

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 import numpy as np
 import pytest
+import torch
 
 from memserve.messages import (
     BlockRefs,
@@ -26,7 +27,7 @@ from memserve.messages import (
     Tier,
     pack_tokens,
 )
-from memserve.workers.scheduler import MIN_FOLLOWED_TOKENS
+from memserve.workers.following import MIN_FOLLOWED_TOKENS
 
 BLOCK_SIZES = [1, 4, 16]
 
@@ -74,9 +75,35 @@ def test_every_cached_length_around_block_boundaries(make_caching, tools, block_
         # 3. the same again: at least one token is always computed
         tokens, cached = run_one(rig, tools, "again", prompt, 4)
         assert tokens == tools.expected(prompt, 4)
-        assert cached == (len(prompt) - 1) // block_size * block_size
+        assert cached == min(len(prompt) // block_size * block_size, len(prompt) - 1)
         assert computed(rig, "again") == len(prompt) - cached + 3
         rig.assert_idle()
+
+
+@pytest.mark.parametrize("block_size", (4, 16))
+def test_a_prompt_that_is_cached_whole_computes_one_token_in_a_block_of_its_own(
+    make_caching, tools, block_size
+):
+    rig = make_caching(block_size)
+    prompt = tools.prompt(3 * block_size)
+    # 1. cold, and all of it is kept
+    assert run_one(rig, tools, "cold", prompt, 1) == (tools.expected(prompt, 1), 0)
+    tokens = pack_tokens(prompt)
+    before = rig.pool.match(tokens)
+    kept = rig.pool.kv[before.device_blocks].clone()
+    # 2. all but the last token count as cached
+    drawn, cached = run_one(rig, tools, "again", prompt, 1)
+    assert drawn == tools.expected(prompt, 1)
+    assert cached == len(prompt) - 1 and computed(rig, "again") == 1
+    # 3. what is shared was not written to, and the copy is merged with it
+    after = rig.pool.match(tokens)
+    assert np.array_equal(after.device_blocks, before.device_blocks)
+    assert torch.equal(rig.pool.kv[after.device_blocks], kept)
+    # 4. without its last block in the pool there is nothing to copy
+    rig.pool.delete(tokens)
+    run_one(rig, tools, "shorter", prompt[:-1], 1)
+    assert run_one(rig, tools, "longer", prompt, 1) == (tools.expected(prompt, 1), 2 * block_size)
+    rig.assert_idle()
 
 
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)

@@ -26,7 +26,7 @@ from memserve.router.scheduling.cost_model import CostModel, Ramp
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 _MAX_FILE_BYTES = 1 << 20
 
 

@@ -41,14 +41,12 @@ from memserve.router.calibration.plan import (
     fit_link,
     fit_steps,
     is_hopeless,
-    is_varied,
     make_model,
     plan_copies,
     plan_steps,
     shape_of,
     too_long,
     typical_ms,
-    varied,
 )
 from memserve.router.engine import ServingEngine
 from memserve.router.scheduling.cost_fit import Errors
@@ -217,8 +215,7 @@ async def _measure_steps(
 ) -> tuple[Times, Times]:
     """Repeats of each step, in rounds over all of them, so that what disturbs does not disturb one alone.
 
-    Each repeat of a chunk is of a new shape; of other steps the first is left out, as it makes what the
-    others find made.
+    The first repeat of each is left out, as it makes what the others find made.
     """
     times: Times = {}
     deadline = clock() + effort.max_s
@@ -229,8 +226,7 @@ async def _measure_steps(
                     continue
             elif not _is_due(kind, number, typical_ms(times[spec]), is_late=clock() > deadline):
                 continue
-            num_repeats = 2 if number == 0 and not is_varied(spec) else 1
-            repeats = await worker.step(varied(spec, number), num_repeats)
+            repeats = await worker.step(spec, 2 if number == 0 else 1)
             times.setdefault(spec, []).append(repeats[-1])
     checks = {spec: times.pop(spec) for spec in held_out if spec in times}
     return times, checks

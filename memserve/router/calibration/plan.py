@@ -46,10 +46,6 @@ _SURE_SHARE = 0.6
 _TELLING_ROWS = 16
 
 _ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-OFFSETS = (0, 1, -1, 2, -2)
-_VARIED_CONTEXT = 64
-# So much more than a step's own the repeats of it may need, in tokens of chunk and of context.
-_SPARE_ROWS, _SPARE_TOKENS = 2, 48
 _MOST_SHARE_OF_POOL = 0.9
 _MOST_COPIED_BYTES = 64 << 20
 
@@ -95,15 +91,12 @@ def plan_steps(config: WorkerConfig, num_blocks: int) -> StepPlan:
         return tuple(spec for spec in specs if fits(spec))
 
     def fits(spec: StepSpec) -> bool:
-        chunk, decode = (
-            spec.context_len + spec.num_new + _SPARE_TOKENS * is_varied(spec),
-            spec.decode_context + config.block_size,
-        )
+        chunk, decode = spec.context_len + spec.num_new, spec.decode_context + config.block_size
         return (
             max(chunk, spec.decode_context) < longest
             and spec.num_decodes <= config.max_running
             and chunk + spec.num_decodes * decode < tokens
-            and spec.num_new + spec.num_decodes + _SPARE_ROWS <= config.max_batch_tokens
+            and spec.num_new + spec.num_decodes <= config.max_batch_tokens
         )
 
     def contexts(*lengths: int) -> list[int]:
@@ -118,7 +111,6 @@ def plan_steps(config: WorkerConfig, num_blocks: int) -> StepPlan:
     most = config.max_running
     return StepPlan(
         rows=fitting(*(StepSpec(n) for n in _ROWS)),
-        # no two have about the same number of rows
         others=fitting(
             StepSpec(21, draws=False),
             StepSpec(134, draws=False),
@@ -147,22 +139,6 @@ def plan_steps(config: WorkerConfig, num_blocks: int) -> StepPlan:
             StepSpec(98, 256, True, 2, 512),
         ),
     )
-
-
-def is_varied(spec: StepSpec) -> bool:
-    """Whether each repeat is to be of another shape (`varied`): a chunk's hardly ever comes twice, and a
-    library that makes kernels for each shape would flatter one that does. Those of decodes come again.
-    """
-    return spec.num_new > 1
-
-
-def varied(spec: StepSpec, number: int) -> StepSpec:
-    """The step for the repeat of this number: around `spec`, so that the median is that of `spec`."""
-    if not is_varied(spec):
-        return spec
-    offset = OFFSETS[number % len(OFFSETS)]
-    context_len = spec.context_len + 16 * offset if spec.context_len >= _VARIED_CONTEXT else spec.context_len
-    return msgspec.structs.replace(spec, num_new=spec.num_new + offset, context_len=context_len)
 
 
 def too_long(kind: Kind, ms: float) -> bool:

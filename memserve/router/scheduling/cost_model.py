@@ -22,6 +22,7 @@ from typing import NamedTuple
 import msgspec
 
 from memserve.messages import Tier
+from memserve.step_shapes import padded_rows, whole_rows
 
 # The scheduler's rule for chunks (workers/budget.py): a step with less room takes no chunk, and the share of
 # the bound on time that is aimed at.
@@ -51,13 +52,16 @@ class StepShape(NamedTuple):
 
 
 class Ramp(msgspec.Struct, frozen=True, tag=True):
-    """A curve by rows that bends at `knots` (ascending, the first is 0); `slopes[i]`: ms a row from there."""
+    """A curve by rows that bends at `knots` (ascending, the first is 0); `slopes[i]`: ms a row from there.
+    Rows are those that are computed, filler included.
+    """
 
     knots: tuple[int, ...]
     slopes: tuple[float, ...]
 
     def columns(self, num_rows: int) -> list[float]:
         """Rows in each piece of the curve."""
+        num_rows = padded_rows(num_rows)
         ends = (*self.knots[1:], math.inf)
         return [max(0.0, min(num_rows, end) - start) for start, end in zip(self.knots, ends, strict=True)]
 
@@ -91,7 +95,7 @@ class Waves(msgspec.Struct, frozen=True, tag=True):
 class Operators(msgspec.Struct, frozen=True, kw_only=True):
     """Coefficients of the operators; see the module and `StepShape` for what each multiplies. `draw_ms` is
     for a step that draws at all, `mixed_ms` for one that is mixed, which needs two kinds of attention,
-    `chunk_ms` for one with a chunk: lengths are seldom met twice, and kernels are made for each.
+    `chunk_ms` for one with a chunk, whose attention is planned and called by itself.
     """
 
     rows: Ramp | Waves
@@ -219,6 +223,7 @@ def room(
         assert speed is not None
         spent_ms = speed.row_ms * (num_tokens + speed.pair_rows * num_pairs)
         left = min(left, _fitting(budget.max_tokens, speed, context_len, AIM * budget.max_step_ms - spent_ms))
+    left = whole_rows(num_tokens + left) - num_tokens
     if left >= MIN_CHUNK_TOKENS:
         return left
     return MIN_CHUNK_TOKENS if is_first else 0

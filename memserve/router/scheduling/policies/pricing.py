@@ -67,7 +67,8 @@ def price_prefills(
     source = ask.source if pulls else None
     source_name = source.instance if source is not None else ""
     block_size = candidates[0].view.block_size
-    most = (ask.num_tokens - 1) // block_size * block_size  # whole blocks, and never the last token
+    # Whole blocks, and never the last token; of a prompt that is there whole, all but that.
+    most = (ask.num_tokens - 1) // block_size * block_size
     known: dict[tuple[Predictor, int, int], _Ways] = {}  # most prefill workers are alike, without decodes
     rows = []
     for candidate in candidates:
@@ -77,7 +78,9 @@ def price_prefills(
         holding = live.get(name)
         if holding is not None:
             _, own, in_host = holding
-            if own > most:
+            if own > most and not in_host:
+                own = ask.num_tokens - 1
+            elif own > most:
                 own, in_host = most, min(in_host, most)
         if view.num_decoding:
             batch = Batch(view.num_decoding, view.num_context)

@@ -269,7 +269,9 @@ def test_the_last_token_is_always_computed() -> None:
     candidates = fleet(1, 1)
     trees, prompt = Trees(candidates), tokens_of(0, 1600)
     trees.hold("p0", prompt)
-    assert decide("prompt-tree", candidates, trees.ask(prompt)).prefill.num_cached_tokens == 1584
+    assert decide("prompt-tree", candidates, trees.ask(prompt)).prefill.num_cached_tokens == 1599
+    longer = tokens_of(0, 1601)
+    assert decide("prompt-tree", candidates, trees.ask(longer)).prefill.num_cached_tokens == 1600
 
 
 def test_the_dead_are_only_sources() -> None:
@@ -382,7 +384,7 @@ def test_what_was_seen_corrects_the_table() -> None:
         candidates["p0"].correction.observe(Phase.PREFILL, False, 10.0, 20.0)
     rows = {
         row.instance: row
-        for row in decide("prompt-tree", candidates, Ask(1000, 9, random.Random(0))).prefills
+        for row in decide("prompt-tree", candidates, Ask(1024, 9, random.Random(0))).prefills
     }
-    assert rows["p0"].exec_ms == pytest.approx(202.0, rel=0.01)
-    assert rows["p1"].exec_ms == pytest.approx(101.0)
+    assert rows["p0"].exec_ms == pytest.approx(2 * 103.4, rel=0.01)
+    assert rows["p1"].exec_ms == pytest.approx(103.4)
