@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -185,7 +185,7 @@ def _pairs(
     yield "copy_blocks", copy
     if dtype != torch.float32:
         return  # tokens are drawn from float32 whatever the model's type
-    cuts = {"top_p": 0.8}, {"top_k": 9}, {"min_p": 0.1}, {}, {"temperature": 0.0}
+    cuts: tuple[dict[str, Any], ...] = {"top_p": 0.8}, {"top_k": 9}, {"min_p": 0.1}, {}, {"temperature": 0.0}
     rows = [
         SamplingRow(SamplingParams(max_tokens=1, seed=index, **cut), index, np.empty(0, np.int32), [])
         for index, cut in enumerate(cuts)

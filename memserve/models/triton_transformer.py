@@ -62,8 +62,8 @@ class TritonTransformer:
 
     def prepare(self, kv: Tensor) -> None:
         """Have every form of the attention kernels compiled that a step may ask for, depending on its batch
-        and its longest sequence: the first to need one would wait a second for the compiler. Touches nothing of
-        the arena.
+        and its longest sequence: the first to need one would wait a second for the compiler. Touches nothing
+        of the arena.
         """
         model, device = self.model, self.device
         q = torch.zeros((1, model.num_heads, model.head_dim), dtype=self.dtype, device=device)
