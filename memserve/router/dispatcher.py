@@ -21,6 +21,7 @@ there.
 from __future__ import annotations
 
 import logging
+from array import array
 from dataclasses import dataclass, field
 
 import msgspec
@@ -184,14 +185,13 @@ class Dispatcher:
             return
         self.requests[event.request_id] = RequestState(
             request_id=event.request_id,
-            tokens=event.token_ids.tolist(),
+            tokens=array("i", pack_tokens(event.token_ids)),
             num_prompt_tokens=len(event.token_ids),
             sampling=event.sampling,
             cache_salt=event.cache_salt,
             submitted_at=now,
             session=event.session,
             policy=event.policy,
-            packed=bytearray(pack_tokens(event.token_ids)),
         )
         self._queue.push(event.request_id, event.session)
         self.log.submitted(event.request_id, len(event.token_ids), now)
