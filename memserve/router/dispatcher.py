@@ -294,17 +294,18 @@ class Dispatcher:
     # --- what workers say ---
 
     def _on_message(self, event: FromWorker, now: float) -> None:
-        message = event.message
-        load = message.load if isinstance(message, StepOutputs | Prefilled | Heartbeat) else None
-        if not self.fleet.hears(event, load):
+        view, message = self.fleet.view_of(event), event.message
+        if view is None:
             self.counters.stale += 1
             return
         match message:
             case StepOutputs():
+                view.load = message.load
                 self.scheduler.stepped(event.instance, len(message.outputs), now)
                 for output in message.outputs:
                     self._on_output(event, output, now)
             case Prefilled():
+                view.load = message.load
                 self._on_prefilled(event, message, now)
             case Stored():
                 self._on_stored(event, message, now)
@@ -318,7 +319,7 @@ class Dispatcher:
             case Failed():
                 self._on_failed(event, message, now)
             case Heartbeat():
-                pass
+                view.load = message.load
             case _:
                 logger.warning("%s sent an unexpected %s", event.instance, type(message).__name__)
 

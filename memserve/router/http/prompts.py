@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -24,8 +24,7 @@ from memserve.router.text.token_history import Reading, Scope
 _INLINE_CHARS = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
+class Prompt(msgspec.Struct, frozen=True):
     """What a sequence starts from; `text` as the client sent it, None where ids were sent.
 
     `reading`: what the answer is to be remembered with; None where ids were sent, or nothing is remembered.

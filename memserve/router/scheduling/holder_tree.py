@@ -297,8 +297,8 @@ class HolderTree:
         packed, start = codes.tobytes(), at * CODE_BYTES
         end = start + len(packed)
         num_host = num_in_host(codes)
-        old = known(span.packed[start:end])
-        if len(old):
+        if span.packed[start:end] != PACKED_UNKNOWN * len(codes):
+            old = known(span.packed[start:end])
             life.slots[old] = NO_SLOT
             num_host -= num_in_host(old)
         span.packed = span.packed[:start] + packed + span.packed[end:]

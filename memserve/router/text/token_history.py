@@ -30,6 +30,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 
 from memserve.router.text.token_text import Ints, Tokens, TokenText, agreement
@@ -62,8 +63,7 @@ class _Sequence:
         return len(self.text) + numbers + 128 * len(self.drawn) + _OVERHEAD_BYTES
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
+class Reading(msgspec.Struct, frozen=True):
     """A prompt's ids. The first `num_reused` of them are remembered ones.
 
     `diverged_at`: the prompt agrees in so many tokens with what is remembered, which then goes on otherwise;
