@@ -128,15 +128,14 @@ class TokenText:
 
     def _spell(self, token_ids: Ints) -> tuple[list[bytes], Ints]:
         """The bytes of each token, for an added one its spelling, for an unknown id none; and how many."""
-        known = np.minimum(token_ids, len(self._pieces) - 1)
-        lengths = self._lengths[known]
+        lengths = self._lengths.take(token_ids, mode="clip")
         if len(lengths) and int(lengths.min()) < 0:
-            for token_id in set(known[lengths < 0].tolist()):
+            for token_id in set(token_ids[lengths < 0].tolist()):
                 piece = self._added.get(token_id) or self._tokenizer.token_bytes(token_id)
                 self._pieces[token_id] = piece
                 self._lengths[token_id] = len(piece)  # last: it says that the piece is there
-            lengths = self._lengths[known]
-        pieces: list[bytes] = self._pieces[known].tolist()
+            lengths = self._lengths.take(token_ids, mode="clip")
+        pieces: list[bytes] = self._pieces.take(token_ids, mode="clip").tolist()
         return pieces, lengths
 
     def _ends(self, token_ids: Ints, text: bytes, *, begins: bool) -> Ints | None:
