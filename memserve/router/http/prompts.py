@@ -178,7 +178,9 @@ def _checked(prompt: Prompt, model: ServedModel, param: str) -> Prompt:
     if not len(prompt.token_ids):
         raise RequestError(f"the {param} must have at least one token", param=param)
     check_length(len(prompt.token_ids), 0, model, param)
-    check_token_id(int(prompt.token_ids.max()), model, param)
+    # What was tokenised is in the vocabulary, unless the tokenizer knows more than the model.
+    if prompt.text is None or model.tokenizer.vocab_size > model.vocab_size:
+        check_token_id(int(prompt.token_ids.max()), model, param)
     return prompt
 
 

@@ -48,14 +48,14 @@ class Addresses(NamedTuple):
         Raises EngineError where a number is none of a block or a generation: refs come from workers, and
         codes index tables here. Who sent them is then given up (WorkerClient).
         """
-        blocks = refs.blocks
-        if blocks and not 0 <= min(blocks) <= max(blocks) < MAX_BLOCK:
-            raise EngineError(f"{refs.instance} told of blocks that cannot be")
         try:
+            codes = np.array(refs.blocks, dtype=np.int32)
             generations = np.array(refs.generations, dtype=np.int64)
         except OverflowError as error:
             raise EngineError(f"{refs.instance} told of blocks that cannot be: {error}") from error
-        codes = np.array(blocks, dtype=np.int32)
+        # all bits of all blocks: a negative number has the highest, one too large one of the two highest
+        if not 0 <= np.bitwise_or.reduce(codes) < MAX_BLOCK:
+            raise EngineError(f"{refs.instance} told of blocks that cannot be")
         codes *= 2
         if refs.tier is Tier.HOST:
             codes += 1
