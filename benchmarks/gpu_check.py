@@ -262,7 +262,7 @@ def measure_copies() -> Iterator[Line]:
         # The other process lends memory alone; a table in which nothing changes stands for its generations.
         table = memfd.create_memfd("lent", generation_table_bytes(num_blocks))
         grant = DeviceGrant("source", 0, num_blocks, num_blocks, geometry.block_bytes, export)
-        pool.add_device_peer(grant, table, fd)
+        pool.peers.add_device(grant, table, fd)
         into = pool.alloc_mem(wanted)
         assert into is not None
         rng = np.random.default_rng(0)
@@ -281,7 +281,7 @@ def measure_copies() -> Iterator[Line]:
 
             rate = size / _median(pull)
             yield _share(f"pull of 8k tokens, {name}", rate, on_device, PULL_SHARE)
-        pool.remove_peer("source")
+        pool.peers.remove("source")
 
     def swap(put: Callable[[], None]) -> Callable[[], float]:
         def timed() -> float:

@@ -72,7 +72,7 @@ def b(fd: int) -> None:
     ours = socket.socket(fileno=fd)
     pool, _, _ = make_pool("b")
     data, fds, _, _ = socket.recv_fds(ours, 65536, 2)
-    pool.add_peer(msgspec.msgpack.decode(data, type=ArenaGrant), *fds)
+    pool.peers.add_mapped(msgspec.msgpack.decode(data, type=ArenaGrant), *fds)
     pool.populate()  # touched once now, copied at full speed later
 
     offered = msgspec.msgpack.decode(ours.recv(65536), type=Transfer)

@@ -51,11 +51,29 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 def main() -> None:
-    """Entry point of the command `memserve`. Does not return."""
+    """Parse the process's arguments and do what they say. Does not return."""
     cli(prog_name="memserve")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+# Exit status where a signal ended the command, as shells have it for SIGINT.
+INTERRUPTED = 130
+
+
+class _Cli(click.Group):
+    """Ctrl-C where a command does not deal with it: while it imports or reads files. (click's own status
+    would be that of a failure.)
+    """
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """See `click.Group`."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("memserve: stopped", err=True)
+            ctx.exit(INTERRUPTED)
+
+
+@click.group(cls=_Cli, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, message="memserve %(version)s")
 def cli() -> None:
     """An OpenAI-compatible LLM server that joins context caching with disaggregated inference."""

@@ -24,7 +24,7 @@ class Command:
 
     def __init__(self) -> None:
         self.configs: list[ServeConfig] = []
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
 
     def run(self, config: ServeConfig) -> int:
         self.configs.append(config)
@@ -224,6 +224,12 @@ def test_version_and_the_module_as_command() -> None:
         command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]
     )
     assert answer.stdout == f"memserve {__version__}\n"
+
+
+def test_ctrl_c_before_the_server_starts_is_no_failure(command: Command) -> None:
+    command.error = KeyboardInterrupt()
+    result = command.invoke()
+    assert (result.exit_code, result.output) == (130, "memserve: stopped\n")
 
 
 def test_help_imports_nothing_heavy() -> None:

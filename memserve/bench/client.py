@@ -115,14 +115,17 @@ class Client:
     ) -> Answer:
         """Send one request now and read its stream to the end; fills in `record`. `clock` gives seconds since
         the start of the run. The answer is collected if `keep` is set, else it stays empty. A header names
-        the session, for routers that go by it; other servers ignore it.
+        the conversation, for routers that go by it; other servers ignore it.
         """
         assert self._http is not None
         stream = AnswerStream(record, Answer() if keep else None)
         record.sent_at = clock()
         failure: Failure | None = None
         try:
-            headers = {"content-type": "application/json", SESSION_HEADER: session_name(record.session)}
+            headers = {
+                "content-type": "application/json",
+                SESSION_HEADER: session_name(record.conversation or record.session),
+            }
             async with self._http.post(f"{self.url}{path}", data=body, headers=headers) as response:
                 record.status = response.status
                 if response.status != 200:

@@ -230,6 +230,7 @@ class _Run:
                     return
                 record = RequestRecord(
                     session=session.id,
+                    conversation=session.conversation,
                     turn=index,
                     max_tokens=turn.max_tokens,
                     scheduled_at=due,

@@ -4,6 +4,7 @@ which it imports when it runs.
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 
@@ -24,6 +25,8 @@ def pool(quick: bool, only: str | None, json_file: Path | None, plot_file: Path 
 
     Takes about a minute and 1 GiB of memory. Figures of copies need two idle cores.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it cleans up as on Ctrl-C
+
     from rich.console import Console
 
     from memserve.bench import pool_calls, pool_copies

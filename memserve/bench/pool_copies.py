@@ -171,7 +171,7 @@ class _Receiver:
 
     def use_gloo(self) -> None:
         """Ask the peer for blocks from now on."""
-        self._pool.add_sending_peer(PeerGrant(NAME, 0, len(self._theirs)))
+        self._pool.peers.add_sending(PeerGrant(NAME, 0, len(self._theirs)))
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "store"
             self._link.send(Join(str(path)))
@@ -259,8 +259,8 @@ class _Link:
     def relay(self, pool: MemPool) -> None:
         """Control messages, both ways, as the router does."""
         while self._control:
-            pool.on_control(self._control.pop(0))
-        for message in pool.take_control():
+            pool.peers.on_control(self._control.pop(0))
+        for message in pool.peers.take_control():
             self.send(message)
 
     def close(self) -> None:
@@ -321,7 +321,7 @@ def _receiver(num_blocks: int) -> Iterator[_Receiver]:
                 str(theirs.fileno()),
                 str(num_blocks),
             ]
-            process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
+            process = subprocess.Popen(command, pass_fds=[theirs.fileno()], start_new_session=True)
         try:
             ours.settimeout(PEER_TIMEOUT_S)
             data, fds, _, _ = socket.recv_fds(ours, MAX_MESSAGE_BYTES, 2)
@@ -342,7 +342,7 @@ def _receiver(num_blocks: int) -> Iterator[_Receiver]:
             transfer = PeerTransfer(wake, shm, TorchPool.of(RECEIVER, 0, MODEL, arena, None))
             retention = Retention(host=HostArena(host, num_blocks))
             pool = MemPool(arena, RECEIVER, 0, wake, retention=retention, transfer=transfer)
-            pool.add_peer(offer.grant, *fds)
+            pool.peers.add_mapped(offer.grant, *fds)
             pool.populate()
             link = _Link(ours, woken)
             try:

@@ -3,11 +3,12 @@
     python -m memserve.bench.pool_peer FD NUM_BLOCKS
 
 Over the socket FD goes first the grant of its arena with the descriptors, then commands and control messages
-of links. It ends when the socket does.
+of links. It ends when the socket does, without a word: who started it has ended, or was stopped.
 """
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import sys
@@ -89,7 +90,7 @@ def run(fd: int, num_blocks: int) -> None:
         ready, _, _ = select.select([ours, rung], [], [])
         if rung in ready:
             rung.recv(4096)
-        for message in pool.take_control():
+        for message in pool.peers.take_control():
             ours.send(encoder.encode(message))
         if ours not in ready:
             continue
@@ -110,7 +111,7 @@ def run(fd: int, num_blocks: int) -> None:
             assert bare is not None and arena.blocks is not None
             bare.send(arena.blocks[message.at : message.at + message.num_blocks])
         elif isinstance(message, Connect | Accept | Refuse):
-            pool.on_control(message)
+            pool.peers.on_control(message)
     pool.close()
 
 
@@ -128,4 +129,5 @@ class _Wake:
 
 
 if __name__ == "__main__":
-    run(int(sys.argv[1]), int(sys.argv[2]))
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        run(int(sys.argv[1]), int(sys.argv[2]))

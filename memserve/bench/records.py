@@ -37,6 +37,7 @@ class RequestRecord(msgspec.Struct, kw_only=True):
 
     Args:
         session, turn: which one of the workload; turns count from 0.
+        conversation: by which name the server was told of it, where that is not the session (a trace).
         max_tokens: how long the answer was to be.
         scheduled_at: when the load's own rules had it go: its arrival, or the end of the turn before it and
             the think time, or when the limit on concurrency let its session in.
@@ -52,6 +53,7 @@ class RequestRecord(msgspec.Struct, kw_only=True):
     turn: int
     max_tokens: int
     scheduled_at: float
+    conversation: str | None = None
     held_s: float = 0.0
     sent_at: float | None = None
     chunk_times: list[float] = []

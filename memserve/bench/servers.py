@@ -1,6 +1,7 @@
 """Servers that a benchmark starts and stops by their command lines; ours among them.
 
-    start    on a free loopback port, in a session (process group) of its own, output into a log file
+    start    on a free loopback port, in a session (process group) of its own, output into a file without a
+             name, so that none is left behind however this process ends
     ready    /health answers 200; servers without one: /v1/models does
     stop     SIGTERM; after a while SIGKILL to the whole group. Also when the body raised or was cancelled.
              If this process is killed, the kernel sends the SIGTERM
@@ -23,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from pathlib import Path
+from typing import IO
 
 import aiohttp
 
@@ -70,8 +71,7 @@ async def started(
     Raises BenchError, with the end of its log, if it does not start.
     """
     words, port = place(command, free_port())
-    with tempfile.TemporaryDirectory(prefix="memserve-bench-") as folder:
-        log = Path(folder) / "log"
+    with tempfile.TemporaryFile() as log:
         process = await _spawn(words, log, cpus)
         try:
             url = f"http://127.0.0.1:{port}"
@@ -81,27 +81,28 @@ async def started(
             await _stop(process)
 
 
-async def _spawn(words: Sequence[str], log: Path, cpus: Sequence[int] | None) -> asyncio.subprocess.Process:
+async def _spawn(
+    words: Sequence[str], log: IO[bytes], cpus: Sequence[int] | None
+) -> asyncio.subprocess.Process:
     if shutil.which(words[0]) is None:
         raise BenchError(f"{words[0]} cannot be started: there is no such program")
     own = os.sched_getaffinity(0)
     if cpus is not None:
         os.sched_setaffinity(0, cpus)  # inherited by the child
     try:
-        with log.open("wb") as out:
-            return await asyncio.create_subprocess_exec(
-                *(sys.executable, "-I", "-S", "-c", _LAUNCH, *words),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=out,
-                stderr=asyncio.subprocess.STDOUT,
-                start_new_session=True,
-            )
+        return await asyncio.create_subprocess_exec(
+            *(sys.executable, "-I", "-S", "-c", _LAUNCH, *words),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=log,
+            stderr=asyncio.subprocess.STDOUT,
+            start_new_session=True,
+        )
     finally:
         os.sched_setaffinity(0, own)
 
 
 async def _wait_ready(
-    url: str, process: asyncio.subprocess.Process, name: str, log: Path, timeout_s: float
+    url: str, process: asyncio.subprocess.Process, name: str, log: IO[bytes], timeout_s: float
 ) -> None:
     deadline = time.monotonic() + timeout_s
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as http:
@@ -114,8 +115,14 @@ async def _wait_ready(
         what = f"is not ready after {timeout_s:g} s"
     else:
         what = f"ended with status {process.returncode} before it was ready"
-    tail = log.read_text(errors="replace")[-_LOG_TAIL:]
-    raise BenchError(f"{name} {what}; the end of its log:\n{tail}")
+    raise BenchError(f"{name} {what}; the end of its log:\n{_tail(log)}")
+
+
+def _tail(log: IO[bytes]) -> str:
+    """Its end. The servers write where the file is at, so that place must not be moved."""
+    num_bytes = os.fstat(log.fileno()).st_size
+    data = os.pread(log.fileno(), _LOG_TAIL, max(0, num_bytes - _LOG_TAIL))
+    return data.decode(errors="replace")
 
 
 async def _is_ready(http: aiohttp.ClientSession, url: str) -> bool:

@@ -40,7 +40,7 @@ def _pull() -> float:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.settimeout(_WAIT_S)
     command = [sys.executable, "-m", "memserve.bench.pool_peer", str(theirs.fileno()), str(_NUM_BLOCKS)]
-    peer = subprocess.Popen(command, pass_fds=(theirs.fileno(),))
+    peer = subprocess.Popen(command, pass_fds=(theirs.fileno(),), start_new_session=True)
     try:
         theirs.close()
         body, fds, _, _ = socket.recv_fds(ours, MAX_MESSAGE_BYTES, 2)
@@ -51,7 +51,7 @@ def _pull() -> float:
         woken = threading.Semaphore(0)
         pool = MemPool(arena, RECEIVER, 0, woken.release)
         try:
-            pool.add_peer(offer.grant, fds[0], fds[1])
+            pool.peers.add_mapped(offer.grant, fds[0], fds[1])
             pool.populate()
             into = pool.alloc_mem(_NUM_BLOCKS)
             assert into is not None

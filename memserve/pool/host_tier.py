@@ -148,6 +148,12 @@ class HostTier:
             self._growth.cancel()
             self.absorb()
 
+    def settle(self) -> None:
+        """Wait until no copy into or out of it is under way, as it must be before `relocate` and `shrink_to`.
+        Raises EngineError where that takes too long.
+        """
+        self._swaps.settle()
+
     def relocate(self, blocks: BlockIds, limit: int) -> BlockIds:
         """Move those of `blocks` that lie at `limit` or above below it, where as many must be free. What they
         leave is withdrawn.
@@ -158,7 +164,6 @@ class HostTier:
         moving = blocks[is_above]
         into = self._allocator.allocate(len(moving))
         assert into is not None and into.item(-1) < limit
-        self._swaps.settle()
         copy_blocks(self.arena, into, self.arena, moving)
         if self._removals is not None:
             self._removals.moved(moving, Tier.HOST, into, Tier.HOST)
@@ -185,5 +190,4 @@ class HostTier:
         self._allocator.withdraw(ids[~is_withdrawn & (ids >= num_blocks)])
         self._num_blocks = num_blocks
         assert self.arena.blocks is not None
-        self._swaps.settle()
         memfd.release(self.arena.blocks[self._swaps.unpin(num_blocks) :].reshape(-1))

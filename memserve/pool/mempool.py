@@ -9,16 +9,13 @@ pulls from peers.
 Owned by the worker's loop and called from its thread alone. A block has one owner: whoever allocated it, or
 the index. `alloc_mem` evicts what nobody uses when no block is free; with a host tier that is a `swap_out`,
 and `acquire` swaps in. The destination of a pull counts as written until the pull has a result. Memory and
-layout are arena.py's, who holds what allocator.py's and index.py's, how bytes move the transports'. Peers
-come and go by grants of the supervisor.
+layout are arena.py's, who holds what allocator.py's and index.py's, who gives way room.py's, how bytes move
+the transports'. From whom it can pull is the business of its `peers` (peers.py).
 """
 
 from __future__ import annotations
 
-import logging
 import math
-import os
-import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -28,41 +25,25 @@ import torch
 from numpy.typing import ArrayLike
 
 from memserve import memfd
-from memserve.errors import EngineError, MemserveError
-from memserve.messages import (
-    ArenaGrant,
-    BlockRefs,
-    DeviceGrant,
-    LinkMessage,
-    PeerGrant,
-    Removed,
-    Tier,
-    Transfer,
-    generation_table_bytes,
-)
+from memserve.messages import BlockRefs, Removed, Tier, Transfer
 from memserve.pool.addresses import Addresses
 from memserve.pool.allocator import BlockAllocator, BlockIds
-from memserve.pool.arena import Arena, ArenaFds, PeerArena, Progress
+from memserve.pool.arena import Arena, Progress
 from memserve.pool.block_table import BlockTable
 from memserve.pool.device_progress import DeviceProgress
 from memserve.pool.host_tier import HostTier
 from memserve.pool.incoming import Incoming, begin_transfer
 from memserve.pool.index import Index, Lock, Match
 from memserve.pool.lanes import AllMarks, Lanes, Mark
+from memserve.pool.peers import Peers
 from memserve.pool.pending import Pending, PendingBook
 from memserve.pool.removals import RemovalLog
 from memserve.pool.retention import PoolStats, Retention
-from memserve.pool.swaps import Cooling, LaneSwaps
-from memserve.pool.transports.base import FailedPull, Pull
+from memserve.pool.room import Room
+from memserve.pool.swaps import LaneSwaps
+from memserve.pool.transports.base import Pull
 from memserve.pool.transports.by_peer import PeerTransfer
 from memserve.pool.transports.shm import ShmTransfer
-
-logger = logging.getLogger(__name__)
-
-_POPULATE_NICENESS = 10
-# Where evictions are copies beside the steps: the share of the pool that is kept free.
-_AHEAD_SHARE = 32
-
 
 _NO_BLOCKS: BlockIds = np.empty(0, dtype=np.int64)
 
@@ -80,6 +61,8 @@ class MemPool:
         transfer: how peers are reached, owned from now on; None = they are mapped, or none is reached if the
             host cannot address the arena. Must know this arena.
         lanes: of the GPU that the arena is on, if it is.
+
+    `peers` are the pools that it can pull from.
     """
 
     def __init__(
@@ -118,9 +101,7 @@ class MemPool:
         self._instance = instance
         self._wake = wake
         self._allocator = BlockAllocator(arena.num_blocks, arena.generations, on_free)
-        self._cooling: Cooling | None = None
-        if lanes is not None and self._host is not None:
-            self._cooling = Cooling(self._allocator, lanes)
+        self._room = Room(self._allocator, self._index, self._host, self._removals, lanes)
         if lanes is None:
             self._progress = Progress(arena.progress, incarnation)
         else:
@@ -128,11 +109,7 @@ class MemPool:
         if transfer is None and arena.blocks is not None:
             shm = ShmTransfer(arena.blocks, wake, num_layers=arena.geometry.num_layers)
             transfer = PeerTransfer(wake, shm)
-        self._transfer = transfer  # None: peers are unknown, every pull is a miss
-        self._is_populated = False
-        self._unpopulated: dict[str, PeerArena] = {}
-        self._populating: list[threading.Thread] = []
-        self._closing = threading.Event()
+        self.peers = Peers(instance, arena.geometry.block_bytes, transfer, wake)
 
     @property
     def kv(self) -> torch.Tensor:
@@ -152,12 +129,7 @@ class MemPool:
     @property
     def num_available(self) -> int:
         """Blocks that `alloc_mem` could give now: the free ones, and those that it would evict."""
-        return self._num_free + (0 if self._index is None else self._index.num_evictable)
-
-    @property
-    def _num_free(self) -> int:
-        """Blocks that nobody has, those that are still being copied to the host included."""
-        return self._allocator.num_free + (0 if self._cooling is None else self._cooling.num_blocks)
+        return self._room.num_available
 
     @property
     def block_size(self) -> int:
@@ -173,23 +145,7 @@ class MemPool:
         device tier are swapped out if there is a host tier. None, and nothing taken or evicted, if there are
         not enough of both.
         """
-        if tier is Tier.HOST:
-            return self._alloc_host(num_blocks)
-        ids = self._allocate(num_blocks)
-        if ids is not None or self._index is None:
-            return ids
-        num_lacking = num_blocks - self._num_free
-        if num_lacking > self._index.num_evictable:
-            return None
-        self._evict(num_lacking)
-        return self._allocate(num_blocks)
-
-    def _allocate(self, num_blocks: int) -> BlockIds | None:
-        if self._cooling is not None:
-            self._cooling.poll()
-            if num_blocks <= self._num_free:
-                self._cooling.take(num_blocks - self._allocator.num_free)
-        return self._allocator.allocate(num_blocks)
+        return self._room.take(num_blocks) if tier is Tier.DEVICE else self._room.take_host(num_blocks)
 
     def free_mem(self, ids: ArrayLike, tier: Tier = Tier.DEVICE) -> None:
         """Give back blocks that `alloc_mem` gave and nobody published."""
@@ -203,11 +159,7 @@ class MemPool:
         """Move that many blocks that nobody uses to the host tier, the least useful first, or as many as
         there are; those that are colder than all of a full host tier are dropped. Returns the blocks moved.
         """
-        if self._index is None or self._host is None:
-            return 0
-        before = self._host.num_stored
-        self._evict(num_blocks)
-        return self._host.num_stored - before
+        return self._room.swap_out(num_blocks)
 
     def swap_in(self, tokens: bytes, salt: str = "") -> int:
         """Move what the host tier holds of a cached prefix to the device tier, as far as there is room.
@@ -229,42 +181,13 @@ class MemPool:
         It grows beside everything else, and `poll` takes what has got memory. To shrink it evicts, moves what
         it keeps together, and gives the memory back; blocks that somebody has from `alloc_mem` stand in the
         way, and it keeps all up to the last of them. Raises MemoryError_ if the machine has not the memory to
-        grow, ValueError outside the bounds.
+        grow, ValueError outside the bounds, EngineError if a GPU does not end its copies: nothing changed.
         """
-        host = self._host
-        if host is None or not 0 <= num_blocks <= host.capacity:
-            capacity = 0 if host is None else host.capacity
-            raise ValueError(f"a host tier of {num_blocks} blocks, but from 0 to {capacity} are possible")
-        host.stop_growing()
-        if num_blocks >= host.num_blocks:
-            host.grow_to(num_blocks, self._wake)
-            return num_blocks
-        assert self._index is not None
-        self._index.evict_host(host.num_held - num_blocks)
-        host.withdraw_from(num_blocks)
-        self._index.relocate_host(partial(host.relocate, limit=num_blocks))
-        in_the_way = host.held_blocks()
-        num_blocks = max(num_blocks, in_the_way.item(-1) + 1 if len(in_the_way) else 0)
-        host.shrink_to(num_blocks)
-        return num_blocks
+        return self._room.resize(num_blocks, self._wake)
 
     def poll(self) -> None:
         """Take note of what goes on beside the loop; cheap."""
-        if self._host is not None:
-            self._host.absorb()
-        if self._cooling is not None:
-            self._cooling.poll()
-            self._evict_ahead(self._cooling)
-
-    def _evict_ahead(self, cooling: Cooling) -> None:
-        """Swap out before room is needed, so that no step waits for the copies: a little, and only what the
-        host tier has room for.
-        """
-        assert self._host is not None and self._index is not None
-        num_lacking = self.num_blocks // _AHEAD_SHARE - self._num_free
-        num_blocks = min(num_lacking, self._host.num_free, self._index.num_evictable)
-        if num_blocks > 0:
-            self._evict(num_blocks)
+        self._room.poll()
 
     # --- the index -----------------------------------------------------------------------------------------
 
@@ -293,7 +216,7 @@ class MemPool:
         """Forget a cached prefix with all that continues it, in either tier; what is in use stays. Returns
         the blocks freed.
         """
-        return self._forget(lambda index: index.delete(self._namespace + salt, tokens))
+        return self._room.forget(lambda index: index.delete(self._namespace + salt, tokens))
 
     def flush(self) -> int:
         """Forget all that is cached and not in use. Returns the blocks freed."""
@@ -303,7 +226,7 @@ class MemPool:
         """Forget what was not used since `before`, by the pool's clock (time to live). Returns the blocks
         freed.
         """
-        return self._forget(lambda index: index.expire(before))
+        return self._room.forget(lambda index: index.expire(before))
 
     def lock(self, tokens: bytes, salt: str = "") -> Lock | None:
         """Keep what the device tier caches of `tokens` until `unlock`; None = the pool keeps nothing."""
@@ -393,77 +316,6 @@ class MemPool:
 
     # --- other instances ----------------------------------------------------------------------------------
 
-    def add_peer(self, grant: ArenaGrant, arena_fd: int, generations_fd: int) -> None:
-        """Map a peer's arena to pull from; a second grant of the same instance and tier replaces the first.
-
-        Its mapping is populated by `populate`, or in the background if that was before. The descriptors are
-        ours from now on: they are closed, whatever happens. Raises MemoryError_, or EngineError if it is not
-        to be mapped, or made of other blocks.
-        """
-        try:
-            if self._transfer is None:
-                return
-            self._check_blocks(grant.instance, grant.block_bytes)
-            peer = PeerArena.map(grant, ArenaFds(arena_fd, generations_fd))
-        finally:
-            os.close(arena_fd)
-            os.close(generations_fd)
-        self._transfer.add_mapped(peer)
-        if peer.tier is Tier.HOST:
-            return  # mostly holes, which reading would fill
-        if self._is_populated:
-            self._populate_later(peer)
-        else:
-            self._unpopulated[peer.instance] = peer
-
-    def add_device_peer(self, grant: DeviceGrant, table_fd: int, memory_fd: int | None = None) -> None:
-        """Open a peer's arena on a GPU to pull from; a later grant of the same instance replaces this one.
-        The descriptors are ours from now on. Raises as `add_peer`.
-        """
-        try:
-            if self._transfer is None or grant.memory is None:
-                return
-            self._check_blocks(grant.instance, grant.block_bytes)
-            if grant.num_blocks > grant.max_blocks:
-                raise EngineError(f"{grant.instance} has {grant.num_blocks} blocks of {grant.max_blocks}")
-            table = memfd.map_bytes(table_fd, generation_table_bytes(grant.max_blocks), writable=False)
-            given, memory_fd = memory_fd, None
-            self._transfer.open_device(grant, table.view(np.uint64), given)
-        finally:
-            os.close(table_fd)
-            if memory_fd is not None:
-                os.close(memory_fd)
-
-    def _check_blocks(self, instance: str, block_bytes: int) -> None:
-        ours = self._arena.geometry.block_bytes
-        if block_bytes != ours:
-            raise EngineError(f"{instance} has blocks of {block_bytes} bytes, {self._instance} of {ours}")
-
-    def add_sending_peer(self, grant: PeerGrant) -> None:
-        """Pull from a peer that cannot be mapped, by asking it; a later life replaces the one before.
-
-        Raises EngineError if that is not to be done here.
-        """
-        if self._transfer is not None:
-            self._transfer.add_sending(grant)
-
-    def on_control(self, message: LinkMessage) -> None:
-        """Take what another worker says of a link between it and us. Never waits."""
-        if self._transfer is not None:
-            self._transfer.on_control(message)
-
-    def take_control(self) -> list[LinkMessage]:
-        """What is to be said to other workers, by way of the router; `wake` tells when there is something."""
-        return [] if self._transfer is None else self._transfer.take_control()
-
-    def remove_peer(self, instance: str, tier: Tier | None = None) -> None:
-        """Forget a peer, or one tier of it: pulls from it that are under way still end. Unknown names are
-        ignored.
-        """
-        self._unpopulated.pop(instance, None)
-        if self._transfer is not None:
-            self._transfer.remove_peer(instance, tier)
-
     @property
     def progress(self) -> Progress:
         """Whoever computes into our blocks tells here how far it has got, layer by layer."""
@@ -497,10 +349,7 @@ class MemPool:
         Never raises or waits: an unknown peer, a full queue, bad addresses are results. The caller holds
         `into` and may not free it before the pull has a result.
         """
-        if self._transfer is None:
-            self._wake()
-            return FailedPull(f"unknown peer {refs.instance}")
-        return self._transfer.begin(refs, np.asarray(into, dtype=np.int64), layers_from)
+        return self.peers.pull(refs, np.asarray(into, dtype=np.int64), layers_from)
 
     def transfer(self, target: str, ids: ArrayLike, into: tuple[int, ...] | None = None) -> Transfer:
         """Offer our blocks `ids` to the pool `target`: what to send it, for its `receive` (the paper's
@@ -539,8 +388,7 @@ class MemPool:
         from them, and two threads that share one matrix product wait for the slower. `progress` is told
         fractions from 0 to 1. Raises MemoryError_ if there is not enough for our own.
         """
-        peers, self._unpopulated = tuple(self._unpopulated.values()), {}
-        self._is_populated = True
+        peers = self.peers.take_unpopulated()
         num_parts = 1 + len(peers)
 
         def tell(part: int, fraction: float) -> None:
@@ -552,12 +400,12 @@ class MemPool:
         if self._host is not None:
             self._host.populate()
         for part, peer in enumerate(peers, start=1):
-            self._populate_peer(peer, partial(tell, part))
+            self.peers.populate(peer, partial(tell, part))
         tell(num_parts - 1, 1.0)
 
     def stats(self) -> PoolStats:
         """Blocks by state, now; from any thread."""
-        free, total = self._num_free, self._allocator.num_blocks
+        free, total = self._room.num_free, self._allocator.num_blocks
         historical = 0 if self._index is None else self._index.num_evictable
         return PoolStats(
             free=free,
@@ -587,16 +435,10 @@ class MemPool:
 
     def close(self) -> None:
         """End every pull and background thread. The memory goes when the last view of `kv` does."""
-        self._closing.set()
         if self._host is not None:
             self._host.stop_growing()
-        self._unpopulated.clear()
-        if self._transfer is not None:
-            self._transfer.close()
+        self.peers.close()
         self._progress.close()
-        for thread in self._populating:
-            thread.join()
-        self._populating.clear()
 
     def _swap_in(self, table: BlockTable, tokens: bytes, salt: str, num_blocks: int) -> None:
         """Copy the host blocks that follow those of the table, as far as there is room, into its own."""
@@ -618,51 +460,3 @@ class MemPool:
         table.append(extended.blocks)
         table.share(extended.blocks)
         table.num_swapped_in = count
-
-    def _alloc_host(self, num_blocks: int) -> BlockIds | None:
-        if self._host is None:
-            return None
-        num_lacking = num_blocks - self._host.num_free
-        if num_lacking > 0 and self._index is not None and num_lacking <= self._index.num_host_blocks:
-            self._index.evict_host(num_lacking)
-        return self._host.allocate(num_blocks)
-
-    def _evict(self, num_blocks: int) -> None:
-        assert self._index is not None
-        blocks = self._index.evict(num_blocks)
-        self._free_historical(blocks)
-        if self._cooling is not None:
-            self._cooling.add(blocks)
-
-    def _forget(self, give_up: Callable[[Index], BlockIds]) -> int:
-        """Free what the index gives up, in both tiers; how many blocks."""
-        if self._index is None:
-            return 0
-        num_host_before = self._index.num_host_blocks
-        freed = give_up(self._index)
-        self._free_historical(freed)
-        return len(freed) + num_host_before - self._index.num_host_blocks
-
-    def _free_historical(self, blocks: BlockIds) -> None:
-        if self._removals is not None:
-            self._removals.gone(blocks, Tier.DEVICE)
-        self._allocator.free(blocks)
-
-    def _populate_peer(self, peer: PeerArena, progress: Callable[[float], None] | None = None) -> None:
-        try:
-            memfd.populate(peer.blocks.reshape(-1), self._closing, progress)
-        except MemserveError as error:  # only a matter of speed, until the memory is really needed
-            logger.warning(
-                "%s: cannot populate the arena of %s: %s", self._instance, peer.instance, str(error)
-            )
-
-    def _populate_later(self, peer: PeerArena) -> None:
-        def run() -> None:
-            # Of this thread alone, on Linux: serving must not wait for it.
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _POPULATE_NICENESS)
-            self._populate_peer(peer)
-
-        self._populating = [thread for thread in self._populating if thread.is_alive()]
-        thread = threading.Thread(target=run, name="memserve-populate", daemon=True)
-        self._populating.append(thread)
-        thread.start()

@@ -5,7 +5,7 @@
     steps                 after swaps in; after those swaps out whose device blocks are used anew
 
 All of these waits are the GPU's. The host itself waits only in `settle`, before it touches host memory that a
-copy may be using: when the host tier is given another size.
+copy may be using: when the host tier is made smaller. The loop stands still meanwhile, hence a deadline.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from memserve.cuda.memory import tensor_at
+from memserve.errors import EngineError
 from memserve.pool.allocator import BlockAllocator, BlockIds
 from memserve.pool.arena import Arena
 from memserve.pool.lanes import AllMarks, Lanes, Mark, as_words
@@ -24,6 +25,7 @@ from memserve.pool.pinned import PinnedBlocks, Pins
 from memserve.pool.runs import runs
 
 _SETTLE_LOOK_S = 1e-4
+_SETTLE_S = 3.0  # behind a step and some gigabytes of copies
 
 
 class Swaps(Protocol):
@@ -42,7 +44,7 @@ class Swaps(Protocol):
         """Only so many are used from now on; from which block on memory may be given back."""
 
     def settle(self) -> None:
-        """Wait until no copy is under way."""
+        """Wait until no copy is under way. Raises EngineError if that takes longer than some seconds."""
 
 
 class HostSwaps:
@@ -110,7 +112,10 @@ class LaneSwaps:
         if not self._has_copied:
             return
         marks = AllMarks((self._lanes.swap_out.mark(), self._lanes.swap_in.mark()))
+        deadline = time.monotonic() + _SETTLE_S
         while not marks.is_done():
+            if time.monotonic() > deadline:
+                raise EngineError(f"the GPU has not ended its copies between the tiers in {_SETTLE_S:g} s")
             time.sleep(_SETTLE_LOOK_S)
 
 

@@ -265,6 +265,7 @@ class ServingEngine:
                 max_running=config.max_running,
                 kv_token_bytes=KVGeometry.of(config.model, config.block_size, config.dtype).token_bytes,
                 caches=config.caches,
+                max_host_blocks=config.max_host_blocks,
             )
         )
 

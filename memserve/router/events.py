@@ -41,7 +41,7 @@ class Abandon:
 
 @dataclass(frozen=True, slots=True)
 class WorkerUp:
-    """A worker takes requests."""
+    """A worker takes requests; its tiers have `num_blocks` and at most `max_host_blocks`."""
 
     instance: str
     role: Role
@@ -51,6 +51,7 @@ class WorkerUp:
     max_running: int
     kv_token_bytes: int = 1
     caches: bool = False
+    max_host_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,6 +57,7 @@ class Fleet:
             max_running=event.max_running,
             kv_token_bytes=event.kv_token_bytes,
             caches=event.caches,
+            max_host_blocks=event.max_host_blocks,
             load=Load(num_free_blocks=event.num_blocks),  # until it reports
         )
 

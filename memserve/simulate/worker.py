@@ -106,7 +106,7 @@ class ModelledWorker:
         # layers can be followed where computing is not only enqueued: on a CPU, whose steps have a time limit
         self._publisher = Publisher(pool, send, by_layer=max_step_ms is not None)
         self._pulls = Pulls(pool, pool.block_size)
-        self._pull_backs = PullBacks(pool, name)
+        self._pull_backs = PullBacks(pool, name, clock)
         self._offers = OfferBook()
         self._requests: dict[str, Request] = {}
         self._told: dict[str, int] = {}  # tokens of each request that the router knows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from memserve.errors import MemoryError_
+from memserve.errors import EngineError, MemoryError_
 from memserve.messages import CacheCommand, CacheReport, CacheVerb
 from memserve.pool.index import Match
 from memserve.pool.retention import PoolStats
@@ -47,7 +47,7 @@ class CacheAdmin:
         num_blocks = self._pool.stats().num_host
         try:
             num_blocks = self._pool.resize(command.num_host_blocks)
-        except (ValueError, MemoryError_) as reason:
+        except (ValueError, MemoryError_, EngineError) as reason:
             error = str(reason)
         return CacheReport(
             command.command_id,

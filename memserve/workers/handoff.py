@@ -24,8 +24,8 @@ from memserve.pool.allocator import BlockIds
 from memserve.pool.block_table import BlockTable
 from memserve.pool.pending import Pending
 from memserve.pool.transports.base import FailedPull, Pull, PullResult
+from memserve.workers.following import MIN_FOLLOWED_TOKENS
 from memserve.workers.request import Request
-from memserve.workers.scheduler import MIN_FOLLOWED_TOKENS
 
 logger = logging.getLogger(__name__)
 
@@ -164,22 +164,19 @@ class Pulls:
             self.drop_ahead(message.request_id, known.attempt)
         num_blocks = num_packed(message.token_ids) // self._block_size
         tokens = message.token_ids[: num_blocks * self._block_size * 4]
-        table = self._pool.acquire(tokens, message.cache_salt)
-        useful = table.num_shared * self._block_size + MIN_FOLLOWED_TOKENS
-        other = self._pool.pending(tokens, message.cache_salt, only_begun=False)
-        if other is not None and other.num_common(tokens) >= useful:
-            self._pool.release(table)
-            return
-        pending = self._pool.expect(tokens, message.cache_salt)
-        self._ahead[message.request_id] = _Ahead(message.attempt, table, pending)
+        self._open(message.request_id, message.attempt, tokens, message.cache_salt, only_begun=False)
 
     def begin_ahead(self, message: PullAhead) -> None:
         """Start on blocks of a request that will come. What does not fit or follow is left to its
-        `Decode`.
+        `Decode`, and so is what others have brought since the `Reserve`, or are about to.
         """
         ahead = self._ahead.get(message.request_id)
         if ahead is None or ahead.attempt != message.attempt:
             return
+        if not ahead.parts:
+            ahead = self._look_again(message.request_id, ahead)
+            if ahead is None:
+                return
         done = ahead.table.num_blocks - message.first_block
         if not 0 <= done < len(message.refs.blocks):
             return
@@ -293,6 +290,25 @@ class Pulls:
         self._stop(running.parts, request.take_table(), running.pending)
 
     # --- inside ---
+
+    def _open(self, request_id: str, attempt: int, tokens: bytes, salt: str, *, only_begun: bool) -> None:
+        """An account of what is pulled ahead of a request, unless another pull brings much of it."""
+        table = self._pool.acquire(tokens, salt)
+        useful = table.num_shared * self._block_size + MIN_FOLLOWED_TOKENS
+        other = self._pool.pending(tokens, salt, only_begun=only_begun)
+        if other is not None and other.num_common(tokens) >= useful:
+            self._pool.release(table)
+            return
+        self._ahead[request_id] = _Ahead(attempt, table, self._pool.expect(tokens, salt))
+
+    def _look_again(self, request_id: str, ahead: _Ahead) -> _Ahead | None:
+        """Open an account anew of which nothing has been pulled."""
+        del self._ahead[request_id]
+        pending = ahead.pending
+        pending.end()
+        self._open(request_id, ahead.attempt, pending.tokens, pending.salt, only_begun=True)
+        self._pool.release(ahead.table)
+        return self._ahead.get(request_id)
 
     def _fetch(self, request: Request, offer: Offer, start: int) -> list[_Part]:
         """Pull the offered blocks of a request from its block `start` on, each tier's by itself."""

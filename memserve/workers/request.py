@@ -156,6 +156,14 @@ class Request:
         """Token ids [start, stop) as the pool's index wants them: little-endian int32."""
         return self.tokens(start, stop).astype("<i4", copy=False).tobytes()
 
+    def cacheable(self, block_size: int) -> bytes:
+        """The tokens that need not be computed if the pool has them: whole blocks, never the last token, and
+        none of a prompt whose log-probabilities are asked for.
+        """
+        if self.prompt_logprobs is not None:
+            return b""
+        return self.token_bytes(0, (self.num_tokens - 1) // block_size * block_size)
+
     @property
     def prompt_ids(self) -> NDArray[np.int32]:
         """The prompt's token ids: a view."""

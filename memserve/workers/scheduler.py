@@ -7,8 +7,8 @@ in order of arrival. Blocks:
   request to grow by; it gets them at once, so that only a decode that crosses a block boundary can find
   the pool empty. What the pool has cached of its tokens it shares, and computes only the rest.
 - While another computes or pulls a long prefix that it needs too, it waits for it, holding nothing, and
-  those behind it may pass: a burst on one cold prefix computes it once. For a pull, and with an offer of its
-  own for anything, it waits no longer than `patience` says (patience.py).
+  those behind it may pass (following.py): a burst on one cold prefix computes it once. For a pull, and with
+  an offer of its own for anything, it waits no longer than `patience` says (patience.py).
 - If a decode finds the pool empty, the youngest running request is preempted: it waits again at its place of
   arrival, and what the pool no longer has of it by then is recomputed. The oldest running request is never
   preempted for another, so there is always progress.
@@ -28,7 +28,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import msgspec
-import numpy as np
 
 from memserve.messages import CachedTokens
 from memserve.model_config import blocks_for
@@ -37,13 +36,9 @@ from memserve.pool.block_table import BlockTable
 from memserve.pool.index import Match
 from memserve.pool.pending import Pending
 from memserve.workers.budget import MIN_CHUNK_TOKENS, StepTally
+from memserve.workers.following import Following
 from memserve.workers.request import Request, RequestState
 from memserve.workers.steps import Chunk, Refusal, StepPlan
-
-# A common prefix shorter than this is computed twice rather than waited for.
-MIN_FOLLOWED_TOKENS = 64
-# How many leaders a request waits for, one after another, before it goes by itself.
-MAX_FOLLOWS = 3
 
 
 class BlockSource(Protocol):
@@ -94,7 +89,7 @@ class Scheduler:
         self._block_size = block_size
         self._max_running = max_running
         self._caches = caches
-        self._patience = patience
+        self._following = Following(pool, block_size, patience)
         self._looked_at = -math.inf
         self.waiting: list[Request] = []
         self.running: list[Request] = []
@@ -272,7 +267,7 @@ class Scheduler:
                 return
             if request.offer is None and tally.room(0) == 0:
                 return
-            if self._follows(request, now):
+            if self._caches and self._following.follows(request, self._producers(), now):
                 continue
             if blocks_for(request.num_tokens, self._block_size) > self._pool.num_blocks:
                 self.finish(request)
@@ -295,7 +290,7 @@ class Scheduler:
         is_new = request.table.num_blocks == 0
         if is_new:
             self._pool.release(request.table)  # what was reserved may have found nothing then
-            request.table = self._pool.acquire(self._cacheable(request), request.cache_salt)
+            request.table = self._pool.acquire(request.cacheable(self._block_size), request.cache_salt)
         num_lacking = blocks_for(request.num_tokens, self._block_size) - request.table.num_blocks
         if self._pool.num_available < num_lacking + len(self.running):
             if is_new:
@@ -327,85 +322,10 @@ class Scheduler:
         is_copied = self._pool.copy_last(request.token_bytes(0, num_tokens), request.cache_salt, into)
         return block_size - 1 if is_copied else 0
 
-    def _cacheable(self, request: Request) -> bytes:
-        """The tokens that need not be computed if the pool has them: whole blocks, never the last token, and
-        none of a prompt whose log-probabilities are asked for.
-        """
-        if request.prompt_logprobs is not None:
-            return b""
-        return request.token_bytes(0, (request.num_tokens - 1) // self._block_size * self._block_size)
-
-    def _follows(self, request: Request, now: float) -> bool:
-        """Whether another is about to have much of what this one needs, so that it is better to wait.
-
-        It waits for one that runs or pulls, and so gets on, and a few times at most.
-        """
-        if not self._caches or request.prompt_logprobs is not None or request.table.num_blocks:
-            return False
-        leader, request.leader = request.leader, None
-        pending, request.pending = request.pending, None
-        if leader is not None and self._is_behind(leader, request.num_common_tokens):
-            runs = leader.state is RequestState.RUNNING
-            if (runs and request.offer is None) or now < request.patience_ends:
-                request.leader = leader
-                return True
-            request.num_follows = MAX_FOLLOWS
-        elif pending is not None and not pending.is_over:
-            if now < request.patience_ends:
-                request.pending = pending
-                return True
-            request.num_follows = MAX_FOLLOWS
-        if request.num_follows == MAX_FOLLOWS:
-            return False
-        for other in self._producers():
-            if other.cache_salt != request.cache_salt:
-                continue
-            num_common = self._common_tokens(request, other)
-            if num_common - self._progress(other) < MIN_FOLLOWED_TOKENS:
-                continue
-            if self._begins_to_follow(request, num_common, now):
-                request.leader = other
-                return True
-        tokens = self._cacheable(request)
-        pending = self._pool.pending(tokens, request.cache_salt)
-        if pending is not None:
-            num_common = pending.num_common(tokens) // self._block_size * self._block_size
-            if self._begins_to_follow(request, num_common, now):
-                request.pending = pending
-                return True
-        return False
-
-    def _begins_to_follow(self, request: Request, num_common: int, now: float) -> bool:
-        """Whether what another will have is much beside what is here; then it waits, not for ever."""
-        num_cached = self._pool.match(self._cacheable(request), request.cache_salt).num_tokens
-        if num_common - num_cached < MIN_FOLLOWED_TOKENS:
-            return False
-        request.num_common_tokens = num_common
-        request.num_follows += 1
-        request.patience_ends = now + self._patience(request, num_cached, num_common)
-        return True
-
-    def _is_behind(self, leader: Request, num_tokens: int) -> bool:
-        """Whether it gets on, and has not got so far yet."""
-        at_work = leader.state is RequestState.RUNNING or leader.state is RequestState.PULLING
-        return at_work and self._progress(leader) < num_tokens
-
-    def _progress(self, request: Request) -> int:
-        """Tokens of it that others can find."""
-        return request.table.num_shared * self._block_size
-
     def _producers(self) -> Iterator[Request]:
         """Requests whose prompt is being computed or pulled."""
         yield from self.pulling
         yield from (r for r in self.running if r.num_tokens - r.num_computed_tokens > 1)
-
-    def _common_tokens(self, request: Request, other: Request) -> int:
-        """Length of the common prefix that `other` will publish and `request` can use: whole blocks."""
-        size = min(request.num_tokens - 1, other.num_tokens - 1)
-        differ = request.tokens(0, size) != other.tokens(0, size)
-        first = int(np.argmax(differ)) if size else 0
-        num_common = first if size and differ[first] else size
-        return num_common // self._block_size * self._block_size
 
     def _too_long(self, request: Request) -> str:
         capacity = self._pool.num_blocks * self._block_size

@@ -1,4 +1,5 @@
-"""From `Init` to a worker that is ready: cores, descriptors, weights, pool, a first step.
+"""From `Init` to a worker that is ready: cores (cores.py), descriptors (start_grants.py), weights, pool, a
+first step.
 
 On a CPU the arena and the weights are memfds that come as grants; the one worker that is sent no manifest
 lays the weights out for all and says so (`Loaded`), and from then on everybody, it included, maps them
@@ -8,12 +9,10 @@ read-only. On CUDA a worker loads its own, sizes its pool by what is then free, 
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import hashlib
 import logging
 import os
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,26 +22,22 @@ import numpy as np
 import torch
 
 from memserve.config import WorkerConfig
-from memserve.cuda.memory import DeviceExport
 from memserve.errors import EngineError
 from memserve.memfd import map_bytes
 from memserve.messages import (
-    ArenaGrant,
     Decode,
-    DeviceGrant,
     Init,
     Loaded,
     Loading,
     Ready,
     SamplingParams,
     Tier,
-    WeightsGrant,
     pack_tokens,
 )
 from memserve.model_config import KVGeometry, blocks_for, fingerprint
 from memserve.models.transformer import Transformer
 from memserve.models.weights import Weights, map_weights, write_weights
-from memserve.pool.arena import Arena, ArenaFds
+from memserve.pool.arena import Arena
 from memserve.pool.eviction import least_frequently_used, least_recently_used
 from memserve.pool.mempool import MemPool
 from memserve.pool.pinned import CudaPins
@@ -55,11 +50,13 @@ from memserve.pool.transports.torch_distributed import TorchPool
 from memserve.step_shapes import row_sizes
 from memserve.torch_dtypes import TORCH_DTYPES
 from memserve.workers.budget import StepBudget
-from memserve.workers.channel import Channel, Doorbell, GrantSocket, ReceivedGrant, SocketChannel
+from memserve.workers.channel import Channel, Doorbell, GrantSocket, SocketChannel
+from memserve.workers.cores import keep_pages, spread, take_cores
 from memserve.workers.gpu_arena import export_arena, gpu_of, make_arena
 from memserve.workers.gpu_weights import GpuLoader
 from memserve.workers.request import Request
 from memserve.workers.runner import ModelRunner
+from memserve.workers.start_grants import StartGrants
 from memserve.workers.steps import Chunk, Runner
 from memserve.workers.worker import Worker
 
@@ -68,9 +65,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Of malloc.h.
-_M_TRIM_THRESHOLD = -1
-_M_MMAP_MAX = -4
 # Steps computed before the worker is ready, and the longest of them.
 NUM_WARM_UPS = 4
 MAX_WARM_UP_TOKENS = 256
@@ -84,14 +78,14 @@ def start(init: Init, channel: SocketChannel, grants: GrantSocket) -> tuple[Work
     """Make the worker that `init` describes and send `Ready`. Raises StartupError, or ChannelClosed."""
     began_at = time.monotonic()
     config = init.config
-    _keep_pages()
+    keep_pages()
     device, dtype = torch.device(config.device), TORCH_DTYPES[config.dtype]
     geometry = KVGeometry.of(config.model, config.block_size, config.dtype)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # before anything is pinned, which would wake up the first GPU too
     every_core = os.sched_getaffinity(0)
-    team = _take_cores(config)
-    granted = Grants(init, grants)
+    team = take_cores(config)
+    granted = StartGrants(init, grants)
     weights, digest = _weights(init, channel, granted, grants, device)
     gpu = gpu_of(config, device)
     gpu_model = None if device.type == "cpu" else _gpu_model(config, weights, device)
@@ -129,7 +123,7 @@ def start(init: Init, channel: SocketChannel, grants: GrantSocket) -> tuple[Work
     for peer in (*granted.peers, *grants.receive()):
         worker.take_grant(peer)
     pool.populate(_Progress(channel, "memory"))
-    _spread(team, config)
+    spread(team, config)
     _warm_up(config, pool, runner, worker.budget)
     # What lives now lives to the end: a collection that walks all of torch's objects would stall a step.
     gc.collect()
@@ -149,111 +143,8 @@ def start(init: Init, channel: SocketChannel, grants: GrantSocket) -> tuple[Work
     return worker, doorbell
 
 
-def _keep_pages() -> None:
-    """Have freed memory stay with the process (glibc only).
-
-    A step's tensors come and go. Those above 32 MiB glibc would map and unmap each time, and each mapping
-    faults its pages in anew: 12 decodes after 3,000 tokens took 148 ms a step instead of 41.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-class Grants:
-    """What a worker needs to start: its arenas and, on a CPU, the weights; of an arena on a GPU the
-    generation table. Peers that came early wait.
-    """
-
-    def __init__(self, init: Init, source: GrantSocket) -> None:
-        config = init.config
-        self.peers: list[ReceivedGrant] = []
-        self._arenas: dict[Tier, ReceivedGrant] = {}
-        self._weights: ReceivedGrant | None = None
-        is_cpu = config.device == "cpu"
-        needed = {Tier.DEVICE} if is_cpu or "cuda_ipc" in config.transports else set()
-        if config.host_blocks is not None:
-            needed.add(Tier.HOST)
-        needs_weights = is_cpu or init.weights_manifest is not None
-        while not needed <= self._arenas.keys() or (needs_weights and self._weights is None):
-            for received in source.wait():
-                match received.grant:
-                    case ArenaGrant(instance=config.instance, tier=tier):
-                        self._arenas[tier] = received
-                    case DeviceGrant(instance=config.instance):
-                        self._arenas[Tier.DEVICE] = received
-                    case WeightsGrant():
-                        self._weights = received
-                    case _:
-                        self.peers.append(received)
-
-    def arena(self, tier: Tier) -> tuple[ArenaGrant, ArenaFds]:
-        """The worker's own arena of a tier; the descriptors stay here."""
-        received = self._arenas[tier]
-        assert isinstance(received.grant, ArenaGrant)
-        return received.grant, ArenaFds(*received.fds)
-
-    def device_table(self) -> tuple[int, int]:
-        """The descriptor of the table of an arena on a GPU, which stays here, and its number of blocks."""
-        received = self._arenas[Tier.DEVICE]
-        assert isinstance(received.grant, DeviceGrant)
-        return received.fds[0], received.grant.max_blocks
-
-    def weights(self) -> tuple[int, int]:
-        """The descriptor of the weights, which stays here, and their size in bytes."""
-        assert self._weights is not None
-        grant = self._weights.grant
-        assert isinstance(grant, WeightsGrant)
-        return self._weights.fds[0], grant.num_bytes
-
-    def gpu_weights(self) -> tuple[DeviceExport, int] | None:
-        """What another worker on the same GPU has loaded, and its descriptor, the caller's from now on."""
-        received, self._weights = self._weights, None
-        if received is None:
-            return None
-        assert isinstance(received.grant, WeightsGrant) and received.grant.memory is not None
-        return received.grant.memory, received.fds[0]
-
-    def close(self) -> None:
-        """Close the descriptors of arena and weights: mappings do not need them."""
-        for received in (*self._arenas.values(), self._weights):
-            for fd in received.fds if received is not None else ():
-                os.close(fd)
-
-
-def _take_cores(config: WorkerConfig) -> list[int]:
-    """Pin the threads there are and size torch's pools; those made later inherit the cores.
-
-    Returns the ids of the threads that compute together, this one first.
-    """
-    if config.cpus:
-        for thread_id in _thread_ids():
-            os.sched_setaffinity(thread_id, config.cpus)
-    torch.set_num_threads(config.threads)
-    torch.set_num_interop_threads(1)
-    before = _thread_ids()
-    torch.ones(1 << 20).add_(1)  # large enough to be shared out, so that the team is made
-    return [threading.get_native_id(), *sorted(_thread_ids() - before)]
-
-
-def _spread(team: list[int], config: WorkerConfig) -> None:
-    """Give each thread that computes a core of its own, where there are enough; the others keep them all.
-
-    A team whose threads share a core waits for the slower at every product: a step then takes two or three
-    times as long, until the kernel has moved one of them. Threads made after this inherit one core.
-    """
-    if 1 < len(team) <= len(config.cpus):
-        for thread_id, cpu in zip(team, config.cpus, strict=False):
-            os.sched_setaffinity(thread_id, {cpu})
-
-
-def _thread_ids() -> set[int]:
-    return {int(name) for name in os.listdir("/proc/self/task")}
-
-
 def _weights(
-    init: Init, channel: Channel, granted: Grants, grants: GrantSocket, device: torch.device
+    init: Init, channel: Channel, granted: StartGrants, grants: GrantSocket, device: torch.device
 ) -> tuple[Weights, str]:
     """The weights, and what stands for their content: where they are shared, the manifest that all go by."""
     config = init.config
@@ -308,7 +199,7 @@ def _gpu_model(config: WorkerConfig, weights: Weights, device: torch.device) -> 
 
 
 def _arena(
-    init: Init, geometry: KVGeometry, granted: Grants, gpu_model: GpuModel | None, gpu: Gpu | None
+    init: Init, geometry: KVGeometry, granted: StartGrants, gpu_model: GpuModel | None, gpu: Gpu | None
 ) -> Arena:
     config = init.config
     if gpu_model is not None:
@@ -321,7 +212,7 @@ def _arena(
 
 
 def _host_arena(
-    config: WorkerConfig, geometry: KVGeometry, granted: Grants, gpu: Gpu | None
+    config: WorkerConfig, geometry: KVGeometry, granted: StartGrants, gpu: Gpu | None
 ) -> HostArena | None:
     if config.host_blocks is None:
         return None
@@ -329,7 +220,7 @@ def _host_arena(
     return HostArena(arena, config.host_blocks, pins=None if gpu is None else CudaPins(gpu.device))
 
 
-def _map_arena(granted: Grants, tier: Tier, geometry: KVGeometry, num_blocks: int) -> Arena:
+def _map_arena(granted: StartGrants, tier: Tier, geometry: KVGeometry, num_blocks: int) -> Arena:
     grant, fds = granted.arena(tier)
     if grant.num_blocks != num_blocks or grant.block_bytes != geometry.block_bytes:
         raise EngineError(

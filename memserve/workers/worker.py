@@ -14,66 +14,55 @@ is known ahead. Blocks freed while a flight writes to them may go to the next st
 after it, but not to a pull that the pool does not order so: then the flight lands first. It does so too
 where requests may have to be preempted, or look at what they have drawn. Other runners' steps land at once.
 
-A request is in one place at a time: the scheduler's queues, `Pulls`, or the `OfferBook`; `_requests`
-finds those of the first two by id. A request leaves through `_finish`, `_drop` or the book, and its
-blocks with it, so that with no request left the pool is idle.
+Here is when things are done, in which order. Which requests there are and how each leaves is the register's
+(register.py), what is said of their tokens telling.py's, which peers there are peers.py's.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 
 import msgspec
 
 from memserve.config import WorkerConfig
-from memserve.errors import EngineError, MemserveError
+from memserve.errors import EngineError
 from memserve.messages import (
-    NO_CACHED_TOKENS,
     Accept,
-    ArenaGrant,
     CacheCommand,
     Cancel,
     Connect,
     Decode,
-    DeviceGrant,
-    Failed,
-    FinishReason,
     Load,
     Measure,
-    Offer,
-    Output,
-    PeerGrant,
     Prefill,
-    Prefilled,
     PullAhead,
     PullBack,
-    Pulled,
     Refuse,
     Release,
     Reserve,
-    RevokeGrant,
     Shutdown,
-    StepOutputs,
     ToWorker,
 )
 from memserve.pool.mempool import MemPool
 from memserve.workers.budget import StepBudget, StepTally, pair_cost
 from memserve.workers.cache_admin import CacheAdmin
-from memserve.workers.channel import Channel, Doorbell, GrantSource, MessageTooLong, ReceivedGrant
+from memserve.workers.channel import Channel, Doorbell, GrantSource, ReceivedGrant
 from memserve.workers.executor import Executor, Flight
 from memserve.workers.gauges import Gauges
 from memserve.workers.handoff import OfferBook, Pulls
 from memserve.workers.measurer import Measurer
 from memserve.workers.patience import Patience
+from memserve.workers.peers import PeerGrants
 from memserve.workers.publisher import Publisher
 from memserve.workers.pull_backs import PullBacks
-from memserve.workers.request import Request, RequestKind, RequestState
+from memserve.workers.register import Register
+from memserve.workers.request import Request, RequestState
 from memserve.workers.scheduler import Scheduler
-from memserve.workers.steps import Chunk, Drawn, Runner, StepPlan
+from memserve.workers.steps import Chunk, Runner, StepPlan
+from memserve.workers.telling import Telling
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +92,7 @@ class Worker:
     ) -> None:
         self._config = config
         self._channel = channel
-        self._grants = grants
+        self._peer_grants = PeerGrants(config.instance, grants, pool.peers)
         self._pool = pool
         self._executor = Executor(runner, pool, config.max_model_len)
         self._overlaps = runner.overlaps
@@ -122,13 +111,15 @@ class Worker:
             patience=self._patience.seconds,
         )
         self._pulls = Pulls(pool, config.block_size)
-        self._pull_backs = PullBacks(pool, config.instance)
+        self._pull_backs = PullBacks(pool, config.instance, clock)
         self._cache_admin = CacheAdmin(pool)
         self._measurer = Measurer(config, pool, runner)
         self._offers = OfferBook()
         self.gauges = Gauges(self._scheduler, self._offers, pool, clock)
-        self._requests: dict[str, Request] = {}
-        self._arrivals = 0
+        self._register = Register(config, pool, self._scheduler, self._pulls, self._offers, channel.send)
+        self._telling = Telling(
+            channel, self._register, self._publisher, config.max_model_len, self.gauges.load, clock
+        )
         self._step_s = 0.0  # of the last step
         self._stopping = False
         self._expires_at = 0.0
@@ -143,7 +134,7 @@ class Worker:
             if self.step():
                 self._rests_since = None
             elif not self._stopping:
-                self._receive_grants()
+                self._peer_grants.receive()
                 self._rest(doorbell)
 
     def _rest(self, doorbell: Doorbell) -> None:
@@ -179,19 +170,19 @@ class Worker:
         rests: list[float] = [HELD_LOOK_S] if self._publisher.is_holding else []
         if self._config.cache_ttl_s is not None:
             rests.append(self._config.cache_ttl_s / EXPIRY_LOOKS)
-        patience_ends = self._scheduler.patience_ends
-        if patience_ends is not None:
-            rests.append(max(0.0, patience_ends - self._clock()))
+        for patience_ends in (self._scheduler.patience_ends, self._pull_backs.patience_ends):
+            if patience_ends is not None:
+                rests.append(max(0.0, patience_ends - self._clock()))
         return min(rests, default=None)
 
     def step(self) -> bool:
         """One turn of the loop. False = there is nothing to do until the doorbell rings."""
         if self._config.device != "cpu":
-            self._receive_grants()  # a peer that died keeps its memory until we let go of it
+            self._peer_grants.receive()  # a peer that died keeps its memory until we let go of it
             self._publisher.flush()
         for message in self._channel.receive():
             self._handle(message)
-        for control in self._pool.take_control():
+        for control in self._pool.peers.take_control():
             self._channel.send(control)
         if self._pulls:
             self._take_arrivals()
@@ -212,7 +203,7 @@ class Worker:
         plan = self._scheduler.schedule(tally, self._clock())
         self._publisher.tell_removed()  # before it is told what is in those blocks now
         for request, reason in plan.refused:
-            self._fail(request, reason)
+            self._register.fail(request, reason)
         if plan.pulls:
             self._before_pulls()
             for request in plan.pulls:
@@ -261,12 +252,16 @@ class Worker:
             tally.num_chunk_tokens,
             step_ms,
         )
-        self._tell(flight.chunks, drawn)
+        if not self._overlaps and all(result.token_id is None for result in drawn):
+            # A token that is here came out of the step on the same stream, after all that the step has
+            # written. Without one the step may have yet to run, unless it was waited for.
+            self._publisher.hold(self._pool.compute_mark())
+        self._telling.tell(flight.chunks, drawn)
         self.gauges.end_step(next_began=following is not None)
 
     def _measure(self) -> None:
         """One repeat of what is to be measured, if it is undisturbed; then messages are read again."""
-        self._receive_grants()
+        self._peer_grants.receive()
         self.gauges.begin_step()
         answer = self._measurer.turn(self._is_idle)
         self.gauges.end_step()
@@ -275,7 +270,7 @@ class Worker:
 
     @property
     def _is_idle(self) -> bool:
-        return not (self._requests or self._pulls or self._pull_backs or len(self._offers))
+        return not (len(self._register) or self._pulls or self._pull_backs or len(self._offers))
 
     def _expire(self) -> None:
         """Forget what was not used for its time to live. Looked at now and then: it walks all ends."""
@@ -315,30 +310,8 @@ class Worker:
             time.sleep(ARRIVAL_LOOK_S)
 
     def take_grant(self, received: ReceivedGrant) -> None:
-        """Learn of a peer's arena or of its end; owns the descriptors. Not to be mapped = a miss later."""
-        grant, fds = received
-        match grant:
-            case ArenaGrant() if grant.instance != self._config.instance and len(fds) == 2:
-                try:
-                    self._pool.add_peer(grant, *fds)
-                except MemserveError as error:
-                    logger.error("cannot map the arena of %s: %s", grant.instance, error)
-            case PeerGrant() if not fds:
-                try:
-                    self._pool.add_sending_peer(grant)
-                except MemserveError as error:
-                    logger.error("cannot pull from %s: %s", grant.instance, error)
-            case DeviceGrant() if grant.instance != self._config.instance and 0 < len(fds) <= 2:
-                try:
-                    self._pool.add_device_peer(grant, *fds)
-                except MemserveError as error:
-                    logger.error("cannot open the arena of %s: %s", grant.instance, error)
-            case RevokeGrant():
-                self._pool.remove_peer(grant.instance, grant.tier)
-            case _:
-                logger.error("an unexpected %s with %d descriptors", type(grant).__name__, len(fds))
-                for fd in fds:
-                    os.close(fd)
+        """Take a grant that was not read by the loop: see `PeerGrants.take`."""
+        self._peer_grants.take(received)
 
     def close(self) -> None:
         """Drop every request and give its blocks back; nothing is told. The pool is to be closed after it.
@@ -348,20 +321,16 @@ class Worker:
         if self._flight is not None:
             self._executor.abandon(self._flight)
             self._flight = None
-        for request in tuple(self._requests.values()):
-            self._drop(request)
-        self._pulls.drop_all_ahead()
+        self._register.drop_all()
         self._pull_backs.cancel_all()
         self._measurer.close()
-        for table in self._offers.take_all():
-            self._pool.release(table)
 
     # --- messages ---
 
     def _handle(self, message: ToWorker) -> None:
         match message:
             case Prefill() | Decode():
-                self._take(message)
+                self._register.take(message)
             case Reserve():
                 self._pulls.reserve(message)
             case PullAhead():
@@ -377,215 +346,20 @@ class Worker:
             case Measure():
                 self._measurer.add(message)
             case Cancel():
-                self._cancel(message.request_id, message.attempt)
+                self._register.cancel(message.request_id, message.attempt)
             case Release():
-                self._release(message.request_id, message.attempt)
+                self._register.release(message.request_id, message.attempt)
             case Connect() | Accept() | Refuse():
-                self._pool.on_control(message)
+                self._pool.peers.on_control(message)
             case Shutdown():
                 self._stopping = True
             case _:
                 raise EngineError(f"the router sent a second {type(message).__name__}")
 
-    def _take(self, message: Prefill | Decode) -> None:
-        """A new request, unless it is known already; a newer attempt replaces an older one."""
-        known = self._requests.get(message.request_id)
-        if known is not None:
-            if known.attempt >= message.attempt:
-                return
-            self._drop(known)
-        self._arrivals += 1
-        request = Request.of(message, self._arrivals)
-        if request.kind is RequestKind.PREFILL:
-            if self._offers.attempt_of(request.request_id) == request.attempt:
-                return
-            self._release(request.request_id, request.attempt)
-        fault = request.fault(self._config.max_model_len, self._config.model.vocab_size)
-        if fault is not None:
-            self._pulls.drop_ahead(request.request_id, request.attempt)
-            self._channel.send(Failed(request.request_id, request.attempt, fault))
-            return
-        self._requests[request.request_id] = request
-        offer = request.offer
-        is_own = offer is not None and offer.refs.instance == self._config.instance
-        if offer is not None and is_own and request.kind is RequestKind.DECODE:
-            self._take_own_offer(request, offer)
-        else:
-            self._pulls.claim(request)
-            self._scheduler.add(request)
-
-    def _take_own_offer(self, request: Request, offer: Offer) -> None:
-        """Decode where the prefill was: the offered blocks change hands, nothing moves.
-
-        To wait for room and copy would never end in a pool whose blocks the offer itself holds.
-        """
-        request.offer = None
-        table = self._offers.take(request.request_id, request.attempt)
-        failure: str | None = None
-        num_tokens = offer.num_tokens
-        stands = table is not None and tuple(table.ids(table.num_blocks).tolist()) == offer.refs.blocks
-        if stands and num_tokens == request.num_tokens - 1:
-            assert table is not None
-            self._scheduler.adopt(request, table)
-        else:
-            failure, num_tokens = "the offer does not stand any more", 0
-            if table is not None:
-                self._pool.release(table)
-            self._scheduler.add(request)
-        pulled = Pulled(request.request_id, request.attempt, num_tokens, num_tokens, 0, 0.0, failure)
-        self._channel.send(pulled)
-
-    def _cancel(self, request_id: str, attempt: int) -> None:
-        request = self._requests.get(request_id)
-        if request is not None and request.attempt <= attempt:
-            self._drop(request)
-        self._pulls.drop_ahead(request_id, attempt)
-        self._release(request_id, attempt)
-
-    def _release(self, request_id: str, attempt: int) -> None:
-        table = self._offers.take(request_id, attempt)
-        if table is not None:
-            self._pool.release(table)
-
-    def _receive_grants(self) -> None:
-        """Peers that came or went. Read before every pull and when idle: only pulls need them."""
-        for received in self._grants.receive():
-            self.take_grant(received)
-
     def _before_pulls(self) -> None:
         """The blocks of a pull may be those that the flight still writes to: unless the pool orders the one
         after the other, it lands first.
         """
-        self._receive_grants()
+        self._peer_grants.receive()
         if not self._pool.orders_pulls:
             self._land()
-
-    # --- telling ---
-
-    def _tell(self, chunks: Sequence[Chunk], drawn: Sequence[Drawn]) -> None:
-        """Take the drawn tokens and tell the router: one message for all decodes, one for each prefill."""
-        if not self._overlaps and all(result.token_id is None for result in drawn):
-            # A token that is here came out of the step on the same stream, after all that the step has
-            # written. Without one the step may have yet to run, unless it was waited for.
-            self._publisher.hold(self._pool.compute_mark())
-        outputs: list[Output] = []
-        prefilled: list[tuple[Request, Drawn, FinishReason | None]] = []
-        for (request, _), result in zip(chunks, drawn, strict=True):
-            if request.state is not RequestState.RUNNING:
-                continue  # it has ended meanwhile
-            if result.prompt_logprobs:
-                request.add_prompt_logprobs(result.prompt_logprobs)
-            if result.error is not None:
-                self._fail_and_forget(request, result.error)
-                continue
-            self._publisher.publish(request)
-            token_id = result.token_id
-            if token_id is None or request.kind is RequestKind.DECODE:
-                self._publisher.tell(request)  # a prefill that is done tells of all its blocks in its offer
-            if token_id is None:
-                continue
-            request.settle(token_id)
-            reason = request.finish_reason(self._config.max_model_len)
-            if request.kind is RequestKind.PREFILL:
-                prefilled.append((request, result, reason))
-                continue
-            if reason is not None:
-                self._finish(request)
-            logprobs = None if result.logprobs is None else (result.logprobs,)
-            prompt_logprobs = request.take_prompt_logprobs()
-            outputs.append(
-                Output(
-                    request_id=request.request_id,
-                    attempt=request.attempt,
-                    token_ids=(token_id,),
-                    logprobs=logprobs,
-                    prompt_logprobs=prompt_logprobs,
-                    finish_reason=reason,
-                    cached=(cached := request.take_cached()),
-                    computing_ms=None if cached is None else self._computing_ms(request),
-                )
-            )
-        if outputs:
-            self._send_outputs(outputs)
-        for request, result, reason in prefilled:
-            self._tell_prefilled(request, result, reason)
-
-    def _send_outputs(self, outputs: Sequence[Output]) -> None:
-        """One message, or as many as it takes: prompt logprobs can be long. Too long for one is a failure."""
-        try:
-            self._channel.send(StepOutputs(tuple(outputs), self.gauges.load()))
-        except MessageTooLong as error:
-            if len(outputs) > 1:
-                for output in outputs:
-                    self._send_outputs((output,))
-                return
-            (output,) = outputs
-            request = self._requests.get(output.request_id)
-            if request is not None:
-                self._finish(request)
-            self._tell_failed(output.request_id, output.attempt, f"its answer is too long: {error}")
-
-    def _tell_prefilled(self, request: Request, drawn: Drawn, reason: FinishReason | None) -> None:
-        assert drawn.token_id is not None
-        offer = None
-        if reason is None:
-            table, num_tokens = request.table, request.num_computed_tokens
-            offer = Offer(self._pool.addresses(table.ids(table.num_blocks)), num_tokens)
-            self._scheduler.offer(request)
-            self._offers.add(request, self._clock())
-            del self._requests[request.request_id]
-        else:
-            self._finish(request)
-        message = Prefilled(
-            request_id=request.request_id,
-            attempt=request.attempt,
-            token_id=drawn.token_id,
-            logprobs=drawn.logprobs,
-            prompt_logprobs=request.take_prompt_logprobs(),
-            cached=request.take_cached() or NO_CACHED_TOKENS,
-            finish_reason=reason,
-            offer=offer,
-            load=self.gauges.load(),
-            computing_ms=self._computing_ms(request),
-        )
-        try:
-            self._channel.send(message)
-        except MessageTooLong as error:
-            self._release(request.request_id, request.attempt)
-            self._tell_failed(request.request_id, request.attempt, f"its answer is too long: {error}")
-
-    def _computing_ms(self, request: Request) -> float:
-        assert request.began_at is not None
-        return (self._clock() - request.began_at) * 1e3
-
-    # --- ends ---
-
-    def _finish(self, request: Request) -> None:
-        del self._requests[request.request_id]
-        self._pulls.unclaim(request)
-        if request.state is not RequestState.FINISHED:  # the scheduler has let go of a refused one
-            self._scheduler.finish(request)
-
-    def _fail(self, request: Request, message: str) -> None:
-        self._finish(request)
-        self._tell_failed(request.request_id, request.attempt, message)
-
-    def _fail_and_forget(self, request: Request, message: str) -> None:
-        """It could not be computed, perhaps for what its first chunks have stored: nobody shall find that."""
-        tokens = request.token_bytes(0, request.table.num_shared * self._config.block_size)
-        self._fail(request, message)
-        if tokens:
-            self._pool.delete(tokens, request.cache_salt)
-
-    def _tell_failed(self, request_id: str, attempt: int, message: str) -> None:
-        logger.error("%s: %s", request_id, message)
-        self._channel.send(Failed(request_id, attempt, message))
-
-    def _drop(self, request: Request) -> None:
-        """Forget a request in whatever phase it is."""
-        if request.state is RequestState.PULLING:
-            del self._requests[request.request_id]
-            self._scheduler.abandon_pull(request)
-            self._pulls.cancel(request)
-        else:
-            self._finish(request)

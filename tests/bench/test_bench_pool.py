@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections import Counter
@@ -96,3 +97,12 @@ def test_quantile() -> None:
 
 def test_what_the_index_keeps_beside_token_ids_is_small() -> None:
     assert 8 < index_bytes(200) < 64  # 8 of them are the block's number
+
+
+def test_the_other_process_ends_quietly_with_who_started_it() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        command = [sys.executable, "-m", "memserve.bench.pool_peer", str(theirs.fileno()), "4"]
+        peer = subprocess.Popen(command, pass_fds=[theirs.fileno()], stderr=subprocess.PIPE)
+    _, said = peer.communicate(timeout=60)  # it finds the other end closed when it first speaks
+    assert (peer.returncode, said) == (0, b"")

@@ -59,6 +59,14 @@ async def load(
 # --- what is sent ------------------------------------------------------------------------------------------
 
 
+async def test_rows_of_a_trace_name_their_conversation_to_the_server(server: FakeServer) -> None:
+    turns = (Turn("x", None, 1),)
+    sessions = [Session(f"row-{i}", turns, conversation=name) for i, name in enumerate(("7", "7", None))]
+    state = await load(server, text_workload(*sessions), LoadOptions(concurrency=1))
+    assert [record.session for record in state.records] == ["row-0", "row-1", "row-2"]
+    assert [seen.session for seen in server.seen] == ["7", "7", "row-2"]
+
+
 async def test_replayed_answers_and_causal_order(server: FakeServer) -> None:
     workload = text_workload(conversation("a", 3), conversation("b", 2), conversation("c", 1))
     state = await load(server, workload, LoadOptions(concurrency=3))

@@ -6,6 +6,7 @@ import asyncio
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -35,6 +36,12 @@ async def test_a_server_lives_as_long_as_the_body() -> None:
         assert os.getsid(server) == server  # a Ctrl-C for the benchmark is none for the server
     assert children() == before
     assert cpu in os.sched_getaffinity(0)
+
+
+async def test_nothing_with_a_name_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    async with started(FAKE):
+        assert list(tmp_path.iterdir()) == []  # or a kill would leave it
 
 
 async def test_a_body_that_fails_or_is_cancelled_leaves_none() -> None:

@@ -79,7 +79,7 @@ class GpuPool:
         if fd is None:
             pytest.skip("the driver shares memory by handles, which their maker cannot open")
         grant = DeviceGrant(self.instance, 0, NUM_BLOCKS, NUM_BLOCKS, GEOMETRY.block_bytes, export)
-        other.pool.add_device_peer(grant, memfd.reopen_readonly(self.table_fd), fd)
+        other.pool.peers.add_device(grant, memfd.reopen_readonly(self.table_fd), fd)
 
     def fill(self, ids: np.ndarray, seed: int) -> torch.Tensor:
         """Random content of blocks, and a copy of it on the host."""

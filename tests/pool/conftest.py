@@ -45,7 +45,7 @@ class PoolUnderTest:
         for tier, arena, fds in ((Tier.DEVICE, self.arena, self.fds), (Tier.HOST, self.host, self.host_fds)):
             if arena is not None and fds is not None:
                 grant = ArenaGrant(self.instance, 1, tier, arena.num_blocks, block_bytes)
-                other.pool.add_peer(grant, *map(memfd.reopen_readonly, fds))
+                other.pool.peers.add_mapped(grant, *map(memfd.reopen_readonly, fds))
 
     def fill(self, ids: np.ndarray, first: int = 1) -> None:
         """Give each of `ids` a content of its own."""

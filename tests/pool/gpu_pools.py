@@ -67,12 +67,12 @@ class GpuPool:
         block_bytes = self.arena.geometry.block_bytes
         num_blocks = self.arena.num_blocks
         grant = DeviceGrant(self.instance, self.incarnation, MAX_BLOCKS, num_blocks, block_bytes, export)
-        other.pool.add_device_peer(grant, memfd.reopen_readonly(self.table_fd), fd)
+        other.pool.peers.add_device(grant, memfd.reopen_readonly(self.table_fd), fd)
         if self.host is not None and self.host_fds is not None:
             of_host = ArenaGrant(
                 self.instance, self.incarnation, Tier.HOST, self.host.num_blocks, block_bytes
             )
-            other.pool.add_peer(of_host, *map(memfd.reopen_readonly, self.host_fds))
+            other.pool.peers.add_mapped(of_host, *map(memfd.reopen_readonly, self.host_fds))
 
     def fill(self, ids: np.ndarray, first: int = 1) -> None:
         """Give each block a content of its own, on the compute lane, as a step would."""

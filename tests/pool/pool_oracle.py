@@ -153,7 +153,7 @@ class PoolBesideOracle:
     def grant_to(self, other: PoolBesideOracle) -> None:
         for tier, arena in self.arenas.items():
             grant = ArenaGrant(self.name, self.incarnation, tier, arena.num_blocks, BLOCK_BYTES)
-            other.pool.add_peer(grant, *map(memfd.reopen_readonly, self.fds[tier]))
+            other.pool.peers.add_mapped(grant, *map(memfd.reopen_readonly, self.fds[tier]))
 
     def close(self) -> None:
         self.gate.let_pass(float("inf"))

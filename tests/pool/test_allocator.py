@@ -192,3 +192,38 @@ def test_free_blocks_are_found_anywhere_in_a_large_arena(num_wanted: int) -> Non
     assert len(np.unique(everything)) == len(everything) and np.isin(everything, holes).all()
     if num_wanted == 5000:
         assert len(everything) == 5000 and allocator.num_free == len(holes) - 5000
+
+
+@pytest.mark.parametrize("num_free", [70, 400, 2_000])
+def test_any_history_where_few_of_many_are_free(num_free: int) -> None:
+    num_blocks = 30_000
+    rng = np.random.default_rng(num_free)
+    allocator = make_allocator(num_blocks)
+    assert allocator.allocate(num_blocks) is not None
+    free = set(rng.choice(num_blocks, num_free, replace=False).tolist())
+    allocator.free(list(free))
+    held: list[list[int]] = []
+    for _ in range(300):
+        kind, size = rng.integers(4), int(rng.choice([1, 3, 20, 64, 65, 200]))
+        if kind < 2:
+            ids = allocator.allocate(size)
+            assert (ids is None) == (size > len(free))
+            if ids is not None:
+                got = ids.tolist()
+                assert got == sorted(set(got)) and set(got) <= free
+                held.append(got)
+                free -= set(got)
+        elif kind == 2 and held:
+            back = held.pop(rng.integers(len(held)))
+            allocator.free(back)
+            free |= set(back)
+        elif kind == 3 and free:  # these are not to be given out, for a time
+            away = rng.choice(sorted(free), min(5, len(free)), replace=False)
+            allocator.withdraw(away)
+            ids = allocator.allocate(min(size, len(free) - len(away)))
+            assert ids is not None and set(ids.tolist()) <= free - set(away.tolist())
+            held.append(ids.tolist())
+            free -= set(held[-1])
+            allocator.restore(away)
+        assert allocator.num_free == len(free)
+    assert len(allocator.held_blocks()) == num_blocks - len(free)

@@ -33,7 +33,7 @@ class PoolsMachine(RuleBasedStateMachine):
         self.source_arena, self.source = self.make("source")
         self.arena, self.receiver = self.make("receiver")
         grant = ArenaGrant("source", 1, Tier.DEVICE, NUM_BLOCKS, GEOMETRY.block_bytes)
-        self.receiver.add_peer(grant, *map(memfd.reopen_readonly, self.fds[:2]))
+        self.receiver.peers.add_mapped(grant, *map(memfd.reopen_readonly, self.fds[:2]))
         self.content: dict[int, int] = {}  # of each held block of the source
         self.num_lives = 0
         self.offers: list[tuple[BlockRefs, list[int]]] = []

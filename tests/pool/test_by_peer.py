@@ -74,43 +74,43 @@ def finish(ends: list[End], pull: Pull) -> PullResult:
     while (result := pull.poll()) is None:
         assert time.monotonic() < deadline_s, "pull never ended"
         for end in ends:
-            for message in end.pool.take_control():
+            for message in end.pool.peers.take_control():
                 target = message.source if isinstance(message, Connect) else message.receiver
-                pools[target].on_control(message)
+                pools[target].peers.on_control(message)
         time.sleep(0.001)
     return result
 
 
 def test_two_peers_by_two_ways(ends) -> None:
     receiver, mapped, sending = ends
-    receiver.pool.add_peer(mapped.grant(), *map(memfd.reopen_readonly, mapped.fds))
-    receiver.pool.add_sending_peer(PeerGrant("sending", 1, NUM_BLOCKS))
+    receiver.pool.peers.add_mapped(mapped.grant(), *map(memfd.reopen_readonly, mapped.fds))
+    receiver.pool.peers.add_sending(PeerGrant("sending", 1, NUM_BLOCKS))
     for end, into in ((mapped, [1, 2]), (sending, [5, 3])):
         result = finish(ends, receiver.pool.fetch(end.refs(4, 5), np.array(into)))
         assert (result.num_blocks, result.failure) == (2, None)
     assert receiver.arena.kv[:, 0, 0, 0, 0, 0].tolist() == [0, 1, 1, 2, 0, 2, 0, 0]
     # whoever is removed is unknown, whichever way it was reached
     for end in (mapped, sending):
-        receiver.pool.remove_peer(end.instance)
+        receiver.pool.peers.remove(end.instance)
         gone = receiver.pool.fetch(end.refs(1), np.array([1])).poll()
         assert gone is not None and gone.failure == f"unknown peer {end.instance}"
 
 
 def test_the_loop_is_rung_for_messages_and_takes_them_in_its_own_time(ends) -> None:
     receiver, _, sending = ends
-    receiver.pool.add_sending_peer(PeerGrant("sending", 1, NUM_BLOCKS))
+    receiver.pool.peers.add_sending(PeerGrant("sending", 1, NUM_BLOCKS))
     pull = receiver.pool.fetch(sending.refs(1), np.array([1]))
     # 1. the link's thread has something to say, and says it to nobody
     assert receiver.woken.acquire(timeout=30)
     assert pull.poll() is None
-    (message,) = receiver.pool.take_control()
+    (message,) = receiver.pool.peers.take_control()
     assert isinstance(message, Connect) and message.source == "sending"
-    assert receiver.pool.take_control() == []
+    assert receiver.pool.peers.take_control() == []
     # 2. the answer too
-    sending.pool.on_control(message)
+    sending.pool.peers.on_control(message)
     assert sending.woken.acquire(timeout=30)
-    for answer in sending.pool.take_control():
-        receiver.pool.on_control(answer)
+    for answer in sending.pool.peers.take_control():
+        receiver.pool.peers.on_control(answer)
     assert finish(ends, pull).failure is None
 
 
@@ -123,8 +123,8 @@ def test_both_tiers_of_a_peer_are_sent(ends) -> None:
     host.kv.fill_(7)
     host.generations[:] = 100
     pool = TorchPool.of("sending", 1, "model", sending.arena, host)
-    sending.pool._transfer._torch_pool = pool
-    receiver.pool.add_sending_peer(PeerGrant("sending", 1, NUM_BLOCKS, NUM_BLOCKS))
+    sending.pool.peers._transfer._torch_pool = pool
+    receiver.pool.peers.add_sending(PeerGrant("sending", 1, NUM_BLOCKS, NUM_BLOCKS))
     in_host = BlockRefs("sending", 1, Tier.HOST, (4, 5), (100, 100))
     for refs, into in ((in_host, [1, 2]), (sending.refs(4, 5), [5, 3])):
         result = finish(ends, receiver.pool.fetch(refs, np.array(into)))
@@ -134,7 +134,7 @@ def test_both_tiers_of_a_peer_are_sent(ends) -> None:
     mixed = BlockRefs("sending", 1, Tier.HOST, (4,), sending.refs(4).generations)
     assert finish(ends, receiver.pool.fetch(mixed, np.array([6]))).num_blocks == 0
     # 3. a tier that the peer was not said to have is a miss
-    receiver.pool.add_sending_peer(PeerGrant("sending", 1, NUM_BLOCKS))
+    receiver.pool.peers.add_sending(PeerGrant("sending", 1, NUM_BLOCKS))
     missing = receiver.pool.fetch(in_host, np.array([1, 2])).poll()
     assert missing is not None and missing.failure == "bad addresses at sending: no such block among 0"
 
@@ -142,9 +142,9 @@ def test_both_tiers_of_a_peer_are_sent(ends) -> None:
 def test_a_way_that_is_not_there_is_an_error_to_be_logged(ends) -> None:
     _, mapped, sending = ends
     with pytest.raises(EngineError, match="sending is not to be asked for blocks here"):
-        mapped.pool.add_sending_peer(PeerGrant("sending", 1, NUM_BLOCKS))
+        mapped.pool.peers.add_sending(PeerGrant("sending", 1, NUM_BLOCKS))
     with pytest.raises(EngineError, match="the arena of mapped is not to be mapped here"):
-        sending.pool.add_peer(mapped.grant(), *map(memfd.reopen_readonly, mapped.fds))
+        sending.pool.peers.add_mapped(mapped.grant(), *map(memfd.reopen_readonly, mapped.fds))
     unknown = mapped.pool.fetch(sending.refs(1), np.array([1])).poll()
     assert unknown is not None and unknown.failure == "unknown peer sending"
 
@@ -152,6 +152,6 @@ def test_a_way_that_is_not_there_is_an_error_to_be_logged(ends) -> None:
 def test_nothing_listens_until_a_block_is_to_be_sent(ends) -> None:
     receiver, _, _ = ends
     num_threads = threading.active_count()
-    receiver.pool.add_sending_peer(PeerGrant("sending", 1, NUM_BLOCKS))
+    receiver.pool.peers.add_sending(PeerGrant("sending", 1, NUM_BLOCKS))
     assert threading.active_count() == num_threads
-    assert receiver.pool._transfer._torch._means._device is None
+    assert receiver.pool.peers._transfer._torch._means._device is None

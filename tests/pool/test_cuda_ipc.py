@@ -199,7 +199,7 @@ def test_a_source_that_dies_is_never_believed(make_pool, when: str) -> None:
     into = receiver.pool.alloc_mem(10)
     if when == "before":
         # 1. it is unknown from now on, and its memory is given back
-        receiver.pool.remove_peer("source", Tier.DEVICE)
+        receiver.pool.peers.remove("source", Tier.DEVICE)
         result = receiver.finish(receiver.pool.fetch(refs, into))
         assert result.failure == "unknown peer source"
     else:
@@ -208,7 +208,7 @@ def test_a_source_that_dies_is_never_believed(make_pool, when: str) -> None:
         assert put.wait(20)
         if when == "done":
             receiver.lanes.run("pull", most=3)
-        receiver.pool.remove_peer("source", Tier.DEVICE)
+        receiver.pool.peers.remove("source", Tier.DEVICE)
         # 3. until then its memory stays mapped: it is being read
         time.sleep(0.01)
         assert driver.open["mappings"] == 3  # two arenas, and the source's at the receiver
@@ -227,7 +227,7 @@ def test_a_new_life_lets_no_address_of_the_old_one_verify(make_pool) -> None:
     # 1. the owner dies holding ten blocks
     source, receiver, ids = make_pair(make_pool)
     refs = source.pool.addresses(ids)
-    receiver.pool.remove_peer("source", Tier.DEVICE)
+    receiver.pool.peers.remove("source", Tier.DEVICE)
     table_before = source.arena.generations.copy()
     # 2. its replacement has other memory and the same table, in which generations only rise
     again = make_pool("source", incarnation=2, after=source, num_blocks=70)
@@ -287,7 +287,7 @@ def test_out_of_a_peers_host_tier(make_pool) -> None:
     source.host.blocks[ids] = 7
     into = receiver.pool.alloc_mem(5)
     # it goes on when the device tier does not: it is memory of the machine
-    receiver.pool.remove_peer("source", Tier.DEVICE)
+    receiver.pool.peers.remove("source", Tier.DEVICE)
     result = receiver.finish(receiver.pool.fetch(source.pool.addresses(ids, Tier.HOST), into))
     assert result.num_blocks == 5 and receiver.content(into) == [7] * 5
     source.pool.free_mem(ids, Tier.HOST)
@@ -314,7 +314,7 @@ def test_an_export_smaller_than_its_blocks_is_refused(make_pool) -> None:
     grant = DeviceGrant("source", 1, 4096, 4096, block_bytes, export)
     table = memfd.create_memfd("generations", generation_table_bytes(4096))
     with pytest.raises(EngineError, match="exported 65536 bytes for 4194304"):
-        receiver.pool.add_device_peer(grant, table, fd)
+        receiver.pool.peers.add_device(grant, table, fd)
 
 
 @pytest.mark.parametrize("blocks", [((64,), (1,)), ((-1,), (1,)), ((0,), (1, 1)), ((0,), (-1,))])

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from memserve.messages import Removed, Tier, pack_tokens
+from memserve.messages import CacheCommand, CacheVerb, Removed, Tier, pack_tokens
+from memserve.pool import swaps
 from memserve.pool.pinned import PinnedBlocks
+from memserve.workers.cache_admin import CacheAdmin
 from memserve.workers.publisher import Publisher
 from tests.pool.fake_lanes import FakeGpu, FakeMark
 from tests.pool.gpu_pools import FakePins, GpuPool, gpu_pools
@@ -161,6 +163,23 @@ def test_a_tier_made_smaller_waits_for_its_copies(make_pool) -> None:
     assert pool.pool.resize(8) == 8
     in_host = pool.pool.match(tokens(1, 8)).host_blocks
     assert host_content(pool, in_host) == list(range(1, 9))
+
+
+def test_copies_that_do_not_end_leave_a_tier_its_size(make_pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(swaps, "_SETTLE_S", 0.0)
+    pool = make_pool("pool", num_blocks=32, host_blocks=32, is_free=False)
+    keep(pool, 1, 8)
+    pool.pool.swap_out(8)
+    # 1. the GPU stands still: it is said, and nothing has changed
+    report = CacheAdmin(pool.pool).obey(CacheCommand(7, CacheVerb.RESIZE, num_host_blocks=4))
+    assert report.error is not None and "has not ended its copies" in report.error
+    assert report.num_blocks == 32
+    assert len(pool.pool.match(tokens(1, 8)).host_blocks) == 8
+    # 2. it goes on
+    pool.lanes.run()
+    pool.lanes.is_free = True
+    assert pool.pool.resize(8) == 8
+    assert host_content(pool, pool.pool.match(tokens(1, 8)).host_blocks) == list(range(1, 9))
 
 
 # --- pins ---

@@ -121,7 +121,7 @@ def test_when_the_first_fails_the_second_tries_for_itself(two: Two, dies: bool) 
     assert two.gate.entered.wait(30)
     second = two.begin(8)
     if dies:  # its memory outlives it, but nothing new is pulled from it
-        two.receiver.pool.remove_peer("source")
+        two.receiver.pool.peers.remove("source")
     two.let_go_of_source()
     two.source.pool.flush()  # 1. what was offered is gone
     before, after = two.finish(first, second)

@@ -351,7 +351,7 @@ class PoolsMachine(PoolsAlone):
         """Its memory is unmapped, when the pulls from it have ended; maybe it comes back."""
         source, other = self.at(number), self.at(to)
         if source is not other:
-            other.pool.remove_peer(source.name)
+            other.pool.peers.remove(source.name)
             if not stays:
                 source.grant_to(other)
 

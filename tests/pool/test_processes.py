@@ -38,7 +38,9 @@ class Owner:
         try:
             self.written = memfd.map_bytes(self.fds[2], NUM_BLOCKS * 8, writable=False).view(np.uint64)
             readonly = [memfd.reopen_readonly(fd) for fd in self.fds[:2]]
-            receiver.pool.add_peer(ArenaGrant("owner", 1, Tier.DEVICE, NUM_BLOCKS, block_bytes), *readonly)
+            receiver.pool.peers.add_mapped(
+                ArenaGrant("owner", 1, Tier.DEVICE, NUM_BLOCKS, block_bytes), *readonly
+            )
             assert self.process.stdout is not None and self.process.stdout.readline() == "up\n"
         except BaseException:
             self.process.kill()  # it writes as fast as it can, for ever

@@ -287,7 +287,7 @@ def test_close_ends_every_pull(make_pool) -> None:
     assert copy.reached.wait(30)
     closing = threading.Thread(target=receiver.pool.close)
     closing.start()
-    receiver.pool._closing.wait(30)
+    receiver.pool.peers._closing.wait(30)
     copy.go_on.set()
     closing.join()
     results = [pull.poll() for pull in pulls]
@@ -307,7 +307,7 @@ def test_removing_a_peer_lets_its_pulls_end(make_pool) -> None:
     pull = receiver.pool.fetch(refs, into)
     assert copy.reached.wait(30)
     # 1. forgotten while the copy is under way
-    receiver.pool.remove_peer("source")
+    receiver.pool.peers.remove("source")
     copy.go_on.set()
     assert receiver.finish(pull).num_blocks == 10
     # 2. no new pull

@@ -21,12 +21,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from memserve.cuda.memory import DeviceExport  # noqa: E402
 from memserve.messages import (  # noqa: E402
     FRAME_HEADER,
     ArenaExport,
     ArenaGrant,
     Cancel,
-    DeviceExport,
     DeviceGrant,
     Failed,
     Fatal,
@@ -101,6 +101,8 @@ class FakeWorker:
         other = self.mode == "other-model" and config.instance == "decode-0"
         other = other or (self.mode == "other-model-again" and init.incarnation > 0)
         fingerprint = "other" if other else "fingerprint"
+        if self.mode == "boasts":
+            num_blocks = 2**29
         if self.mode in ("gpu", "no-weights", "no-export"):
             self.export(config.instance)
         self.send(Ready(num_blocks, block_size, config.max_model_len, fingerprint, "cpu", "float32", 0.0))

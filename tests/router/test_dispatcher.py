@@ -6,6 +6,7 @@ or reordered token changes what the client sees.
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import msgspec
 import numpy as np
@@ -249,7 +250,8 @@ class World:
         incarnation = self.incarnations.get(instance, 0) + 1
         self.incarnations[instance], self.roles[instance] = incarnation, role
         self.workers[instance] = FakeWorker(instance, incarnation, self.memory)
-        self.feed(WorkerUp(instance, role, incarnation, self.num_blocks, BLOCK_SIZE, 8, caches=True))
+        up = WorkerUp(instance, role, incarnation, self.num_blocks, BLOCK_SIZE, 8, caches=True)
+        self.feed(replace(up, max_host_blocks=1 << 20))  # fake workers use no block twice
         return self.workers[instance]
 
     def down(self, instance: str) -> FakeWorker:

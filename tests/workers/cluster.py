@@ -273,6 +273,7 @@ class Cluster:
                 config.block_size,
                 config.max_running,
                 caches=config.caches,
+                max_host_blocks=config.max_host_blocks,
             )
         )
         return life

@@ -403,7 +403,7 @@ class Rig:
         """No request, no offer, no block in use."""
         load = self.worker.gauges.load()
         assert (load.num_waiting, load.num_running, load.num_pulling, load.num_offers) == (0, 0, 0, 0)
-        assert not self.worker._requests and not self._is_pulling()
+        assert not len(self.worker._register) and not self._is_pulling()
         self.pool.assert_idle()
 
 

@@ -27,7 +27,7 @@ from memserve.messages import (
     Tier,
     pack_tokens,
 )
-from memserve.workers.scheduler import MIN_FOLLOWED_TOKENS
+from memserve.workers.following import MIN_FOLLOWED_TOKENS
 
 BLOCK_SIZES = [1, 4, 16]
 

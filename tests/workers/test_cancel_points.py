@@ -96,7 +96,7 @@ def second(cluster: Cluster) -> Life:
 
 
 def on(life: Life, request_id: str = "r"):
-    return life.rig.worker._requests.get(request_id)
+    return life.rig.worker._register.get(request_id)
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

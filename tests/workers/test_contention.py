@@ -160,7 +160,7 @@ def test_a_part_pulled_ahead_that_fails_is_pulled_again_from_the_offer(make_rig,
 
 def test_a_pull_by_layer_ends_with_the_life_of_its_source(make_rig, tools):
     two = Two(make_rig, tools)
-    two.d.worker._receive_grants()
+    two.d.worker._peer_grants.receive()
     theirs, ours = two.p.pool.alloc_mem(2), two.d.pool.alloc_mem(2)
     pull = two.d.pool.fetch(two.p.pool.addresses(theirs), ours, two.p.pool.progress.count)
     Progress(two.p.pool._arena.progress, 1)  # the replacement's

@@ -200,7 +200,7 @@ def test_a_row_that_is_not_a_number_fails_alone(make_real, tools, parts, caplog)
     rig.send(tools.decode("bad", prompt, max_tokens=9), tools.decode("good", prompt, max_tokens=5, seed=3))
     rig.worker.step()
     rig.worker.step()
-    bad = rig.worker._requests["bad"]
+    bad = rig.worker._register.get("bad")
     rig.pool.kv[int(bad.table.ids(1)[0])] = torch.nan
     rig.run()
     messages = rig.take()
@@ -220,7 +220,7 @@ def test_each_layer_is_told_in_graphs_too(parts, make_real, tools):
     rig = make_real("plain", num_blocks=8)
     rig.send(tools.decode("a", [1, 2, 3], max_tokens=9, temperature=0.0))
     rig.worker.step()
-    (request,) = rig.worker._requests.values()
+    (request,) = rig.worker._register
     runner.execute([Chunk(request, 1)])
     assert len(told) == triton.model.num_layers
 

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from memserve.messages import Cancel, PullAhead, PullBack, Release, Reserve, pack_tokens
+from memserve.messages import Cancel, PullAhead, PullBack, PulledBack, Release, Reserve, pack_tokens
 from memserve.pool.mempool import MemPool
 from memserve.workers.budget import StepBudget
 from memserve.workers.patience import Patience
@@ -106,13 +106,13 @@ def test_who_has_an_offer_waits_for_one_that_computes_no_longer_than_a_pull_take
     two.d.worker.step()
     b, c = scheduler.waiting
     assert b.leader.request_id == "a" and b.leader.num_computed_tokens == 16
-    assert scheduler._follows(c, two.d.clock.now)
+    assert scheduler._following.follows(c, scheduler._producers(), two.d.clock.now)
     # 2. for as long as a pull would take, both wait
     two.d.worker.step()
     assert scheduler.waiting == [b, c]
     # 3. then b pulls, and c waits on
     two.d.clock.now = max(b.patience_ends, c.patience_ends)
-    assert scheduler._follows(c, two.d.clock.now)
+    assert scheduler._following.follows(c, scheduler._producers(), two.d.clock.now)
     two.d.worker.step()
     assert b not in scheduler.waiting and b.cached.device < PREFIX and c in scheduler.waiting
     two.d.run()
@@ -263,6 +263,66 @@ def test_a_prefill_waits_for_what_is_pulled_back(make_rig, tools, gate, block_si
     p.run()
     p.assert_idle()
     d.assert_idle()
+
+
+def test_a_pull_back_behind_one_that_stalls_is_given_up(make_rig, tools, gate, block_size):
+    common = {"num_blocks": 512, "max_model_len": 400, "max_batch_tokens": 400, "caches": True}
+    p = make_rig(instance="prefill-0", block_size=block_size, copy=gate.copy, **common)
+    d = make_rig(instance="decode-0", block_size=block_size, **common)
+    d.grant_to(p)
+    d.send(tools.decode("a", tools.prompt(PREFIX + 1, seed=1), max_tokens=1))
+    d.run()
+    tokens = pack_tokens(tools.prompt(PREFIX + 1, seed=1)[:PREFIX])
+    refs = d.pool.addresses(d.pool.match(tokens).device_blocks)
+    # 1. the same is pulled back twice; the first copy stands still
+    p.send(PullBack("a", tokens, "", 0, refs), PullBack("b", tokens, "", 0, refs))
+    p.worker.step()
+    assert gate.entered.wait(10)
+    assert p.take() == []
+    # 2. the loop sleeps no longer than the second waits; then that one is given up
+    ends_at = p.worker._pull_backs.patience_ends
+    assert ends_at is not None and p.clock.now < ends_at == p.clock.now + p.worker._rest_s
+    p.clock.now = ends_at
+    p.worker.step()
+    assert p.take() == [PulledBack("b", 0, 0, "another pull has not brought it in 5 s")]
+    assert p.worker._pull_backs.patience_ends is None
+    # 3. the first goes on whenever it can
+    gate.go_on.set()
+    p.run()
+    (answer,) = p.take()
+    assert (answer.request_id, answer.num_tokens, answer.failure) == ("a", PREFIX, None)
+    p.assert_idle()
+
+
+@pytest.mark.parametrize("has_ended", [True, False])
+def test_what_another_brought_since_the_reserve_is_not_pulled_ahead(two, tools, gate, has_ended):
+    common = tools.prompt(PREFIX, seed=1)
+    message, first = two.prefilled("a", common + tools.prompt(9, seed=2), 4)
+    _, second = two.prefilled("b", common + tools.prompt(7, seed=3), 4)
+    num_fetched, fetch = [], two.d.pool.fetch
+
+    def counted(refs, *args):
+        num_fetched.append(len(refs.blocks))
+        return fetch(refs, *args)
+
+    two.d.pool.fetch = counted
+    # 1. a is to come; b is there, and what it pulls has begun, or ended
+    two.d.send(Reserve("a", 0, message.token_ids), second)
+    two.d.worker.step()
+    assert gate.entered.wait(10)
+    if has_ended:
+        gate.go_on.set()
+        two.d.run()
+    # 2. what is offered ahead of a is here, or on its way
+    two.d.send(PullAhead("a", 0, 0, first.offer.refs))
+    two.d.worker.step()
+    gate.go_on.set()
+    two.d.send(first)
+    two.d.run()
+    num_blocks, block_size = len(first.offer.refs.blocks), two.d.pool.block_size
+    assert sum(num_fetched) == len(second.offer.refs.blocks) + num_blocks - PREFIX // block_size
+    check(two, tools, first, "a", two.d.take())
+    two.end("a", "b")
 
 
 def test_only_what_began_with_the_offer_is_timed(make_rig, tools, monkeypatch):

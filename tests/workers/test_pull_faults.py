@@ -188,7 +188,7 @@ def peer_is_revoked(cluster: Cluster) -> None:
 
 
 def source_refuses(cluster: Cluster) -> None:
-    transfer = cluster.lives["prefill-0"].rig.pool._transfer._sending()
+    transfer = cluster.lives["prefill-0"].rig.pool.peers._transfer._sending()
     transfer._why_not = lambda request: "not today"
 
 

@@ -235,7 +235,7 @@ def test_a_row_that_is_not_a_number_fails_alone(make_real_rig, tools, requests, 
         tools.decode("bad", prompt, max_tokens=40), tools.decode(name, prompt, max_tokens=40, **sampling)
     )
     rig.worker.step()
-    bad = rig.worker._requests["bad"]
+    bad = rig.worker._register.get("bad")
     rig.pool.kv[int(bad.table.ids(1)[0])] = torch.nan
     rig.run()
     messages = rig.take()

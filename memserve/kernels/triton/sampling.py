@@ -197,25 +197,18 @@ def _sum_from(values_ptr, count, edge, TILE: tl.constexpr):
 
 
 @triton.jit
-def _kth_largest(values_ptr, count, k, low, high, TILE: tl.constexpr):
-    """The k-th largest of `count` values between `low` and `high`, both >= 0; `low` if there are fewer."""
+def _edge(values_ptr, count, wanted, low, high, BY_SUM: tl.constexpr, TILE: tl.constexpr):
+    """The largest value between `low` and `high`, both >= 0, such that those of `count` values from it on are
+    `wanted` many (the k-th largest) or, BY_SUM, add up to `wanted` (the nucleus); `low` if all are too few.
+    """
     low_bits, high_bits = low.to(tl.int32, bitcast=True), high.to(tl.int32, bitcast=True)
     while low_bits < high_bits:
         middle = low_bits + (high_bits - low_bits + 1) // 2
-        if _count_from(values_ptr, count, middle.to(tl.float32, bitcast=True), TILE) >= k:
-            low_bits = middle
+        if BY_SUM:
+            reached = _sum_from(values_ptr, count, middle.to(tl.float32, bitcast=True), TILE) >= wanted
         else:
-            high_bits = middle - 1
-    return low_bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _nucleus_edge(values_ptr, count, mass, low, high, TILE: tl.constexpr):
-    """The largest value such that those from it on add up to `mass`; `low` if all of them do not."""
-    low_bits, high_bits = low.to(tl.int32, bitcast=True), high.to(tl.int32, bitcast=True)
-    while low_bits < high_bits:
-        middle = low_bits + (high_bits - low_bits + 1) // 2
-        if _sum_from(values_ptr, count, middle.to(tl.float32, bitcast=True), TILE) >= mass:
+            reached = _count_from(values_ptr, count, middle.to(tl.float32, bitcast=True), TILE) >= wanted
+        if reached:
             low_bits = middle
         else:
             high_bits = middle - 1
@@ -277,7 +270,7 @@ def _truncate_kernel(
             found = tl.load(block_maxima_ptr + row * num_blocks + at, mask=at < num_blocks, other=0.0)
             tl.store(packed_ptr + at, tl.exp(found / temperature - shift) / total, mask=at < num_blocks)
         tl.debug_barrier()
-        floor = tl.maximum(floor, _kth_largest(packed_ptr, num_blocks, top_k, floor * 0.0, highest, TILE))
+        floor = tl.maximum(floor, _edge(packed_ptr, num_blocks, top_k, floor * 0.0, highest, False, TILE))
         tl.debug_barrier()
     if is_cut == 0:
         # Tokens below it add up to less than 1 - top_p; 0.99: rounding may not cost the nucleus a member.
@@ -299,12 +292,12 @@ def _truncate_kernel(
     # 4. the borders: everything above `edge` is kept, and the first `num_at_edge` of those that equal it
     edge, num_at_edge = floor, vocab_size.to(tl.float64)
     if (top_k > 0) & (top_k < count):
-        edge = tl.maximum(edge, _kth_largest(packed_ptr, count, top_k, floor, highest, TILE))
+        edge = tl.maximum(edge, _edge(packed_ptr, count, top_k, floor, highest, False, TILE))
     if top_p < 1:
         mass = top_p
         if is_cut:
             mass = top_p * _sum_from(packed_ptr, count, edge, TILE)
-        edge = _nucleus_edge(packed_ptr, count, mass, edge, highest, TILE)
+        edge = _edge(packed_ptr, count, mass, edge, highest, True, TILE)
         above = _sum_from(
             packed_ptr, count, (edge.to(tl.int32, bitcast=True) + 1).to(tl.float32, bitcast=True), TILE
         )

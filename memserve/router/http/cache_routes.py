@@ -17,13 +17,7 @@ from memserve.messages import CacheCommand, CacheReport, CacheVerb, pack_tokens
 from memserve.router.engine_api import Engine, InstanceStatus
 from memserve.router.http.limits import HttpLimits
 from memserve.router.http.openai import to_json
-from memserve.router.http.schemas import (
-    decode_chat,
-    decode_completion,
-    decode_flush,
-    decode_resize,
-    has_messages,
-)
+from memserve.router.http.schemas import ChatBody, decode_flush, decode_lookup, decode_resize
 from memserve.router.http.served_model import ServedModel
 from memserve.router.http.validation import plan_chat, plan_completion
 from memserve.sizes import format_bytes, parse_memory
@@ -79,12 +73,12 @@ class CacheRoutes:
 
     async def lookup(self, request: web.Request) -> web.Response:
         """How much of a prompt is cached where; the body is that of a completion or a chat request."""
-        data = await self.read_body(request)
+        body = decode_lookup(await self.read_body(request))
         name = "lookup"
-        if has_messages(data):
-            job = await plan_chat(decode_chat(data), name, self.model, self.limits)
+        if isinstance(body, ChatBody):
+            job = await plan_chat(body, name, self.model, self.limits)
         else:
-            job = await plan_completion(decode_completion(data), name, self.model, self.limits)
+            job = await plan_completion(body, name, self.model, self.limits)
         if len(job.choices) != 1:
             raise RequestError("one prompt is looked up at a time", param="prompt")
         asked = job.choices[0].request

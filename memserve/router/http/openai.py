@@ -60,6 +60,15 @@ class ChatLogprobs(msgspec.Struct, frozen=True):
     refusal: None = None
 
 
+class _Answer(msgspec.Struct, frozen=True):
+    """What every answer, whole or a chunk, begins with."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+
+
 class CompletionChoice(msgspec.Struct, frozen=True):
     """Whole, or a piece of a stream: the same shape. `token_ids` where `return_token_ids` asks for them."""
 
@@ -70,13 +79,9 @@ class CompletionChoice(msgspec.Struct, frozen=True):
     token_ids: tuple[int, ...] | msgspec.UnsetType = msgspec.UNSET
 
 
-class CompletionObject(msgspec.Struct, frozen=True):
+class CompletionObject(_Answer, frozen=True):
     """A whole answer or a chunk of /v1/completions."""
 
-    id: str
-    object: str
-    created: int
-    model: str
     choices: list[CompletionChoice]
     usage: Usage | None | msgspec.UnsetType = msgspec.UNSET
 
@@ -95,13 +100,9 @@ class ChatChoice(msgspec.Struct, frozen=True):
     token_ids: tuple[int, ...] | msgspec.UnsetType = msgspec.UNSET
 
 
-class ChatObject(msgspec.Struct, frozen=True):
+class ChatObject(_Answer, frozen=True):
     """A whole answer of /v1/chat/completions."""
 
-    id: str
-    object: str
-    created: int
-    model: str
     choices: list[ChatChoice]
     usage: Usage
 
@@ -119,13 +120,9 @@ class ChatChunkChoice(msgspec.Struct, frozen=True):
     token_ids: tuple[int, ...] | msgspec.UnsetType = msgspec.UNSET
 
 
-class ChatChunk(msgspec.Struct, frozen=True):
+class ChatChunk(_Answer, frozen=True):
     """A chunk of /v1/chat/completions."""
 
-    id: str
-    object: str
-    created: int
-    model: str
     choices: list[ChatChunkChoice]
     usage: Usage | None | msgspec.UnsetType = msgspec.UNSET
 

@@ -2,8 +2,9 @@
 
 Everything a field alone can say about its own validity is written here as a constraint and checked while the
 JSON is decoded: types, finite numbers in bounds, lengths of lists. What needs the model or a second field is
-left to `validation.py`. Unknown fields are ignored; known ones that would change the answer and are not
-implemented are declared (`Unsupported`) so that they can be refused by name. `null` always means "not given".
+left to `validation.py`. Unknown fields are ignored, but for the cache's admin routes, where a misspelt one
+would quietly give the wrong answer; known ones that would change the answer and are not implemented are
+declared (`Unsupported`) so that they can be refused by name. `null` always means "not given".
 """
 
 from __future__ import annotations
@@ -147,6 +148,14 @@ class ChatBody(SamplingBody, frozen=True, kw_only=True):
     modalities: list[str] | None = None
 
 
+class CompletionLookup(CompletionBody, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """POST /v1/cache/lookup, as a completion."""
+
+
+class ChatLookup(ChatBody, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """POST /v1/cache/lookup, as a chat."""
+
+
 class FlushBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """POST /v1/cache/flush: which instance (all, if none is named)."""
 
@@ -163,12 +172,16 @@ class _MaybeChat(msgspec.Struct, frozen=True):
     messages: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
 
 
-Body = TypeVar("Body", CompletionBody, ChatBody, FlushBody, ResizeBody, _MaybeChat)
+Body = TypeVar(
+    "Body", CompletionBody, ChatBody, CompletionLookup, ChatLookup, FlushBody, ResizeBody, _MaybeChat
+)
 
 _COMPLETION = msgspec.json.Decoder(CompletionBody)
 _CHAT = msgspec.json.Decoder(ChatBody)
 _FLUSH = msgspec.json.Decoder(FlushBody)
 _RESIZE = msgspec.json.Decoder(ResizeBody)
+_COMPLETION_LOOKUP = msgspec.json.Decoder(CompletionLookup)
+_CHAT_LOOKUP = msgspec.json.Decoder(ChatLookup)
 _MAYBE_CHAT = msgspec.json.Decoder(_MaybeChat)
 # How msgspec says where: "… - at `$.stop[2]`", "… - at `key` in `$.logit_bias`", "… required field `model`".
 _FIELD = re.compile(r"`\$\.((\w+)[^`]*)`")
@@ -201,9 +214,13 @@ def decode_resize(data: bytes) -> ResizeBody:
     return _decode(data or b"{}", _RESIZE)
 
 
-def has_messages(data: bytes) -> bool:
-    """Whether a body is that of a chat request. Raises RequestError on anything that is not JSON."""
-    return _decode(data, _MAYBE_CHAT).messages is not msgspec.UNSET
+def decode_lookup(data: bytes) -> CompletionBody | ChatBody:
+    """The body of a look-up: a chat's if it has messages, else a completion's. Raises RequestError on
+    anything that is neither.
+    """
+    if _decode(data, _MAYBE_CHAT).messages is not msgspec.UNSET:
+        return _decode(data, _CHAT_LOOKUP)
+    return _decode(data, _COMPLETION_LOOKUP)
 
 
 def _decode(data: bytes, decoder: msgspec.json.Decoder[Body]) -> Body:

@@ -93,7 +93,8 @@ class GlobalScheduler:
         model = self._models.get(name) or rough_guess(view.kv_token_bytes)
         correction = self._corrections.setdefault(name, Correction())
         self._workers[name] = _Worker(view, Predictor(model), correction)
-        self._tree(view.role, view.block_size).join(name, view.incarnation)
+        max_blocks = max(view.num_blocks, view.max_host_blocks)
+        self._tree(view.role, view.block_size).join(name, view.incarnation, max_blocks)
         self._recent.setdefault(view.role, RecentWork()).join(name)
 
     def leave(self, view: WorkerView, now: float) -> None:

@@ -100,23 +100,28 @@ class Addresses(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Life:
-    """One incarnation of an instance. `slots[code]`: which node of the tree a block is in (NO_SLOT: none);
-    `generations[code]`: its generation there. `num_host` of its blocks are in the host tier.
+    """One incarnation of an instance, none of whose tiers has more than `max_blocks`. `slots[code]`: which
+    node of the tree a block is in (NO_SLOT: none); `generations[code]`: its generation there. `num_host` of
+    its blocks are in the host tier.
     """
 
     instance: str
     incarnation: int
+    max_blocks: int = MAX_BLOCK
     is_lost: bool = False
     num_host: int = 0
     slots: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, dtype=np.int32), repr=False)
     generations: Generations = field(default_factory=lambda: np.zeros(0, dtype=np.int64), repr=False)
 
     def reserve(self, codes: Codes) -> None:
-        """Make the tables long enough for these blocks."""
+        """Make the tables long enough for these blocks. Raises EngineError, and changes nothing, where the
+        pool has no such block.
+        """
         # seen as unsigned, a negative number is larger than all others
         needed = int(codes.view(np.uint32).max()) + 1 if len(codes) else 0
-        assert needed <= 2 * MAX_BLOCK
         if needed > len(self.slots):
+            if needed > 2 * self.max_blocks:
+                raise EngineError(f"{self.instance} told of blocks that its pool does not have")
             size = max(needed, len(self.slots) * 5 // 4, 256)
             self.slots = np.concatenate([self.slots, np.zeros(size - len(self.slots), dtype=np.int32)])
             more = np.zeros(size - len(self.generations), dtype=np.int64)

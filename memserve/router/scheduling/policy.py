@@ -17,8 +17,8 @@ from memserve.model_config import blocks_for
 
 @dataclass(slots=True)
 class WorkerView:
-    """What the dispatcher knows of one live worker. Counts of blocks are the pool's; `reserved_*` are
-    promises made.
+    """What the dispatcher knows of one live worker. Counts of blocks are the pool's, of its device tier
+    where nothing else is said; `reserved_*` are promises made.
 
     `outstanding_tokens`: prompt tokens dispatched there and not yet computed, as far as the router knows.
     Predictions, kept by whoever dispatches (load.py): `queue_ms`, until what waits there is computed;
@@ -34,6 +34,7 @@ class WorkerView:
     max_running: int
     kv_token_bytes: int = 1
     caches: bool = False
+    max_host_blocks: int = 0
     reserved_blocks: int = 0
     num_placed: int = 0
     outstanding_tokens: int = 0

@@ -21,6 +21,7 @@ import numpy as np
 from memserve.radix_tree import TOKEN_BYTES
 from memserve.router.scheduling.holder_tree import Found, HolderTree
 from memserve.router.scheduling.holders import (
+    MAX_BLOCK,
     NO_SLOT,
     UNKNOWN,
     Addresses,
@@ -56,12 +57,16 @@ class PromptTree:
 
     # --- lives ---
 
-    def join(self, instance: str, incarnation: int) -> None:
-        """An instance came up, holding nothing. Its predecessor is lost, if that was not said before."""
+    def join(self, instance: str, incarnation: int, max_blocks: int = MAX_BLOCK) -> None:
+        """An instance came up, holding nothing, of tiers of at most so many blocks. Its predecessor is lost,
+        if that was not said before.
+
+        To be told of a block beyond them raises EngineError from then on (Addresses.of says who acts on it).
+        """
         before = self._live.get(instance)
         if before is not None:
             self.lose(instance, before.incarnation)
-        self._live[instance] = Life(instance, incarnation)
+        self._live[instance] = Life(instance, incarnation, max_blocks)
 
     def life(self, instance: str) -> Life:
         """The life of a live instance."""

@@ -291,8 +291,14 @@ class Supervisor:
             self._all_up.set_result(None)
 
     def _fits(self, life: WorkerLife, ready: Ready) -> bool:
-        """Whether its KV means the same as everybody's; if not, its life is ended."""
-        name = life.config.instance
+        """Whether it has the pool that it was given, and its KV means the same as everybody's; if not, its
+        life is ended.
+        """
+        name, config = life.config.instance, life.config
+        most = config.max_blocks if config.num_blocks is None else config.num_blocks
+        if not 0 < ready.num_blocks <= most:
+            life.client.close(f"told of a pool of {ready.num_blocks} blocks, and was given {most}")
+            return False
         if self._first_ready is None:
             self._first_ready = name, ready
         first, expected = self._first_ready

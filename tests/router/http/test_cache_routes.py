@@ -80,6 +80,8 @@ async def test_lookup_of_a_prompt_and_of_a_chat(serve: Serve, say: Say, tiny_tok
         ("lookup", {"prompt": ["a", "b"]}),
         ("lookup", {"prompt": 3}),
         ("lookup", {"messages": []}),
+        ("lookup", {"prompt": "a", "cache_slat": "mine"}),
+        ("lookup", {"messages": [{"role": "user", "content": "hi"}], "instance": "p0"}),
         ("resize", {}),
         ("resize", {"host_memory": "much"}),
         ("resize", {"host_memory": "0.5"}),

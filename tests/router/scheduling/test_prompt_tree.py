@@ -378,3 +378,20 @@ def test_what_a_block_takes_beside_its_token_ids(num_blocks: int, most_bytes: in
     tracemalloc.stop()
     assert tree.num_blocks == count * num_blocks
     assert held / tree.num_blocks <= most_bytes
+
+
+@pytest.mark.parametrize("tier", list(Tier))
+def test_a_block_that_the_pool_does_not_have_costs_no_memory(tier: Tier) -> None:
+    tree = PromptTree(4, max_blocks=1000)
+    tree.join("p0", 1, max_blocks=300)
+    tree.hold("p0", 1, "", key_of([1] * 4), 0.0, addresses=addresses([299], tier))
+    # 1. told as stored, or as where something moved to
+    with pytest.raises(EngineError, match="p0 told of blocks that its pool does not have"):
+        tree.hold("p0", 1, "", key_of([1] * 8), 0.0, addresses=addresses([7, 2**29], tier))
+    for old, new in (([299], [2**29]), ([2**29], [5])):
+        with pytest.raises(EngineError, match="p0 told of blocks that its pool does not have"):
+            tree.move_blocks("p0", 1, addresses(old, tier), addresses(new, tier))
+    # 2. as removed it is ignored, like any that is not known
+    tree.remove_blocks("p0", 1, addresses([2**29], tier))
+    assert len(tree.life("p0").slots) <= 1000
+    assert tree.match("", key_of([1] * 4), 0.0).live["p0"].num_tokens == 4

@@ -329,6 +329,7 @@ async def test_replacement_with_another_model_is_not_let_in(caplog: pytest.LogCa
         ("other-model", ModelError, "(prefill|decode)-0 does not have .* (prefill|decode)-0 started with"),
         ("fatal", ModelError, "model.safetensors is truncated"),
         ("exit", StartupError, "exited with status 3 while starting"),
+        ("boasts", StartupError, "told of a pool of 536870912 blocks, and was given 8"),
     ],
 )
 async def test_failed_start_leaves_nothing(mode: str, error: type[StartupError], message: str) -> None:
