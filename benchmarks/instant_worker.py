@@ -71,6 +71,9 @@ class Running:
     blocks: list[int] = field(default_factory=list)
 
 
+_TOKENIZER_SIZE = 4096
+
+
 class InstantWorker:
     """See the module."""
 
@@ -95,7 +98,8 @@ class InstantWorker:
         self._name, self._block_size = config.instance, config.block_size
         self._num_blocks = config.num_blocks or 1 << 16
         self._free = deque(range(self._num_blocks))
-        self._vocab_size = config.model.vocab_size
+        # Ids beyond the bundled tokenizer's have no text: answers of them would be no trouble to remember.
+        self._vocab_size = min(config.model.vocab_size, _TOKENIZER_SIZE)
         if init.weights_manifest is None:
             self._send(Loaded(b"nothing"))
         ready = Ready(self._num_blocks, self._block_size, config.max_model_len, "none", "cpu", "none", 0.0)
