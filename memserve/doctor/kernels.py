@@ -168,7 +168,7 @@ def _pairs(
 
     def store_alone() -> tuple[torch.Tensor, torch.Tensor]:
         written, twin = kv.clone(), kv.clone()
-        new = qkv[:, heads:].reshape(3, 2, kv_heads, head_dim)
+        new = qkv[:, heads:].reshape(len(qkv), 2, kv_heads, -1).contiguous()
         kv_store.store_kv(new, slots, tails, written, 1)
         kv_store.store_kv_torch(new, slots, tails, twin, 1)
         return written, twin

@@ -21,6 +21,7 @@ there.
 from __future__ import annotations
 
 import logging
+from array import array
 from dataclasses import dataclass, field
 
 import msgspec
@@ -184,14 +185,13 @@ class Dispatcher:
             return
         self.requests[event.request_id] = RequestState(
             request_id=event.request_id,
-            tokens=event.token_ids.tolist(),
+            tokens=array("i", pack_tokens(event.token_ids)),
             num_prompt_tokens=len(event.token_ids),
             sampling=event.sampling,
             cache_salt=event.cache_salt,
             submitted_at=now,
             session=event.session,
             policy=event.policy,
-            packed=bytearray(pack_tokens(event.token_ids)),
         )
         self._queue.push(event.request_id, event.session)
         self.log.submitted(event.request_id, len(event.token_ids), now)
@@ -294,17 +294,18 @@ class Dispatcher:
     # --- what workers say ---
 
     def _on_message(self, event: FromWorker, now: float) -> None:
-        message = event.message
-        load = message.load if isinstance(message, StepOutputs | Prefilled | Heartbeat) else None
-        if not self.fleet.hears(event, load):
+        view, message = self.fleet.view_of(event), event.message
+        if view is None:
             self.counters.stale += 1
             return
         match message:
             case StepOutputs():
+                view.load = message.load
                 self.scheduler.stepped(event.instance, len(message.outputs), now)
                 for output in message.outputs:
                     self._on_output(event, output, now)
             case Prefilled():
+                view.load = message.load
                 self._on_prefilled(event, message, now)
             case Stored():
                 self._on_stored(event, message, now)
@@ -318,7 +319,7 @@ class Dispatcher:
             case Failed():
                 self._on_failed(event, message, now)
             case Heartbeat():
-                pass
+                view.load = message.load
             case _:
                 logger.warning("%s sent an unexpected %s", event.instance, type(message).__name__)
 

@@ -36,8 +36,7 @@ from memserve.router.request_log import Recent, RequestRecord
 from memserve.router.scheduling.hindsight import Hindsight
 
 
-@dataclass(frozen=True, slots=True)
-class GenerateRequest:
+class GenerateRequest(msgspec.Struct, frozen=True):
     """One sequence to be continued, validated: it fits the context and every id is in the vocabulary.
 
     `request_id` is unique within the router's life. Sequences with different `cache_salt` share no KV.

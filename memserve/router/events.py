@@ -19,8 +19,7 @@ from memserve.messages import Output, SamplingParams, ToRouter, ToWorker
 # --- events ---
 
 
-@dataclass(frozen=True, slots=True)
-class Submit:
+class Submit(msgspec.Struct, frozen=True):
     """A validated request. `request_id` is unique among those alive. `session`: the conversation that it
     belongs to; `policy`: by which it is placed, None = by the server's.
     """

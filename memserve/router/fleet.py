@@ -63,19 +63,12 @@ class Fleet:
 
     def remove(self, event: WorkerDown) -> WorkerView | None:
         """A worker is gone; None if that incarnation was not here."""
-        view = self.views.get(event.instance)
-        if view is None or view.incarnation != event.incarnation:
-            return None
-        return self.views.pop(event.instance)
+        return None if self.view_of(event) is None else self.views.pop(event.instance)
 
-    def hears(self, event: FromWorker, load: Load | None) -> bool:
-        """Whether a message comes from a live incarnation; takes note of the load that came with it."""
-        view = self.views.get(event.instance)
-        if view is None or view.incarnation != event.incarnation:
-            return False
-        if load is not None:
-            view.load = load
-        return True
+    def view_of(self, place: Seat | FromWorker | WorkerDown) -> WorkerView | None:
+        """The worker of a seat, or that a message comes from; None if that incarnation is not alive."""
+        view = self.views.get(place.instance)
+        return view if view is not None and view.incarnation == place.incarnation else None
 
     def take_seat(self, instance: str, *, num_tokens: int, outstanding_tokens: int) -> Seat:
         """Reserve blocks for `num_tokens` on a live worker, of which `outstanding_tokens` must be computed
@@ -90,7 +83,7 @@ class Fleet:
 
     def settle_prompt(self, seat: Seat) -> None:
         """The prompt was computed there: it is no longer outstanding work. Idempotent."""
-        view = self._view_of(seat)
+        view = self.view_of(seat)
         if view is not None:
             view.outstanding_tokens -= seat.outstanding_tokens
         seat.outstanding_tokens = 0
@@ -100,11 +93,7 @@ class Fleet:
         if seat is None:
             return
         self.settle_prompt(seat)
-        view = self._view_of(seat)
+        view = self.view_of(seat)
         if view is not None:
             view.reserved_blocks -= seat.num_blocks
             view.num_placed -= 1
-
-    def _view_of(self, seat: Seat) -> WorkerView | None:
-        view = self.views.get(seat.instance)
-        return view if view is not None and view.incarnation == seat.incarnation else None

@@ -5,12 +5,12 @@ Plain state: the transitions are the dispatcher's.
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import NamedTuple
 
-from memserve.messages import BlockRefs, Offer, SamplingParams, Tier, pack_tokens
-from memserve.radix_tree import TOKEN_BYTES
+from memserve.messages import BlockRefs, Offer, SamplingParams, Tier
 from memserve.router.fleet import Seat
 from memserve.router.scheduling.policies.decision import Decision
 
@@ -62,18 +62,18 @@ class StoredBlocks:
 
 @dataclass(slots=True)
 class RequestState:
-    """One request between admission and its end. `tokens` are the prompt and what was drawn so far.
+    """One request between admission and its end. `tokens` (int32) are the prompt and what was drawn so far.
 
     While `offer` is set, `prefill` is the seat of the worker that holds it. `is_reserved`: the decode worker
     was told of this attempt before its `Decode`. `origin`: the instance and incarnation that prefilled it,
     and how many whole blocks it has. `stored`: where the decode worker holds it, from the first block on.
     `salvage`: what a dead worker held of it, to be pulled as long as its memory is not used again.
     `decision`: why it is where it is. `num_decoding_tokens`: what it counts as among its worker's decodes;
-    None while it is none of them. `packed`: the first tokens as `token_bytes` has them.
+    None while it is none of them.
     """
 
     request_id: str
-    tokens: list[int]
+    tokens: array[int]
     num_prompt_tokens: int
     sampling: SamplingParams
     cache_salt: str
@@ -94,16 +94,10 @@ class RequestState:
     policy: str | None = None
     decision: Decision | None = None
     num_decoding_tokens: int | None = None
-    packed: bytearray = field(default_factory=bytearray, repr=False)
 
     def token_bytes(self, start: int = 0, stop: int | None = None) -> bytes:
-        """Tokens [start, stop) packed (`pack_tokens`); what was packed once is not packed again."""
-        num_packed = len(self.packed) // TOKEN_BYTES
-        if num_packed < len(self.tokens):
-            self.packed += pack_tokens(self.tokens[num_packed:])
-        end = len(self.tokens) if stop is None else stop
-        with memoryview(self.packed) as packed:
-            return bytes(packed[start * TOKEN_BYTES : end * TOKEN_BYTES])
+        """Tokens [start, stop) packed (`pack_tokens`)."""
+        return self.tokens[start:stop].tobytes()
 
     @property
     def num_remaining(self) -> int:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import resource
-import uuid
+import secrets
 from collections.abc import Callable
 from typing import cast
 
@@ -59,7 +59,7 @@ class HttpConnection(web.RequestHandler):
         if isinstance(error, http_exceptions.HttpProcessingError):
             logger.info("refused what %s sent: %s", request.remote, type(error).__name__)
             error = parser_error(error)
-        request_id = uuid.uuid4().hex
+        request_id = secrets.token_hex(16)
         response = error_response(error, request_id)
         response.headers[REQUEST_ID_HEADER] = request_id
         response.force_close()

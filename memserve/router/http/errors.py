@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-import uuid
+import secrets
 from http import HTTPStatus
 
 from aiohttp import http_exceptions, web
@@ -75,7 +75,7 @@ def parser_error(error: http_exceptions.HttpProcessingError) -> RequestError:
 async def errors_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Outermost: gives the request its id, answers errors, counts the answer."""
     sent = request.headers.get(REQUEST_ID_HEADER, "")
-    request_id = request[REQUEST_ID] = sent if _SANE_ID.fullmatch(sent) else uuid.uuid4().hex
+    request_id = request[REQUEST_ID] = sent if _SANE_ID.fullmatch(sent) else secrets.token_hex(16)
     status = _CLIENT_LEFT
     try:
         try:

@@ -68,13 +68,14 @@ def _firsts(choices: Sequence[Choice]) -> Iterable[Choice]:
 
 def usage_of(choices: Sequence[Choice]) -> Usage:
     """A prompt counts once however many choices it has; what was cached of it is what its first found."""
-    prompt_tokens = sum(len(choice.plan.prompt.token_ids) for choice in _firsts(choices))
-    completion_tokens = sum(choice.num_completion_tokens for choice in choices)
+    firsts = _firsts(choices)
+    prompt_tokens = sum([len(choice.plan.prompt.token_ids) for choice in firsts])
+    completion_tokens = sum([choice.num_completion_tokens for choice in choices])
     return Usage(
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,
         total_tokens=prompt_tokens + completion_tokens,
-        prompt_tokens_details=PromptTokensDetails(sum(cached.total for cached in cached_of(choices))),
+        prompt_tokens_details=PromptTokensDetails(sum([choice.cached.total for choice in firsts])),
     )
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -24,8 +24,7 @@ from memserve.router.text.token_history import Reading, Scope
 _INLINE_CHARS = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
+class Prompt(msgspec.Struct, frozen=True):
     """What a sequence starts from; `text` as the client sent it, None where ids were sent.
 
     `reading`: what the answer is to be remembered with; None where ids were sent, or nothing is remembered.
@@ -179,7 +178,9 @@ def _checked(prompt: Prompt, model: ServedModel, param: str) -> Prompt:
     if not len(prompt.token_ids):
         raise RequestError(f"the {param} must have at least one token", param=param)
     check_length(len(prompt.token_ids), 0, model, param)
-    check_token_id(int(prompt.token_ids.max()), model, param)
+    # What was tokenised is in the vocabulary, unless the tokenizer knows more than the model.
+    if prompt.text is None or model.tokenizer.vocab_size > model.vocab_size:
+        check_token_id(int(prompt.token_ids.max()), model, param)
     return prompt
 
 

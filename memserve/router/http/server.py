@@ -27,7 +27,6 @@ import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import replace
 from typing import TypeVar
 
 import msgspec
@@ -332,9 +331,11 @@ def placed_as_asked(job: Job, headers: Mapping[str, str]) -> Job:
         raise RequestError(f"{SESSION_HEADER}: longer than {MAX_SESSION_LENGTH}", param=SESSION_HEADER)
     choices = []
     for choice in job.choices:
-        request = replace(choice.request, session=session or choice.request.session, policy=policy)
-        choices.append(replace(choice, request=request))
-    return replace(job, choices=tuple(choices))
+        request = msgspec.structs.replace(
+            choice.request, session=session or choice.request.session, policy=policy
+        )
+        choices.append(msgspec.structs.replace(choice, request=request))
+    return msgspec.structs.replace(job, choices=tuple(choices))
 
 
 async def _maybe_off_loop(num_logprobs: int, write: Callable[[Value], bytes], value: Value) -> bytes:

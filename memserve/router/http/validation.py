@@ -9,7 +9,6 @@ the body again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 import msgspec
@@ -36,8 +35,7 @@ DEFAULT_COMPLETION_TOKENS = 16
 GREEDY_TEMPERATURE = 1e-5
 
 
-@dataclass(frozen=True, slots=True)
-class ChoicePlan:
+class ChoicePlan(msgspec.Struct, frozen=True):
     """One choice of the answer: the sequence to run and how its output is shown.
 
     `num_logprobs` None = not asked for. `hide_output`: max_tokens was 0; the engine draws one token all the
@@ -56,8 +54,7 @@ class ChoicePlan:
     return_token_ids: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+class Job(msgspec.Struct, frozen=True):
     """One HTTP request, ready to run. Choices in the order of their index: prompt by prompt, n of each."""
 
     choices: tuple[ChoicePlan, ...]

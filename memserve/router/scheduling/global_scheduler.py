@@ -41,12 +41,9 @@ LOST_S = 120.0
 
 
 @dataclass(slots=True)
-class _Worker:
-    """A live worker: what it costs, and what it has been given."""
+class _Worker(Candidate):
+    """A live worker, with what it has been given."""
 
-    view: WorkerView
-    predictor: Predictor
-    correction: Correction
     backlog: Backlog = field(default_factory=Backlog)
     stepped_at: float | None = None
     stepped_rows: int = 0
@@ -124,11 +121,9 @@ class GlobalScheduler:
         tokens = request.token_bytes()
         found = {role: tree.match(request.cache_salt, tokens, now) for role, tree in self._trees.items()}
         sources = [source_of(self._trees[role], each) for role, each in found.items()]
-        candidates = []
-        for worker in self._workers.values():
-            view = worker.view
-            view.queue_ms = worker.backlog.queue_ms(now)
-            candidates.append(Candidate(view, worker.predictor, worker.correction))
+        workers = list(self._workers.values())
+        for worker in workers:
+            worker.view.queue_ms = worker.backlog.queue_ms(now)
         for recent in self._recent.values():
             for name, ms in recent.items():
                 self._workers[name].view.recent_ms = ms
@@ -147,7 +142,7 @@ class GlobalScheduler:
                 default=None,
             ),
         )
-        return POLICIES[request.policy or self.policy](candidates, ask)
+        return POLICIES[request.policy or self.policy](workers, ask)
 
     def started(self, request: RequestState, decision: Decision, now: float) -> None:
         """The request was dispatched as decided."""

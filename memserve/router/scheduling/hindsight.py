@@ -59,6 +59,6 @@ def available_tokens(decision: Decision, num_prompt_tokens: int) -> int:
     """What the best of the workers in a decision's table was believed to hold of the prompt; its last token
     is always computed.
     """
-    best = max(row.num_cached_tokens for row in decision.prefills)
-    moved = min((row.num_moved_tokens for row in decision.decodes), default=num_prompt_tokens)
+    best = max([row.num_cached_tokens for row in decision.prefills])
+    moved = min([row.num_moved_tokens for row in decision.decodes], default=num_prompt_tokens)
     return min(max(best, num_prompt_tokens - moved), num_prompt_tokens - 1)

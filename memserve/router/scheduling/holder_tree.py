@@ -31,6 +31,7 @@ from memserve.router.scheduling.holders import (
     Holding,
     Life,
     Span,
+    known,
     num_in_host,
 )
 
@@ -161,8 +162,6 @@ class HolderTree:
     def take_out(self, life: Life, codes: Codes) -> None:
         """Cut a life's spans where these blocks are."""
         slots = set(life.slots[codes].tolist())
-        if len(slots) == 1 and self._take_out_end(life, next(iter(slots)), codes):
-            return
         life.slots[codes] = NO_SLOT
         for slot in slots - {NO_SLOT}:
             node = self._nodes[slot]
@@ -175,11 +174,16 @@ class HolderTree:
             if is_gone[first]:
                 self._cut(life, node, first)
 
-    def _take_out_end(self, life: Life, slot: int, codes: Codes) -> bool:
-        """The same where these blocks are the end of one span, as they mostly are; False if they are not."""
-        node = self._nodes[slot]
+    def take_out_end(self, life: Life, codes: Codes, generations: Generations) -> bool:
+        """The same where these blocks, of these generations, are the end of one span, as they mostly are;
+        False, and nothing was done, if they are not.
+        """
+        is_known = len(codes) and codes[0] < len(life.slots)
+        node = self._nodes[life.slots[codes[0]]] if is_known else None
         span = None if node is None else node.payload.span_of(life)
         if node is None or span is None or not span.packed.endswith(codes.tobytes()):
+            return False
+        if life.generations[codes].tobytes() != generations.tobytes():
             return False
         self._cut(life, node, span.num_blocks - len(codes))
         return True
@@ -267,8 +271,7 @@ class HolderTree:
         upper = self._tree.split(node, num_blocks)
         self._register(upper)
         for span in upper.payload.spans:
-            codes = span.codes
-            span.life.slots[codes[codes != UNKNOWN]] = upper.payload.slot
+            span.life.slots[known(span.packed)] = upper.payload.slot
         return upper
 
     def _cover(self, life: Life, node: Node, num_blocks: int, now: float) -> Span:
@@ -295,8 +298,8 @@ class HolderTree:
         end = start + len(packed)
         num_host = num_in_host(codes)
         if span.packed[start:end] != PACKED_UNKNOWN * len(codes):
-            old = span.codes[at : at + len(codes)]
-            life.slots[old[old != UNKNOWN]] = NO_SLOT
+            old = known(span.packed[start:end])
+            life.slots[old] = NO_SLOT
             num_host -= num_in_host(old)
         span.packed = span.packed[:start] + packed + span.packed[end:]
         span.num_host += num_host
@@ -321,13 +324,14 @@ class HolderTree:
         held = node.payload
         span = held.span_of(life)
         assert span is not None
-        gone = span.codes[num_blocks:]
-        life.slots[gone[gone != UNKNOWN]] = NO_SLOT
+        self.num_blocks -= span.num_blocks - num_blocks
+        cut = num_blocks * CODE_BYTES
+        gone = known(span.packed[cut:])
+        life.slots[gone] = NO_SLOT
         num_host = num_in_host(gone) if span.num_host else 0
         life.num_host -= num_host
-        self.num_blocks -= len(gone)
         if num_blocks:
-            span.packed = span.packed[: num_blocks * CODE_BYTES]
+            span.packed = span.packed[:cut]
             span.num_host -= num_host
         else:
             held.spans = tuple(each for each in held.spans if each is not span)
@@ -354,7 +358,7 @@ class HolderTree:
         """How many of a life's first blocks, down to so many of this node, are in its host tier."""
         count = span.num_host
         if count and num_here < span.num_blocks:
-            count = num_in_host(span.codes[:num_here])
+            count = num_in_host(known(span.packed[: num_here * CODE_BYTES]))
         above = node.parent
         while above is not None and above.parent is not None:
             whole = above.payload.span_of(span.life)
@@ -415,7 +419,7 @@ def _split_held(held: Held, num_blocks: int) -> tuple[Held, Held]:
     above, below = [], []
     for span in held.spans:
         packed, rest = span.packed[:cut], span.packed[cut:]
-        num_host = num_in_host(np.frombuffer(packed, dtype=np.int32)) if span.num_host else 0
+        num_host = num_in_host(known(packed)) if span.num_host else 0
         above.append(Span(span.life, packed, span.seen_at, num_host))
         if rest:
             below.append(Span(span.life, rest, span.seen_at, span.num_host - num_host))

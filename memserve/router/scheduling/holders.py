@@ -178,9 +178,15 @@ class Holding(NamedTuple):
     num_host_tokens: int
 
 
+def known(packed: bytes) -> Codes:
+    """Those of the codes that are not UNKNOWN."""
+    codes = np.frombuffer(packed, dtype=np.int32)
+    return codes[codes != UNKNOWN] if PACKED_UNKNOWN in packed else codes
+
+
 def num_in_host(codes: Codes) -> int:
-    """How many of the blocks are known to be in the host tier."""
-    return int(np.count_nonzero((codes & 1) & (codes >= 0)))
+    """How many of the blocks, none of them UNKNOWN, are in the host tier."""
+    return int(np.count_nonzero(codes & 1))
 
 
 def no_codes() -> Codes:

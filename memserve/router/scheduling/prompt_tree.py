@@ -150,11 +150,11 @@ class PromptTree:
         if life is None:
             return
         codes, generations = addresses
+        if self.nodes.take_out_end(life, codes, generations):
+            return
         is_known = codes < len(life.slots)
-        if not is_known.all():
-            codes, generations = codes[is_known], generations[is_known]
-        is_told = life.generations[codes] == generations
-        self.nodes.take_out(life, codes if is_told.all() else codes[is_told])
+        codes, generations = codes[is_known], generations[is_known]
+        self.nodes.take_out(life, codes[life.generations[codes] == generations])
 
     def move_blocks(self, instance: str, incarnation: int, addresses: Addresses, moved_to: Addresses) -> None:
         """Blocks are elsewhere now, in the same order: swapped out or in, or moved together."""
@@ -233,11 +233,11 @@ class PromptTree:
         for lost in self._lost.get(life.instance, ()):
             self.nodes.take_out(lost, codes[codes < len(lost.slots)])
         life.reserve(codes)
-        is_placed = life.slots[codes] != NO_SLOT
-        if not is_placed.any():
+        slots = life.slots[codes]
+        if not slots.any():  # NO_SLOT is 0: none is placed
             return
         known = np.full(len(codes), UNKNOWN, dtype=np.int32)
         there = self.nodes.codes(life, self.nodes.find(namespace, tokens))[first_block:]
         known[: len(there)] = there
         stays = (known == codes) & (life.generations[codes] == generations[: len(codes)])
-        self.nodes.take_out(life, codes[is_placed & ~stays])
+        self.nodes.take_out(life, codes[(slots != NO_SLOT) & ~stays])

@@ -81,19 +81,19 @@ class WorkerClient(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.last_heard_at = self._loop.time()
-        self._received += data
-        done = 0
-        while self.fault is None and len(self._received) - done >= FRAME_HEADER.size:
-            num_bytes, incarnation = FRAME_HEADER.unpack_from(self._received, done)
+        received, done = self._received, 0
+        received += data
+        while self.fault is None and len(received) - done >= FRAME_HEADER.size:
+            num_bytes, incarnation = FRAME_HEADER.unpack_from(received, done)
             if num_bytes > MAX_FRAME_BYTES:
                 self.close(f"sent a frame of {num_bytes} bytes")
                 break
             start = done + FRAME_HEADER.size
-            if len(self._received) < start + num_bytes:
+            if len(received) < start + num_bytes:
                 break
             done = start + num_bytes
-            self._deliver(bytes(self._received[start:done]), incarnation)
-        del self._received[:done]
+            self._deliver(bytes(received[start:done]), incarnation)
+        del received[:done]
 
     def connection_lost(self, exc: Exception | None) -> None:
         if exc is not None:

@@ -27,6 +27,8 @@ import msgspec
 
 REPLACEMENT = "\ufffd"
 
+_Utf8Decoder = codecs.getincrementaldecoder("utf-8")
+
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>\Z")
 # No character spans more than four tokens; twice that covers joiners in vocabularies of unknown spelling.
 _MAX_HELD_TOKENS = 8
@@ -134,7 +136,7 @@ class ByteDecoder:
 
     def __init__(self, spell: Callable[[int], bytes], start: Start = Start.KEEP) -> None:
         self._spell = spell
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._utf8 = _Utf8Decoder("replace")
         self._start = start
 
     def push(self, token_id: int) -> str:

@@ -30,6 +30,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 
 from memserve.router.text.token_text import Ints, Tokens, TokenText, agreement
@@ -62,8 +63,7 @@ class _Sequence:
         return len(self.text) + numbers + 128 * len(self.drawn) + _OVERHEAD_BYTES
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
+class Reading(msgspec.Struct, frozen=True):
     """A prompt's ids. The first `num_reused` of them are remembered ones.
 
     `diverged_at`: the prompt agrees in so many tokens with what is remembered, which then goes on otherwise;
@@ -110,13 +110,11 @@ class TokenHistory:
         """An answer to `prompt` has ended: `token_ids` were drawn, `text` was delivered. Of the ids those are
         kept that read as the text: no stop token, no half character, nothing that a stop string took away.
         """
-        known = prompt.known or self._of_prompt(prompt)
-        if known is None:
-            return
         before, data = prompt.data, text.encode()
         drawn = np.asarray(token_ids, dtype=np.int32)
         num_kept, ends = self._texts.num_reading_as(drawn, before, data)
-        if not num_kept:
+        known = (prompt.known or self._of_prompt(prompt)) if num_kept else None
+        if known is None:
             return
         first = len(prompt.token_ids)
         said = data[: int(ends[-1])]

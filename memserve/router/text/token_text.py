@@ -89,8 +89,10 @@ class TokenText:
 
     def added_across(self, text: bytes, cut: int) -> int | None:
         """Where an added token begins that `text` spells out across `cut`; None if there is none."""
-        if self._pattern is not None:
-            for start in range(max(0, cut - self._longest + 1), cut):
+        first, end = max(0, cut - self._longest + 1), cut + self._longest - 1
+        # mostly there is none near: one look says so
+        if self._pattern is not None and self._pattern.search(text, first, end) is not None:
+            for start in range(first, cut):
                 match = self._pattern.match(text, start)
                 if match is not None and match.end() > cut:
                     return start
@@ -101,9 +103,11 @@ class TokenText:
         in `text` alone these end. Stops before a token without a text of its own.
         """
         pieces, lengths = self._spell(token_ids)
-        ends = np.cumsum(lengths, dtype=np.int32)
+        ends = lengths.cumsum(dtype=np.int32)
         agreed = agreement(b"".join(pieces), text)
-        num_tokens = int(np.searchsorted(ends, agreed, side="right"))
+        if not agreed:
+            return 0, ends[:0]
+        num_tokens = int(ends.searchsorted(agreed, side="right"))
         without_text = np.flatnonzero(lengths[:num_tokens] == 0)
         num_tokens = int(without_text[0]) if len(without_text) else num_tokens
         if self._pattern is not None and num_tokens:
@@ -124,22 +128,21 @@ class TokenText:
 
     def _spell(self, token_ids: Ints) -> tuple[list[bytes], Ints]:
         """The bytes of each token, for an added one its spelling, for an unknown id none; and how many."""
-        known = np.minimum(token_ids, len(self._pieces) - 1)
-        lengths = self._lengths[known]
+        lengths = self._lengths.take(token_ids, mode="clip")
         if len(lengths) and int(lengths.min()) < 0:
-            for token_id in set(known[lengths < 0].tolist()):
+            for token_id in set(token_ids[lengths < 0].tolist()):
                 piece = self._added.get(token_id) or self._tokenizer.token_bytes(token_id)
                 self._pieces[token_id] = piece
                 self._lengths[token_id] = len(piece)  # last: it says that the piece is there
-            lengths = self._lengths[known]
-        pieces: list[bytes] = self._pieces[known].tolist()
+            lengths = self._lengths.take(token_ids, mode="clip")
+        pieces: list[bytes] = self._pieces.take(token_ids, mode="clip").tolist()
         return pieces, lengths
 
     def _ends(self, token_ids: Ints, text: bytes, *, begins: bool) -> Ints | None:
         """`begins`: a blank that the text does not have may come before its first word."""
         pieces, lengths = self._spell(token_ids)
         if b"".join(pieces) == text:
-            return np.cumsum(lengths, dtype=np.int32)
+            return lengths.cumsum(dtype=np.int32)
         added = [i for i, token_id in enumerate(token_ids.tolist()) if token_id in self._added]
         position = first = 0
         for i in (*added, len(token_ids)):
@@ -156,7 +159,7 @@ class TokenText:
                     return None
                 position += len(pieces[i])
             first = i + 1
-        return np.cumsum(lengths, dtype=np.int32) if position == len(text) else None
+        return lengths.cumsum(dtype=np.int32) if position == len(text) else None
 
 
 def agreement(a: bytes, b: bytes) -> int:

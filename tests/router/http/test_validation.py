@@ -480,3 +480,12 @@ async def test_a_text_part_without_text(served_model: ServedModel) -> None:
     messages = [{"role": "user", "content": [{"type": "text"}]}]
     with pytest.raises(RequestError, match="of type 'text' needs a text"):
         await chat(served_model, messages=messages)
+
+
+async def test_text_of_tokens_that_the_model_has_not(served_model: ServedModel) -> None:
+    """A tokenizer may know more than its model."""
+    smaller = dataclasses.replace(served_model, vocab_size=1)
+    with pytest.raises(RequestError, match="vocabulary") as caught:
+        await completion(smaller, prompt="Hello")
+    assert caught.value.param == "prompt"
+    await completion(served_model, prompt="Hello")
