@@ -1,6 +1,7 @@
 """Try tile shapes of the Triton kernels on the GPU at hand, and keep the quickest for it.
 
     python benchmarks/tune_kernels.py
+    python benchmarks/tune_kernels.py --only skinny,decode     # parts of it, some minutes each
 
 Writes memserve/kernels/triton/tuned/<GPU>.json: of attention with heads of 128 in two bytes, and of products
 of few rows (and up to how many rows they beat the library's), whatever computes what the default does, within
@@ -9,17 +10,20 @@ rounding, in the least time. Takes minutes, most of them the compiler's. Run not
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from kernels import ELEMENT, Case, decode_case, make_arena, matrices, median_ms, prefill_case, randn
 
+PARTS = ("decode", "prefill", "skinny")
 
-def tune(kv: torch.Tensor) -> None:
+
+def tune(kv: torch.Tensor, parts: Sequence[str]) -> None:
     """Try tile shapes for 2-byte elements and heads of 128, keep the quickest that computes the same."""
     import msgspec
 
@@ -66,22 +70,30 @@ def tune(kv: torch.Tensor) -> None:
             print(f"{ms:9.3f} ms  {config}", flush=True)
         return min(found)[2]
 
-    decode = best(
-        "decode",
-        decodes,
-        lambda t: [decode_case("", kv, [4096] * 64, t), decode_case("", kv, [2048] * 8, t)],
-    )
-    prefill = best(
-        "prefill",
-        prefills,
-        lambda t: [prefill_case("", kv, [(0, 8192)], t), prefill_case("", kv, [(6144, 2048)], t)],
-    )
-    skinny = tune_skinny()
     name = tuning_module.file_name(torch.cuda.get_device_name())
     path = Path(tuning_module.__file__).parent / "tuned" / f"{name}.json"
-    chosen = KernelConfigs(prefill={key: prefill}, decode={key: decode}, skinny=skinny)
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(chosen)) + b"\n")
-    print(f"written: {path}")
+    chosen = KernelConfigs()
+    if path.exists():
+        chosen = msgspec.json.decode(path.read_bytes(), type=KernelConfigs)
+    for part in parts:
+        if part == "decode":
+            decode = best(
+                "decode",
+                decodes,
+                lambda t: [decode_case("", kv, [4096] * 64, t), decode_case("", kv, [2048] * 8, t)],
+            )
+            chosen = msgspec.structs.replace(chosen, decode={**chosen.decode, key: decode})
+        elif part == "prefill":
+            prefill = best(
+                "prefill",
+                prefills,
+                lambda t: [prefill_case("", kv, [(0, 8192)], t), prefill_case("", kv, [(6144, 2048)], t)],
+            )
+            chosen = msgspec.structs.replace(chosen, prefill={**chosen.prefill, key: prefill})
+        else:
+            chosen = msgspec.structs.replace(chosen, skinny=tune_skinny())
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(chosen)) + b"\n")
+        print(f"written, with {part}: {path}", flush=True)
 
 
 def layer_ms(weights: list[tuple[torch.Tensor, bool]], rows: int, config: Any, rep: int) -> float:
@@ -140,9 +152,14 @@ def tune_skinny() -> Any:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", default=",".join(PARTS), metavar="PARTS", help=f"of {','.join(PARTS)}")
+    parts = parser.parse_args().only.split(",")
+    if not set(parts) <= set(PARTS):
+        parser.error(f"the parts are {', '.join(PARTS)}")
     if not torch.cuda.is_available():
         sys.exit("benchmarks/tune_kernels.py measures a GPU, and torch finds none here")
-    tune(make_arena(64 * 4096))
+    tune(make_arena(64 * 4096), parts)
 
 
 if __name__ == "__main__":

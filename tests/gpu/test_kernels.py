@@ -28,7 +28,8 @@ from memserve.kernels.triton.decode_attention import decode_attention, decode_at
 from memserve.kernels.triton.kv_store import rotate_and_store, rotate_and_store_torch
 from memserve.kernels.triton.norm import add_rms_norm_, rms_norm
 from memserve.kernels.triton.prefill_attention import prefill_attention, prefill_attention_torch
-from memserve.kernels.triton.tuning import Tuning
+from memserve.kernels.triton.skinny_linear import skinny_gated, skinny_linear
+from memserve.kernels.triton.tuning import SkinnyConfig, Tuning
 from memserve.models.paged_step import Staging, StaticStep, build_paged_step
 from memserve.models.sampling_step import build_sampling_step, sample_step
 from memserve.models.step import LogitRows, SequenceSlice
@@ -124,6 +125,19 @@ def test_norm_and_activation(rows: int, dtype: torch.dtype) -> None:
     assert error(found, plain_norm.rms_norm(total, weight.float(), 1e-5)) < LIMITS[dtype]
     gate_up = randn(rows, 2 * 14336, dtype=dtype)
     assert error(silu_and_mul(gate_up), plain_activation.silu_and_mul(gate_up.float())) < LIMITS[dtype]
+
+
+@dtypes
+@pytest.mark.parametrize("rows", [1, 16, 17, 32])
+@pytest.mark.parametrize("block_n", [16, 64])
+def test_products_of_few_rows(rows: int, block_n: int, dtype: torch.dtype) -> None:
+    config = SkinnyConfig(max_rows=32, block_n=block_n, block_k=128)
+    for size, depth in ((6144, 4096), (1000, 4104)):
+        x, weight, bias = (randn(*shape, dtype=dtype) for shape in ((rows, depth), (size, depth), (size,)))
+        expected = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+        assert error(skinny_linear(x, weight, bias, config), expected) < LIMITS[dtype]
+        expected = plain_activation.silu_and_mul(x.double() @ weight.double().T)
+        assert error(skinny_gated(x, weight, None, config), expected) < LIMITS[dtype]
 
 
 @dtypes

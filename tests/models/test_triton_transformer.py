@@ -139,6 +139,14 @@ def test_static_step(oracle: Oracle) -> None:
     assert static.step is first_tensors
 
 
+def test_what_is_compiled_ahead_touches_no_block(oracle: Oracle) -> None:
+    pair = Pair(oracle("llama")[0], 16)
+    pair.triton_kv.fill_(7.0)
+    with torch.inference_mode():
+        pair.triton.prepare(pair.triton_kv)
+    assert bool((pair.triton_kv == 7.0).all())
+
+
 def test_products_of_few_rows(oracle: Oracle) -> None:
     """The same through the kernels for few rows, in the steps that have few."""
     pair = Pair(oracle("llama_mqa_biases")[0], 16, torch.float16)
