@@ -33,7 +33,7 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
-from memserve.router.text.token_text import Ints, Tokens, TokenText, agreement
+from memserve.router.text.token_text import Ints, TokenText, agreement
 from memserve.router.text.tokenizer import Tokenizer
 
 # Of a sequence, beside its text and numbers: objects, places in the list and in the order.
@@ -49,17 +49,24 @@ class Scope(NamedTuple):
     add_special_tokens: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Sequence:
-    """`tokens` read as `text`; those of the ranges `drawn` (from, to; ascending) were generated."""
+    """`token_ids` read as `text`; those of the ranges `drawn` (from, to; ascending) were generated.
+
+    `ends` may be those of the last tokens alone, of an answer to a prompt that nothing was reused for: the
+    prompt is spelled when somebody comes back (`TokenHistory._is_spelled`), which few do. Until then the
+    first of the drawn tokens begins where the first of `ends` is counted from, at byte `num_prompt_bytes`.
+    """
 
     text: bytes
-    tokens: Tokens
+    token_ids: Ints
+    ends: Ints
     drawn: tuple[tuple[int, int], ...]
+    num_prompt_bytes: int = 0
 
     @property
     def num_bytes(self) -> int:
-        numbers = self.tokens.token_ids.nbytes + self.tokens.ends.nbytes
+        numbers = 2 * self.token_ids.nbytes
         return len(self.text) + numbers + 128 * len(self.drawn) + _OVERHEAD_BYTES
 
 
@@ -99,11 +106,11 @@ class TokenHistory:
         if nearest is not None and may_reuse:
             known = self._continued(nearest, num_reused, data)
         if known is not None:
-            token_ids = known.tokens.token_ids
+            token_ids = known.token_ids
         else:
             num_reused = 0
             token_ids = self._tokenizer.encode(text, add_special_tokens=scope.add_special_tokens)
-        diverged_at = None if nearest is None else _divergence(token_ids, nearest.tokens.token_ids)
+        diverged_at = None if nearest is None else _divergence(token_ids, nearest.token_ids)
         return Reading(token_ids, scope, data, num_reused, diverged_at, known)
 
     def remember(self, prompt: Reading, token_ids: Sequence[int], text: str) -> None:
@@ -113,16 +120,18 @@ class TokenHistory:
         before, data = prompt.data, text.encode()
         drawn = np.asarray(token_ids, dtype=np.int32)
         num_kept, ends = self._texts.num_reading_as(drawn, before, data)
-        known = (prompt.known or self._of_prompt(prompt)) if num_kept else None
-        if known is None:
+        if not num_kept:
             return
         first = len(prompt.token_ids)
-        said = data[: int(ends[-1])]
-        tokens = Tokens(
-            np.concatenate((prompt.token_ids, drawn[:num_kept])),
-            np.concatenate((known.tokens.ends, ends + np.int32(len(before)))),
-        )
-        self._add(prompt.scope, _Sequence(before + said, tokens, (*known.drawn, (first, first + num_kept))))
+        whole = before + data[: int(ends[-1])]
+        all_ids = np.concatenate((prompt.token_ids, drawn[:num_kept]))
+        ends = ends + np.int32(len(before))
+        span, known = (first, first + num_kept), prompt.known
+        if known is None:
+            sequence = _Sequence(whole, all_ids, ends, (span,), len(before))
+        else:
+            sequence = _Sequence(whole, all_ids, np.concatenate((known.ends, ends)), (*known.drawn, span))
+        self._add(prompt.scope, sequence)
 
     def clear(self) -> None:
         """Forget all."""
@@ -135,11 +144,23 @@ class TokenHistory:
         """How many sequences are remembered."""
         return len(self._sequences)
 
-    def _of_prompt(self, prompt: Reading) -> _Sequence | None:
-        """A prompt that nothing was reused for; None where its ids do not read as its text."""
-        has_front = prompt.scope.add_special_tokens
-        ends = self._texts.ends_of_prompt(prompt.token_ids, prompt.data, has_front=has_front)
-        return None if ends is None else _Sequence(prompt.data, Tokens(prompt.token_ids, ends), ())
+    def _is_spelled(self, scope: Scope, sequence: _Sequence) -> bool:
+        """Whether the ends of all its tokens are known, from now on. Not where the prompt's ids do not read
+        as its text: then it is forgotten.
+        """
+        num_lacking = len(sequence.token_ids) - len(sequence.ends)
+        if num_lacking:
+            prompt = sequence.text[: sequence.num_prompt_bytes]
+            ends = self._texts.ends_of_prompt(
+                sequence.token_ids[:num_lacking], prompt, has_front=scope.add_special_tokens
+            )
+            if ends is None:
+                with self._lock:
+                    if (scope, sequence.text) in self._sequences:
+                        self._forget(scope, sequence.text)
+                return False
+            sequence.ends = np.concatenate((ends, sequence.ends))
+        return True
 
     # --- reading -------------------------------------------------------------------------------------------
 
@@ -150,8 +171,8 @@ class TokenHistory:
         best: tuple[int, bool, int] | None = None
         nearest, num_reusable = None, 0
         for sequence, num_agreed in self._neighbours(scope, data):
-            num_tokens = self._num_reusable(sequence, num_agreed, data)
-            cut = int(sequence.tokens.ends[num_tokens - 1]) if num_tokens else 0
+            num_tokens = self._num_reusable(scope, sequence, num_agreed, data)
+            cut = int(sequence.ends[num_tokens - 1]) if num_tokens else 0
             rank = (cut, num_agreed == len(sequence.text), num_agreed)
             if best is None or rank > best:
                 best, nearest, num_reusable = rank, sequence, num_tokens
@@ -180,11 +201,13 @@ class TokenHistory:
                 place = bisect_right(texts, data[:num_agreed], hi=place - 1)
         return found
 
-    def _num_reusable(self, sequence: _Sequence, num_agreed: int, data: bytes) -> int:
+    def _num_reusable(self, scope: Scope, sequence: _Sequence, num_agreed: int, data: bytes) -> int:
         """How many of its tokens `data` may begin with: up to a drawn one, and no character or added token of
         `data` lies across the end.
         """
-        ends = sequence.tokens.ends
+        if num_agreed <= sequence.num_prompt_bytes or not self._is_spelled(scope, sequence):
+            return 0  # it agrees in no drawn token
+        ends = sequence.ends
         limit = num_agreed
         for first, last in reversed(sequence.drawn):
             if ends[first] > limit:
@@ -204,17 +227,18 @@ class TokenHistory:
         """`data` as its first `num_tokens` tokens and the rest; None if either is missing."""
         if not num_tokens:
             return None
-        token_ids, ends = sequence.tokens
+        token_ids, ends = sequence.token_ids, sequence.ends
         cut = int(ends[num_tokens - 1])
         rest = self._texts.encode_rest(data[cut:])
         if rest is None:
             return None
-        tokens = Tokens(
+        drawn = tuple((first, min(last, num_tokens)) for first, last in sequence.drawn if first < num_tokens)
+        return _Sequence(
+            data,
             np.concatenate((token_ids[:num_tokens], rest.token_ids)),
             np.concatenate((ends[:num_tokens], rest.ends + np.int32(cut))),
+            drawn,
         )
-        drawn = tuple((first, min(last, num_tokens)) for first, last in sequence.drawn if first < num_tokens)
-        return _Sequence(data, tokens, drawn)
 
     # --- the store -----------------------------------------------------------------------------------------
 
@@ -246,11 +270,11 @@ class TokenHistory:
 
 def _goes_on_from(sequence: _Sequence, before: _Sequence) -> bool:
     """Whether `before` says nothing that `sequence` does not say too."""
-    num_tokens = len(before.tokens.token_ids)
+    num_tokens = len(before.token_ids)
     return (
         sequence.text.startswith(before.text)
         and sequence.drawn[: len(before.drawn)] == before.drawn
-        and np.array_equal(sequence.tokens.token_ids[:num_tokens], before.tokens.token_ids)
+        and np.array_equal(sequence.token_ids[:num_tokens], before.token_ids)
     )
 
 

@@ -279,7 +279,7 @@ def test_a_tokenizer_that_changes_the_text(tmp_path: Path, normalizer: object, c
     # 1. what it would change is left alone, in the prompt and in the rest
     assert spelled(tokenizer, tokenizer.encode(changed).tolist()) != changed
     _, text = answered(history, tokenizer, changed, ids_of(tokenizer, "hel", "lo"))
-    assert len(history) == 0 and history.read(text, CHAT).num_reused == 0
+    assert history.read(text, CHAT).num_reused == 0 and len(history) == 0
     answered(history, tokenizer, "hi", ids_of(tokenizer, "hel", "lo"))
     reading = history.read(f"hihello{changed}", CHAT)
     assert reading.num_reused == 0
