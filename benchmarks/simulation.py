@@ -39,8 +39,7 @@ from memserve.simulate.traces import read_trace
 # Of other sessions than those that are compared, and seldom enough that they rarely meet; not one right after
 # the other, as a processor that has rested is slower at first, and one that is mostly idle mostly has.
 ALONE = (
-    "react-like --sessions 12 --seed 1 --max-prompt-tokens 1500 --max-output-tokens 32 "
-    "--rate 3 --warmup 8"
+    "react-like --sessions 12 --seed 1 --max-prompt-tokens 1500 --max-output-tokens 32 --rate 3 --warmup 8"
 )
 WORKLOADS = (
     "loogle-like --sessions 24 --max-prompt-tokens 1500 --max-output-tokens 32 --rate 6 --warmup 4",
