@@ -112,6 +112,16 @@ class GlobalScheduler:
             _, role, instance, incarnation = self._lost.pop(0)
             self._trees[role].drop(instance, incarnation)
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether the trees know all that was told."""
+        return all(tree.is_settled for tree in self._trees.values())
+
+    def settle(self) -> None:
+        """Let the trees enter what was told, while nobody waits."""
+        for tree in self._trees.values():
+            tree.settle()
+
     # --- requests ---
 
     def place(self, request: RequestState, now: float) -> Decision | None:
