@@ -148,7 +148,8 @@ class TokenHistory:
         """Whether the ends of all its tokens are known, from now on. Not where the prompt's ids do not read
         as its text: then it is forgotten.
         """
-        num_lacking = len(sequence.token_ids) - len(sequence.ends)
+        told = sequence.ends  # looked at once, as another thread may spell the same prompt meanwhile
+        num_lacking = len(sequence.token_ids) - len(told)
         if num_lacking:
             prompt = sequence.text[: sequence.num_prompt_bytes]
             ends = self._texts.ends_of_prompt(
@@ -159,7 +160,7 @@ class TokenHistory:
                     if (scope, sequence.text) in self._sequences:
                         self._forget(scope, sequence.text)
                 return False
-            sequence.ends = np.concatenate((ends, sequence.ends))
+            sequence.ends = np.concatenate((ends, told))
         return True
 
     # --- reading -------------------------------------------------------------------------------------------

@@ -482,6 +482,30 @@ def test_any_conversation_reads_the_same(small: Tokenizer, data: st.DataObject) 
         prompt = following
 
 
+def test_two_threads_spell_the_same_prompt(small: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts are read in threads, so two may come back to one conversation at once."""
+    history = TokenHistory(small)
+    # 1. an answer to a prompt that nobody has spelled yet
+    first, text = answered(history, small, f"hi{TURN}", ids_of(small, "hel", "lo", END))
+    expected = [*first.token_ids, *ids_of(small, "hel", "lo")]
+    # 2. while one who comes back spells it, another does
+    spell, others = history._texts.ends_of_prompt, []
+
+    def interrupted(
+        token_ids: NDArray[np.int32], data: bytes, *, has_front: bool
+    ) -> NDArray[np.int32] | None:
+        monkeypatch.setattr(history._texts, "ends_of_prompt", spell)
+        others.append(history.read(text, CHAT))
+        return spell(token_ids, data, has_front=has_front)
+
+    monkeypatch.setattr(history._texts, "ends_of_prompt", interrupted)
+    own = history.read(text, CHAT)
+    # 3. both read the text, and so does who comes later
+    for reading in (*others, own, history.read(text, CHAT)):
+        assert reading.token_ids.tolist() == expected and reading.num_reused == len(expected)
+    assert len(others) == 1
+
+
 @pytest.mark.parametrize("folder", [TINY_MODEL, SHARED / "gpt_neox_20b", SHARED / "minimind_6400"])
 def test_real_vocabularies(folder: Path) -> None:
     if not folder.exists():
