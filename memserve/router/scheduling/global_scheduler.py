@@ -14,7 +14,7 @@ index is the truth. Cost models come from calibration (`use`), until then from a
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import msgspec
@@ -335,8 +335,3 @@ class GlobalScheduler:
         if tree is None:
             tree = self._trees[role] = PromptTree(block_size, self._max_blocks)
         return tree
-
-
-def policy_names() -> Iterable[str]:
-    """What `--policy` may be."""
-    return POLICIES.keys()

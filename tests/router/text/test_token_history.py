@@ -113,6 +113,27 @@ def test_nothing_is_reused_where_it_may_not(small: Tokenizer) -> None:
     assert reading.token_ids.tolist() == small.encode(text).tolist()
 
 
+def test_a_prompt_that_two_threads_come_back_to(small: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever of them spells it last, its tokens end where they did."""
+    history = TokenHistory(small)
+    _, whole = answered(history, small, f"hello{TURN}", ids_of(small, "hel", "lo", " ", "wor", "ld"))
+    spell = history._texts.ends_of_prompt
+    inner: list[Reading] = []
+
+    def meanwhile(*args: object, **kwargs: object) -> object:
+        ends = spell(*args, **kwargs)
+        monkeypatch.undo()
+        inner.append(history.read(f"{whole}{END}", CHAT))
+        return ends
+
+    monkeypatch.setattr(history._texts, "ends_of_prompt", meanwhile)
+    outer = history.read(f"{whole} h", CHAT)
+    later = history.read(whole, CHAT)
+    for reading, text in ((inner[0], f"{whole}{END}"), (outer, f"{whole} h"), (later, whole)):
+        assert reading.num_reused == len(small.encode(f"hello{TURN}")) + 5
+        assert spelled(small, reading.token_ids.tolist()) == text
+
+
 def test_text_that_no_model_wrote_is_tokenised_as_ever(small: Tokenizer) -> None:
     history = TokenHistory(small)
     answered(history, small, "hello a", ids_of(small, " ", "w"))
@@ -480,30 +501,6 @@ def test_any_conversation_reads_the_same(small: Tokenizer, data: st.DataObject) 
             assert again.num_reused == most
             assert again.token_ids[:most].tolist() == [*ours, *drawn][:most]
         prompt = following
-
-
-def test_two_threads_spell_the_same_prompt(small: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts are read in threads, so two may come back to one conversation at once."""
-    history = TokenHistory(small)
-    # 1. an answer to a prompt that nobody has spelled yet
-    first, text = answered(history, small, f"hi{TURN}", ids_of(small, "hel", "lo", END))
-    expected = [*first.token_ids, *ids_of(small, "hel", "lo")]
-    # 2. while one who comes back spells it, another does
-    spell, others = history._texts.ends_of_prompt, []
-
-    def interrupted(
-        token_ids: NDArray[np.int32], data: bytes, *, has_front: bool
-    ) -> NDArray[np.int32] | None:
-        monkeypatch.setattr(history._texts, "ends_of_prompt", spell)
-        others.append(history.read(text, CHAT))
-        return spell(token_ids, data, has_front=has_front)
-
-    monkeypatch.setattr(history._texts, "ends_of_prompt", interrupted)
-    own = history.read(text, CHAT)
-    # 3. both read the text, and so does who comes later
-    for reading in (*others, own, history.read(text, CHAT)):
-        assert reading.token_ids.tolist() == expected and reading.num_reused == len(expected)
-    assert len(others) == 1
 
 
 @pytest.mark.parametrize("folder", [TINY_MODEL, SHARED / "gpt_neox_20b", SHARED / "minimind_6400"])
