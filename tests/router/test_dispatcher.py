@@ -42,6 +42,7 @@ from memserve.messages import (
     TokenLogprobs,
     ToRouter,
     ToWorker,
+    pack_tokens,
     unpack_tokens,
 )
 from memserve.router.dispatcher import Dispatcher, DispatcherLimits
@@ -320,6 +321,25 @@ def world() -> World:
     world.up("prefill-0", Role.PREFILL)
     world.up("decode-0", Role.DECODE)
     return world
+
+
+@pytest.mark.parametrize("num_tokens", [7, 8, 9])
+def test_a_prompt_given_up_is_still_believed_where_it_was(world: World, num_tokens: int) -> None:
+    """What a worker was known to have of it, and of what goes on from it, it has as before."""
+    prompt = list(range(16))
+    world.submit("first", prompt, 2)
+    world.run_out()
+
+    def num_known() -> int:
+        tree = world.dispatcher.scheduler._trees[Role.PREFILL]
+        return tree.match("", pack_tokens(prompt), world.now).live["prefill-0"].num_tokens
+
+    assert num_known() == 16
+    world.submit("second", prompt[:num_tokens], 2)
+    assert ("second", 0) in world.workers["prefill-0"].prefills
+    world.abandon("second")
+    assert num_known() == 16
+    world.assert_idle()
 
 
 def test_one_request_through_both_workers(world: World) -> None:

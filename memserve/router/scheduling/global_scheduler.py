@@ -234,7 +234,8 @@ class GlobalScheduler:
                 num_blocks = (row.num_device_tokens + row.num_host_tokens) // size
                 tree = self._trees[worker.view.role]
                 place = (seat.instance, seat.incarnation, request.cache_salt)
-                tree.remove(*place, request.token_bytes(), num_blocks)
+                # Of what `started` believes: whatever else is known there was told.
+                tree.remove(*place, request.token_bytes(0, len(request.tokens) - 1), num_blocks)
 
     def can_read_lost(self, reader: str, dead: str) -> bool:
         """Whether one instance can read what another has left: its memory must be mapped, and a replacement
