@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from memserve.config import Role, Transport
+from memserve.errors import EngineError
 from memserve.messages import BlockRefs, CachedTokens, Offer
 from memserve.router.fleet import Seat
 from memserve.router.request_state import RequestState
@@ -280,9 +281,13 @@ class GlobalScheduler:
         )
 
     def removed(self, refs: BlockRefs, moved_to: BlockRefs | None) -> None:
-        """Blocks of a worker are gone, or elsewhere in it."""
+        """Blocks of a worker are gone, or elsewhere in it. Raises EngineError where that makes no sense."""
         tree = self._trees[self._workers[refs.instance].view.role]
         if moved_to is not None:
+            if len(moved_to.blocks) != len(refs.blocks):
+                raise EngineError(
+                    f"{refs.instance} told of {len(refs.blocks)} blocks that moved to {len(moved_to.blocks)}"
+                )
             tree.move_blocks(refs.instance, refs.incarnation, Addresses.of(refs), Addresses.of(moved_to))
         else:
             tree.remove_blocks(refs.instance, refs.incarnation, Addresses.of(refs))
