@@ -153,8 +153,9 @@ def _start_tests(*files_and_choice: str) -> subprocess.Popen[str]:
     What the machine's plugins are, or warn of, is not asked: no plugin is needed here that pytest lacks.
     """
     *files, choice = files_and_choice
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", choice, "-p", "no:cacheprovider"]
-    command += ["-o", "addopts=", "--import-mode=importlib", "-W", "default", *files]
+    command = [sys.executable, "-m", "pytest", "-c", "pyproject.toml", "-p", "no:cacheprovider"]
+    command += ["-o", "addopts=", "--import-mode=importlib", "-W", "default"]
+    command += ["-q", "-m", "gpu", "-k", choice, *files]
     return subprocess.Popen(
         command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
