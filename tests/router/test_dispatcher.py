@@ -33,6 +33,7 @@ from memserve.messages import (
     PullBack,
     Pulled,
     Release,
+    Removed,
     Reserve,
     SamplingParams,
     StepOutputs,
@@ -608,6 +609,32 @@ def test_full_pool_makes_requests_wait(world: World) -> None:
 def test_request_that_no_pool_holds_is_refused(world: World) -> None:
     world.submit("r", list(range(400)), 10)
     assert isinstance(world.ended["r"], EngineError)
+    world.assert_idle()
+
+
+@pytest.mark.parametrize(
+    ("blocks", "generations", "new_blocks"),
+    [((1, 2, 3), (1, 1), None), ((1,), (1, 1), None), ((1, 2), (1, 1), (8,)), ((1,), (1,), (8, 9))],
+)
+def test_addresses_that_make_no_sense_are_who_told_them_fault(
+    world: World, blocks: tuple[int, ...], generations: tuple[int, ...], new_blocks: tuple[int, ...] | None
+) -> None:
+    # 1. a worker's blocks are known
+    bad, _ = world.up("bad", Role.COLOCATED), world.up("good", Role.COLOCATED)
+    world.submit("a", list(range(16)), 1)
+    world.run_out()
+    # 2. it tells of them what cannot be: an error at once, so that it is the one who is given up
+    refs = BlockRefs("bad", bad.incarnation, Tier.DEVICE, blocks, generations)
+    moved_to = None
+    if new_blocks is not None:
+        moved_to = BlockRefs("bad", bad.incarnation, Tier.HOST, new_blocks, (3,) * len(new_blocks))
+    with pytest.raises(EngineError, match="bad told of"):
+        world.hear(bad, Removed(refs, moved_to))
+    world.down("bad")
+    # 3. nobody else meets it later
+    world.submit("b", list(range(16)), 2)
+    world.run_out()
+    assert world.streams["b"] == expected_stream(list(range(16)), 2)
     world.assert_idle()
 
 

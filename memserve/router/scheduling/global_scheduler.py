@@ -14,12 +14,13 @@ index is the truth. Cost models come from calibration (`use`), until then from a
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import msgspec
 
 from memserve.config import Role, Transport
+from memserve.errors import EngineError
 from memserve.messages import BlockRefs, CachedTokens, Offer
 from memserve.router.fleet import Seat
 from memserve.router.request_state import RequestState
@@ -281,9 +282,13 @@ class GlobalScheduler:
         )
 
     def removed(self, refs: BlockRefs, moved_to: BlockRefs | None) -> None:
-        """Blocks of a worker are gone, or elsewhere in it."""
+        """Blocks of a worker are gone, or elsewhere in it. Raises EngineError where that makes no sense."""
         tree = self._trees[self._workers[refs.instance].view.role]
         if moved_to is not None:
+            if len(moved_to.blocks) != len(refs.blocks):
+                raise EngineError(
+                    f"{refs.instance} told of {len(refs.blocks)} blocks that moved to {len(moved_to.blocks)}"
+                )
             tree.move_blocks(refs.instance, refs.incarnation, Addresses.of(refs), Addresses.of(moved_to))
         else:
             tree.remove_blocks(refs.instance, refs.incarnation, Addresses.of(refs))
@@ -331,8 +336,3 @@ class GlobalScheduler:
         if tree is None:
             tree = self._trees[role] = PromptTree(block_size, self._max_blocks)
         return tree
-
-
-def policy_names() -> Iterable[str]:
-    """What `--policy` may be."""
-    return POLICIES.keys()
