@@ -27,6 +27,7 @@ import msgspec
 from memserve.config import Transfer
 from memserve.errors import EngineError, MemserveError, Overloaded, RequestError
 from memserve.messages import (
+    BlockRefs,
     Failed,
     Heartbeat,
     Output,
@@ -193,12 +194,14 @@ class Dispatcher:
                 view.load = message.load
                 self._on_prefilled(event, message, now)
             case Stored():
+                _check_own(event, message.refs)
                 self._on_stored(event, message, now)
             case Pulled():
                 self._on_pulled(event, message, now)
             case PulledBack():
                 self._on_pulled_back(event, message, now)
             case Removed():
+                _check_own(event, message.refs, message.moved_to)
                 self.counters.on_removed(message)
                 self.scheduler.removed(message.refs, message.moved_to)
             case Failed():
@@ -436,3 +439,10 @@ class Dispatcher:
 
 def _sits(seat: Seat | None, place: FromWorker | WorkerView) -> bool:
     return seat is not None and seat.is_at(place)
+
+
+def _check_own(event: FromWorker, *told: BlockRefs | None) -> None:
+    """Of its own blocks a worker tells, and of no other's. Raises EngineError, whereupon it is fenced."""
+    for refs in told:
+        if refs is not None and (refs.instance, refs.incarnation) != (event.instance, event.incarnation):
+            raise EngineError(f"{event.instance} told of blocks of {refs.instance}")

@@ -638,6 +638,23 @@ def test_addresses_that_make_no_sense_are_who_told_them_fault(
     world.assert_idle()
 
 
+def test_a_worker_does_not_tell_of_another_ones_blocks(world: World) -> None:
+    one, other = world.up("one", Role.COLOCATED), world.up("other", Role.COLOCATED)
+    world.submit("a", list(range(16)), 1)
+    world.run_out()
+    own = BlockRefs("one", one.incarnation, Tier.DEVICE, (0,), (1,))
+    not_own = BlockRefs("other", other.incarnation, Tier.DEVICE, (0,), (1,))
+    former = BlockRefs("one", one.incarnation - 1, Tier.DEVICE, (0,), (1,))
+    for message in (
+        Removed(not_own, None),
+        Removed(former, None),
+        Removed(own, moved_to=not_own),
+        Stored("a", 0, 0, not_own),
+    ):
+        with pytest.raises(EngineError, match="one told of blocks of"):
+            world.hear(one, message)
+
+
 def test_growth_beyond_the_pool_is_not_a_deadlock(world: World) -> None:
     world.submit("r", list(range(200)), 100)  # 300 tokens of growth and prompt, a pool of 256
     world.run_out()

@@ -725,6 +725,16 @@ async def test_bytes_that_are_no_request(
     assert record.exc_info is None and "\n" not in record.getMessage()
 
 
+async def test_what_cannot_be_expected_is_refused(
+    serve: Serve, say: Say, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = await serve(say("x"))
+    headers = {"Expect": "more", "x-request-id": "mine"}
+    async with server.session.post("/v1/completions", headers=headers, data=b"{}") as response:
+        assert response.status == 417 and response.headers["x-request-id"] == "mine"
+    assert not caplog.records
+
+
 async def test_a_full_queue_is_told_before_the_prompt_is_looked_at(
     serve: Serve, say: Say, monkeypatch: pytest.MonkeyPatch, tiny_tokenizer: Tokenizer
 ) -> None:
