@@ -130,6 +130,16 @@ class Dispatcher:
         """Requests without a worker."""
         return len(self._queue)
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether all that was told has been entered where it is kept."""
+        return self.scheduler.is_settled and self.log.is_settled
+
+    def settle(self) -> None:
+        """Do what nobody waits for: call it when the actions are carried out."""
+        self.scheduler.settle()
+        self.log.settle()
+
     # --- admission and placement ---
 
     def refusal(self, num_requests: int) -> Overloaded | None:

@@ -328,7 +328,7 @@ class ServingEngine:
 
     def _feed(self, event: Event) -> None:
         self._carry_out(self._dispatcher.on_event(event, self._clock()))
-        if not self._is_settling and not self._dispatcher.scheduler.is_settled:
+        if not self._is_settling and not self._dispatcher.is_settled:
             # Not before what was just sent, or is about to be written by who was told, is on its way: the
             # loop writes at the end of each round.
             self._is_settling = True
@@ -337,7 +337,7 @@ class ServingEngine:
 
     def _settle(self) -> None:
         self._is_settling = False
-        self._dispatcher.scheduler.settle()
+        self._dispatcher.settle()
 
     def _carry_out(self, actions: Sequence[Action]) -> None:
         for action in actions:

@@ -98,21 +98,21 @@ async def test_tokens_come_through() -> None:
 async def test_what_a_worker_tells_of_its_cache_is_entered_when_the_answer_is_out() -> None:
     rig = Rig()
     rig.up()
-    scheduler, told = rig.dispatcher.scheduler, list[Delta | MemserveError]()
+    dispatcher, told = rig.dispatcher, list[Delta | MemserveError]()
     # 1. the prompt goes to the worker before it is entered that it will be there
     rig.engine.submit(request(num_tokens=40), told.append)
-    assert isinstance(rig.sent[-1], Decode) and not scheduler.is_settled
+    assert isinstance(rig.sent[-1], Decode) and not dispatcher.is_settled
     await asyncio.sleep(0.01)
-    assert scheduler.is_settled
+    assert dispatcher.is_settled
     # 2. the answer goes to the client, and what the client's task does then, before where its KV is
     refs = BlockRefs("colocated-0", 0, Tier.DEVICE, (1, 2), (1, 1))
     rig.engine.on_worker_message("colocated-0", 0, Stored("r", 0, 0, refs))
     rig.say(Output("r", 0, (5,), finish_reason=FinishReason.LENGTH))
-    assert len(told) == 1 and not scheduler.is_settled
+    assert len(told) == 1 and not dispatcher.is_settled
     await asyncio.sleep(0)
-    assert not scheduler.is_settled
+    assert not dispatcher.is_settled
     await asyncio.sleep(0.01)
-    assert scheduler.is_settled
+    assert dispatcher.is_settled
 
 
 async def test_leaving_cancels_at_the_worker() -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import msgspec
 
@@ -23,6 +24,7 @@ from memserve.config import Role, Transport
 from memserve.errors import EngineError
 from memserve.messages import BlockRefs, CachedTokens, Offer
 from memserve.router.fleet import Seat
+from memserve.router.notes import Notes
 from memserve.router.request_state import RequestState
 from memserve.router.scheduling.cost_model import CostModel
 from memserve.router.scheduling.hardware import rough_guess
@@ -78,9 +80,11 @@ class GlobalScheduler:
         self._workers: dict[str, _Worker] = {}
         self._recent: dict[Role, RecentWork] = {}
         self._lost: list[tuple[float, Role, str, int]] = []
+        self._notes = Notes()
 
     def use(self, models: Mapping[str, CostModel]) -> None:
         """Predict by these from now on; by instance."""
+        self._notes.settle()
         self._models = models
         for name, worker in self._workers.items():
             if name in models:
@@ -115,11 +119,12 @@ class GlobalScheduler:
 
     @property
     def is_settled(self) -> bool:
-        """Whether the trees know all that was told."""
-        return all(tree.is_settled for tree in self._trees.values())
+        """Whether all that was told is entered."""
+        return not self._notes and all(tree.is_settled for tree in self._trees.values())
 
     def settle(self) -> None:
-        """Let the trees enter what was told, while nobody waits."""
+        """Enter what was told, while nobody waits."""
+        self._notes.settle()
         for tree in self._trees.values():
             tree.settle()
 
@@ -129,6 +134,7 @@ class GlobalScheduler:
         """Where a request goes, with the whole table of why; None = nothing has room."""
         if not self._has_room(request):
             return None
+        self._notes.settle()
         tokens = request.token_bytes()
         found = {role: tree.match(request.cache_salt, tokens, now) for role, tree in self._trees.items()}
         sources = [source_of(self._trees[role], each) for role, each in found.items()]
@@ -202,8 +208,9 @@ class GlobalScheduler:
         worker.backlog.remove(request.request_id, now)
         if worked_ms is not None and cached is not None and not cached.pulled:
             batch = Batch(view.num_decoding, view.num_context)
-            raw_ms = worker.predictor.prefill_ms(request.num_prompt_tokens, cached.total, batch)
-            worker.correction.observe(Phase.PREFILL, view.num_decoding > 0, raw_ms, worked_ms)
+            self._notes.add(
+                partial(_learn, worker, request.num_prompt_tokens, cached.total, batch, worked_ms)
+            )
 
     def prefilled(
         self, request: RequestState, seat: Seat, cached: CachedTokens, refs: BlockRefs | None, now: float
@@ -336,3 +343,9 @@ class GlobalScheduler:
         if tree is None:
             tree = self._trees[role] = PromptTree(block_size, self._max_blocks)
         return tree
+
+
+def _learn(worker: _Worker, num_tokens: int, num_cached: int, batch: Batch, worked_ms: float) -> None:
+    """A prompt took so long beside that batch: what the prediction would have been corrects those to come."""
+    raw_ms = worker.predictor.prefill_ms(num_tokens, num_cached, batch)
+    worker.correction.observe(Phase.PREFILL, batch.num_rows > 0, raw_ms, worked_ms)

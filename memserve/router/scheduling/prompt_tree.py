@@ -20,13 +20,12 @@ Invariants (those of the nodes: holder_tree.py)
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
 from functools import partial
 
 import numpy as np
 
 from memserve.radix_tree import TOKEN_BYTES
+from memserve.router.notes import Notes
 from memserve.router.scheduling.holder_tree import Found, HolderTree
 from memserve.router.scheduling.holders import (
     MAX_BLOCK,
@@ -39,9 +38,6 @@ from memserve.router.scheduling.holders import (
     no_codes,
     no_generations,
 )
-
-# Notes that may wait: so many are entered in about a millisecond.
-_MAX_NOTES = 32
 
 
 class PromptTree:
@@ -58,7 +54,7 @@ class PromptTree:
         self.max_blocks = max_blocks
         self.ttl_s = ttl_s
         self._nodes = HolderTree(block_size)
-        self._notes: deque[Callable[[], None]] = deque()
+        self._notes = Notes()
         self._live: dict[str, Life] = {}
         self._lost: dict[str, list[Life]] = {}
 
@@ -80,8 +76,7 @@ class PromptTree:
 
     def settle(self) -> None:
         """Enter what was noted."""
-        while self._notes:
-            self._notes.popleft()()
+        self._notes.settle()
 
     # --- lives ---
 
@@ -150,7 +145,7 @@ class PromptTree:
             return
         if addresses is not None:
             life.reserve(addresses.codes)
-        self._note(partial(self._hold, life, namespace, tokens, now, first_block, addresses))
+        self._notes.add(partial(self._hold, life, namespace, tokens, now, first_block, addresses))
 
     def remove(
         self, instance: str, incarnation: int, namespace: str, tokens: bytes, from_block: int = 0
@@ -158,7 +153,7 @@ class PromptTree:
         """An instance holds of these tokens, and of whatever continues them, only the first blocks."""
         life = self._live_life(instance, incarnation)
         if life is not None:
-            self._note(partial(self._nodes.cut_at, life, namespace, tokens, from_block))
+            self._notes.add(partial(self._nodes.cut_at, life, namespace, tokens, from_block))
 
     def remove_blocks(self, instance: str, incarnation: int, addresses: Addresses) -> None:
         """Blocks are no longer what they were; what continues them is not reachable there any more either.
@@ -167,7 +162,7 @@ class PromptTree:
         """
         life = self._live_life(instance, incarnation)
         if life is not None:
-            self._note(partial(self._remove_blocks, life, addresses))
+            self._notes.add(partial(self._remove_blocks, life, addresses))
 
     def move_blocks(self, instance: str, incarnation: int, addresses: Addresses, moved_to: Addresses) -> None:
         """Blocks are elsewhere now, in the same order: swapped out or in, or moved together."""
@@ -176,7 +171,7 @@ class PromptTree:
             return
         life.reserve(addresses.codes)
         life.reserve(moved_to.codes)
-        self._note(partial(self._move_blocks, life, addresses, moved_to))
+        self._notes.add(partial(self._move_blocks, life, addresses, moved_to))
 
     def relearn(
         self,
@@ -194,7 +189,7 @@ class PromptTree:
         """
         life = self._live_life(instance, incarnation)
         if life is not None:
-            self._note(partial(self._relearn, life, namespace, tokens, num_cached_tokens, now))
+            self._notes.add(partial(self._relearn, life, namespace, tokens, num_cached_tokens, now))
 
     def expire(self, now: float) -> None:
         """Give up sequence ends that nobody used within the time to live."""
@@ -219,11 +214,6 @@ class PromptTree:
         return self._nodes.num_known(life, found) * self.block_size
 
     # --- inside: what was noted is entered ---
-
-    def _note(self, note: Callable[[], None]) -> None:
-        self._notes.append(note)
-        if len(self._notes) > _MAX_NOTES:
-            self.settle()
 
     def _hold(
         self,

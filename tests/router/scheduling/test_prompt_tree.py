@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from memserve.errors import EngineError
 from memserve.messages import BlockRefs, Tier
+from memserve.router.notes import MAX_NOTES
 from memserve.router.scheduling.holders import NO_SLOT, UNKNOWN, Addresses
 from memserve.router.scheduling.prompt_tree import PromptTree
 
@@ -330,7 +331,7 @@ def test_what_is_told_is_noted_and_entered_when_asked() -> None:
     tree.join("a", 2)
     for number in range(1000):
         tree.hold("a", 2, "", key_of([number]), 0.0)
-        assert len(tree._notes) <= 32
+        assert len(tree._notes) <= MAX_NOTES
     # 4. what a life told is entered before the next one of its instance begins
     tree.hold("a", 2, "", key_of([5000]), 0.0)
     tree.join("a", 3)

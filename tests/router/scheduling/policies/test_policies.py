@@ -303,17 +303,6 @@ def test_the_dead_are_only_sources() -> None:
     assert (rows["p0"].num_cached_tokens, rows["p1"].num_pulled_tokens) == (0, 1584)
 
 
-def test_the_last_block_of_a_prompt_that_is_there_whole() -> None:
-    """It spares all but the last token where it can be copied, and nothing in the host tier."""
-    prompt = tokens_of(0, 1600)
-    for num_host, expected in ((0, (1599, 0)), (1, (1584, 0)), (50, (800, 784))):
-        candidates = fleet(1, 1)
-        trees = Trees(candidates)
-        trees.hold("p0", prompt, num_host)
-        row = decide("prompt-tree", candidates, trees.ask(prompt)).prefill
-        assert (row.num_device_tokens, row.num_host_tokens) == expected
-
-
 def test_believed_blocks_are_no_source_before_they_are_told() -> None:
     candidates = fleet(2, 1)
     trees, prompt = Trees(candidates), tokens_of(0, 1600)
