@@ -62,7 +62,9 @@ def _number(text: str) -> float:
 def _ramp(text: str) -> Ramp:
     from memserve.bench.arrivals import Ramp
 
-    start, _, end = text.partition(":")
+    start, has_both, end = text.partition(":")
+    if not has_both:
+        raise ValueError("two rates are wanted, as 1:5")
     first, last = _number(start), _finite(end)
     if not 0 <= first < math.inf:
         raise ValueError(f"{start!r} is no rate")
