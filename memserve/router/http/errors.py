@@ -95,9 +95,10 @@ async def errors_middleware(request: web.Request, handler: Handler) -> web.Strea
 
 async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
     """Signal handler: `x-request-id` on every answer, streams included; `x-memserve-diverged-at` where a
-    prompt departed from what is remembered.
+    prompt departed from what is remembered. What aiohttp answers before any middleware, an `Expect` that it
+    does not know, has no id yet.
     """
-    response.headers[REQUEST_ID_HEADER] = request[REQUEST_ID]
+    response.headers[REQUEST_ID_HEADER] = request.get(REQUEST_ID) or secrets.token_hex(16)
     if DIVERGED_AT in request:
         response.headers[DIVERGED_AT_HEADER] = str(request[DIVERGED_AT])
 

@@ -725,6 +725,18 @@ async def test_bytes_that_are_no_request(
     assert record.exc_info is None and "\n" not in record.getMessage()
 
 
+@pytest.mark.parametrize("path", ["/health", "/nowhere"])
+async def test_an_expectation_that_nobody_knows_is_answered(
+    serve: Serve, say: Say, caplog: pytest.LogCaptureFixture, path: str
+) -> None:
+    server = await serve(say("x"))
+    headers = {"Expect": "200-ok", "X-Request-Id": "mine"}
+    async with server.session.get(path, headers=headers) as response:
+        assert response.status == 417
+        assert response.headers["x-request-id"]
+    assert not caplog.records
+
+
 async def test_a_full_queue_is_told_before_the_prompt_is_looked_at(
     serve: Serve, say: Say, monkeypatch: pytest.MonkeyPatch, tiny_tokenizer: Tokenizer
 ) -> None:
