@@ -1,4 +1,5 @@
-"""Values of options that have a syntax of their own: numbers in bounds, ramps, think times, limits, JSON.
+"""Values of options that have a syntax of their own: numbers in bounds, ramps, think times, limits, JSON;
+and files to be written.
 
 A value that is none is a usage error with one line. Nothing heavy is imported before one is parsed.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -92,6 +94,15 @@ def _fields(text: str) -> dict[str, object]:
     return fields
 
 
+def _output(text: str) -> Path:
+    path = Path(text)
+    if not path.parent.is_dir():  # found out before the work, not after it
+        raise ValueError(f"there is no folder {path.parent}")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder")
+    return path
+
+
 POSITIVE = Parsed("number", _positive)
 SECONDS = Parsed("seconds", _finite)
 COUNT = click.IntRange(min=1)
@@ -99,3 +110,4 @@ RAMP = Parsed("A:B", _ramp)
 THINK_TIME = Parsed("seconds", _think)
 LIMITS = Parsed("limits", _goodput)
 JSON_OBJECT = Parsed("JSON", _fields)
+OUTPUT = Parsed("file", _output)

@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from memserve.bench.option_types import COUNT, JSON_OBJECT, LIMITS, POSITIVE, RAMP, SECONDS, THINK_TIME
+from memserve.bench.option_types import (
+    COUNT,
+    JSON_OBJECT,
+    LIMITS,
+    OUTPUT,
+    POSITIVE,
+    RAMP,
+    SECONDS,
+    THINK_TIME,
+)
 from memserve.errors import BenchError
 
 if TYPE_CHECKING:
@@ -159,8 +168,8 @@ worker_options = _all(
 )
 
 output_options = _all(
-    _option("--json", "Write everything, per request.", "FILE", type=_FILE),
-    _option("--plot", "Write a picture (PNG).", "FILE", type=_FILE),
+    _option("--json", "Write everything, per request.", "FILE", type=OUTPUT),
+    _option("--plot", "Write a picture (PNG).", "FILE", type=OUTPUT),
 )
 
 

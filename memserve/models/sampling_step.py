@@ -55,19 +55,6 @@ class SampledTensors(NamedTuple):
     is_bad: Tensor
 
 
-class LogprobTensors(NamedTuple):
-    """Of R rows, under the logits as the model gave them.
-
-    `logprobs` float32 [R] of the chosen tokens, `ranks` int64 [R] (1 = best); `top_logprobs` float32 [R, k]
-    and `top_ids` int64 [R, k], best first.
-    """
-
-    logprobs: Tensor
-    ranks: Tensor
-    top_logprobs: Tensor
-    top_ids: Tensor
-
-
 def is_truncated(params: SamplingParams) -> bool:
     """Whether top_p, top_k or min_p can cut anything of a random row."""
     cuts = params.top_p < 1 or params.top_k > 0 or params.min_p > 0
@@ -116,11 +103,3 @@ def sample_step(logits: Tensor, step: SamplingStep) -> SampledTensors:
     """Draw one token for each row of `logits`, float32 [R, V], which are left as they are."""
     edited = logits if step.edits is None else edit_logits(logits, step.edits)
     return SampledTensors(*draw(edited, step.params, step.any_truncated))
-
-
-def logprob_tensors(logits: Tensor, token_ids: Tensor, num_top: int) -> LogprobTensors:
-    """Log-probabilities of `token_ids` int64 [R] (negative ones count as 0) and of the `num_top` best."""
-    logprobs = torch.log_softmax(logits.float(), dim=-1)
-    own = logprobs.gather(1, token_ids.clamp(min=0).unsqueeze(1))
-    best, best_ids = logprobs.topk(min(num_top, logprobs.shape[1]), dim=1)
-    return LogprobTensors(own.squeeze(1), (logprobs > own).sum(dim=1) + 1, best, best_ids)

@@ -11,11 +11,9 @@ events and carries out its actions; a simulator or a test does the same under it
 Invariants
   * Every submitted request ends exactly once: with an `Emit` that has a finish reason, a `Refuse`, or the
     client's `Abandon`; after it nothing of that request is emitted.
-  * Every offer is released exactly once, on whatever transition ends its use, unless its owner died first.
   * An answer counts only if it comes from the instance, incarnation and attempt asked; others are dropped.
-  * What a worker was promised is given back on every transition (fleet.py).
-The decode worker's room is reserved at dispatch, so that the first token can be streamed the moment it is
-there.
+  * What workers were given, a seat or a command, is taken back on every transition that ends its use, offers
+    exactly once (assignments.py).
 """
 
 from __future__ import annotations
@@ -29,27 +27,21 @@ import msgspec
 from memserve.config import Transfer
 from memserve.errors import EngineError, MemserveError, Overloaded, RequestError
 from memserve.messages import (
-    Cancel,
-    Decode,
+    BlockRefs,
     Failed,
     Heartbeat,
-    Offer,
     Output,
-    Prefill,
     Prefilled,
-    PullAhead,
     Pulled,
     PulledBack,
-    Release,
     Removed,
-    Reserve,
     StepOutputs,
     Stored,
-    Tier,
-    ToWorker,
     pack_tokens,
 )
 from memserve.model_config import blocks_for
+from memserve.router.assignments import Assignments
+from memserve.router.counters import DispatcherCounters
 from memserve.router.events import (
     Abandon,
     Action,
@@ -65,12 +57,11 @@ from memserve.router.events import (
 )
 from memserve.router.fleet import Fleet, Seat
 from memserve.router.request_log import Happening, RequestLog
-from memserve.router.request_state import DepartureRate, Origin, Phase, RequestState, StoredBlocks
+from memserve.router.request_state import DepartureRate, Origin, Phase, RequestState
 from memserve.router.scheduling.fair_queue import FairQueue
 from memserve.router.scheduling.global_scheduler import GlobalScheduler
 from memserve.router.scheduling.kept_kv import SentPullBack, pull_back, what_is_left
-from memserve.router.scheduling.policies.decision import Decision
-from memserve.router.scheduling.policy import Placement, WorkerView, choose_decode
+from memserve.router.scheduling.policy import WorkerView
 
 logger = logging.getLogger(__name__)
 
@@ -95,36 +86,6 @@ class DispatcherLimits:
 
 
 @dataclass(slots=True)
-class DispatcherCounters:
-    """What happened so far, for metrics. Only ever grows."""
-
-    submitted: int = 0
-    finished: int = 0
-    refused: int = 0
-    abandoned: int = 0
-    replayed: int = 0
-    stale: int = 0
-    pulls: int = 0
-    failed_pulls: int = 0
-    pulled_tokens: int = 0
-    pulled_bytes: int = 0
-    pull_ms: float = 0.0
-    salvaged_tokens: int = 0
-    pull_backs: int = 0
-    pull_backs_done: int = 0
-    pull_back_misses: int = 0
-    pulled_back_tokens: int = 0
-    pulled_back_bytes: int = 0
-    evicted_blocks: int = 0
-    swapped_out_blocks: int = 0
-    swapped_in_blocks: int = 0
-    prefill_pulls: int = 0
-    failed_prefill_pulls: int = 0
-    prefill_pulled_tokens: int = 0
-    prefill_pulled_bytes: int = 0
-
-
-@dataclass(slots=True)
 class Dispatcher:
     """See the module. Not thread-safe; the router's loop owns it."""
 
@@ -138,6 +99,10 @@ class Dispatcher:
     _queue: FairQueue = field(default_factory=FairQueue)
     _actions: list[Action] = field(default_factory=list)
     _departures: DepartureRate = field(default_factory=DepartureRate)
+    _assignments: Assignments = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._assignments = Assignments(self.limits.transfer, self.scheduler, self.fleet, self._actions)
 
     def on_event(self, event: Event, now: float) -> list[Action]:
         """Take one event; the caller owns the returned actions and carries them out in order."""
@@ -156,13 +121,24 @@ class Dispatcher:
             case Tick():
                 self._on_tick(now)
         self._place_queued(now)
-        actions, self._actions = self._actions, []
+        actions = self._actions.copy()
+        self._actions.clear()
         return actions
 
     @property
     def num_waiting(self) -> int:
         """Requests without a worker."""
         return len(self._queue)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether all that was told has been entered where it is kept."""
+        return self.scheduler.is_settled and self.log.is_settled
+
+    def settle(self) -> None:
+        """Do what nobody waits for: call it when the actions are carried out."""
+        self.scheduler.settle()
+        self.log.settle()
 
     # --- admission and placement ---
 
@@ -203,93 +179,13 @@ class Dispatcher:
             decision = self.scheduler.place(request, now)
             if decision is not None:
                 self._queue.pop()
-                self._start(request, decision, now)
+                self.log.placed(request.request_id, decision, now)
+                self._assignments.start(request, decision, now)
                 continue
             num_tokens = len(request.tokens)
             if any(blocks_for(num_tokens + 1, view.block_size) <= view.num_blocks for view in self.fleet):
                 return
             self._refuse(request, EngineError(f"no worker's pool holds {num_tokens + 1} tokens"), now)
-
-    def _start(self, request: RequestState, decision: Decision, now: float) -> None:
-        request.decision = decision
-        self.log.placed(request.request_id, decision, now)
-        self._seat(request, decision.placement)
-        pulled = self.scheduler.offer_of(request, decision.prefill, now)
-        self.scheduler.started(request, decision, now)
-        if request.prefill is None:
-            self._send_decode(request, pulled)
-        else:
-            self._send_prefill(request, request.prefill, pulled)
-
-    def _seat(self, request: RequestState, placement: Placement) -> None:
-        num_tokens = len(request.tokens)
-        if placement.decode is not None:
-            request.decode = self.fleet.take_seat(
-                placement.decode,
-                num_tokens=request.num_decode_tokens,
-                outstanding_tokens=num_tokens if placement.prefill is None else 0,
-            )
-        if placement.prefill is not None:
-            request.prefill = self.fleet.take_seat(
-                placement.prefill, num_tokens=num_tokens, outstanding_tokens=num_tokens
-            )
-
-    def _send_prefill(self, request: RequestState, seat: Seat, pulled: Offer | None) -> None:
-        """Start the prefill side. `pulled`: KV that it is to pull from another instance first."""
-        request.phase = Phase.PREFILLING
-        overlaps = self.limits.transfer != "request" and request.decode is not None
-        token_ids = request.token_bytes()
-        self._send(
-            seat,
-            Prefill(
-                request_id=request.request_id,
-                attempt=request.attempt,
-                token_ids=token_ids,
-                num_prompt_tokens=request.num_prompt_tokens,
-                sampling=request.sampling,
-                cache_salt=request.cache_salt,
-                tell_blocks=overlaps,
-                tell_layers=overlaps and self.limits.transfer == "layer",
-                offer=self._salvage_for(request, seat) or pulled,
-            ),
-        )
-        if overlaps:
-            assert request.decode is not None
-            request.is_reserved = True
-            reserve = Reserve(request.request_id, request.attempt, token_ids, request.cache_salt)
-            self._send(request.decode, reserve)
-
-    def _send_decode(self, request: RequestState, pulled: Offer | None = None) -> None:
-        """Start the decode side: with the offer if there is one, else from nothing, or from what is to be
-        `pulled` from another instance.
-        """
-        seat = request.decode
-        assert seat is not None
-        request.is_reserved = False
-        request.stored = StoredBlocks(seat.instance, seat.incarnation)
-        request.phase = Phase.DECODING if request.offer is None else Phase.HANDOFF
-        self._send(
-            seat,
-            Decode(
-                request_id=request.request_id,
-                attempt=request.attempt,
-                token_ids=request.token_bytes(),
-                num_prompt_tokens=request.num_prompt_tokens,
-                sampling=request.sampling,
-                cache_salt=request.cache_salt,
-                tell_blocks=True,
-                offer=request.offer or self._salvage_for(request, seat) or pulled,
-            ),
-        )
-        request.num_decoding_tokens = len(request.tokens)
-        self.scheduler.decodes(seat, 1, len(request.tokens))
-
-    def _salvage_for(self, request: RequestState, seat: Seat) -> Offer | None:
-        """What a dead worker has left of it and this one can read; only tried once."""
-        salvage = request.salvage
-        if salvage is None or not self.scheduler.can_read_lost(seat.instance, salvage.refs.instance):
-            request.salvage = None
-        return request.salvage
 
     # --- what workers say ---
 
@@ -308,13 +204,15 @@ class Dispatcher:
                 view.load = message.load
                 self._on_prefilled(event, message, now)
             case Stored():
+                _check_own(event, message.refs)
                 self._on_stored(event, message, now)
             case Pulled():
                 self._on_pulled(event, message, now)
             case PulledBack():
                 self._on_pulled_back(event, message, now)
             case Removed():
-                self._on_removed(message)
+                _check_own(event, message.refs, message.moved_to)
+                self.counters.on_removed(message)
                 self.scheduler.removed(message.refs, message.moved_to)
             case Failed():
                 self._on_failed(event, message, now)
@@ -331,17 +229,7 @@ class Dispatcher:
         if request is not None and sits and is_there:
             self.scheduler.stored(request, stored.first_block, stored.refs, now)
         if request is not None and request.phase is Phase.PREFILLING and _sits(request.prefill, event):
-            if request.is_reserved and request.decode is not None:
-                self._send(
-                    request.decode,
-                    PullAhead(
-                        request_id=stored.request_id,
-                        attempt=stored.attempt,
-                        first_block=stored.first_block,
-                        refs=stored.refs,
-                        layers_from=stored.layers_from,
-                    ),
-                )
+            self._assignments.pull_ahead(request, stored)
         elif request is not None and request.stored is not None and _sits(request.decode, event):
             request.stored.add(stored.first_block, stored.refs)
         else:
@@ -376,33 +264,17 @@ class Dispatcher:
                 done.offer.num_tokens % self.fleet.views[event.instance].block_size > 0
             )
             request.origin = Origin(event.instance, event.incarnation, num_blocks)
-        self._decode_anywhere(request)
-
-    def _decode_anywhere(self, request: RequestState) -> None:
-        """Send a prefilled request to the worker reserved for it, or to another if that one died
-        meanwhile.
-        """
-        if request.decode is None:
-            assert request.prefill is not None
-            request.decode = self.fleet.take_seat(
-                choose_decode(list(self.fleet), request.prefill.instance),
-                num_tokens=request.num_decode_tokens,
-                outstanding_tokens=0,
-            )
-        self._send_decode(request)
+        self._assignments.decode(request)
 
     def _on_pulled(self, event: FromWorker, pulled: Pulled, now: float) -> None:
         request = self._asked(pulled.request_id, pulled.attempt)
         if request is None or not (_sits(request.prefill, event) or _sits(request.decode, event)):
             self.counters.stale += 1
             return
+        is_handoff = request.phase is Phase.HANDOFF and _sits(request.decode, event)
         num_pulled = pulled.num_tokens - pulled.num_cached_tokens
-        self.counters.pulls += 1
-        self.counters.pulled_tokens += num_pulled
-        self.counters.pulled_bytes += pulled.num_bytes
-        self.counters.pull_ms += pulled.pull_ms
+        self.counters.on_pulled(pulled, is_handoff=is_handoff)
         if pulled.failure is not None:
-            self.counters.failed_pulls += 1
             logger.warning(
                 "%s: %s has %d tokens of KV and recomputes the rest: %s",
                 request.request_id,
@@ -410,17 +282,11 @@ class Dispatcher:
                 pulled.num_tokens,
                 pulled.failure,
             )
-        is_handoff = request.phase is Phase.HANDOFF and _sits(request.decode, event)
-        if not is_handoff:
-            self.counters.prefill_pulls += 1
-            self.counters.failed_prefill_pulls += pulled.failure is not None
-            self.counters.prefill_pulled_tokens += num_pulled
-            self.counters.prefill_pulled_bytes += pulled.num_bytes
         if is_handoff:
             request.phase = Phase.DECODING
             detail = f"{pulled.num_tokens} tokens of KV at {event.instance}, {num_pulled} of them pulled"
             self.log.note(request.request_id, now, Happening.HANDED_OFF, detail)
-            self._release_offer(request)
+            self._assignments.release_offer(request)
         elif request.salvage is not None:
             request.salvage = None
             self.counters.salvaged_tokens += num_pulled
@@ -432,19 +298,7 @@ class Dispatcher:
             command = sent.message
             place = (event.instance, event.incarnation)
             self.scheduler.held(*place, command.cache_salt, command.token_ids, now)
-        self.counters.pull_backs_done += 1
-        self.counters.pulled_back_tokens += answer.num_tokens
-        self.counters.pulled_back_bytes += answer.num_bytes
-        self.counters.pull_back_misses += answer.failure is not None
-
-    def _on_removed(self, removed: Removed) -> None:
-        num_blocks, moved_to = len(removed.refs.blocks), removed.moved_to
-        if moved_to is None:
-            self.counters.evicted_blocks += num_blocks
-        elif removed.refs.tier is Tier.DEVICE:
-            self.counters.swapped_out_blocks += num_blocks
-        elif moved_to.tier is Tier.DEVICE:
-            self.counters.swapped_in_blocks += num_blocks
+        self.counters.on_pulled_back(answer)
 
     def _on_output(self, event: FromWorker, output: Output, now: float) -> None:
         request = self._asked(output.request_id, output.attempt)
@@ -496,7 +350,7 @@ class Dispatcher:
             return
         self.counters.abandoned += 1
         self.log.note(request.request_id, now, Happening.ABANDONED)
-        self._cancel_on_worker(request)
+        self._assignments.cancel(request)
         if request.phase is not Phase.QUEUED:
             self._departures.note(now)
         self._forget(request, now)
@@ -511,26 +365,14 @@ class Dispatcher:
     def _refuse(self, request: RequestState, error: MemserveError, now: float) -> None:
         self.counters.refused += 1
         self.log.note(request.request_id, now, Happening.REFUSED, str(error))
-        self._cancel_on_worker(request)
+        self._assignments.cancel(request)
         self._actions.append(Refuse(request.request_id, error))
         self._forget(request, now)
 
-    def _cancel_on_worker(self, request: RequestState) -> None:
-        """Tell who works on this attempt to forget it. Harmless where it is already forgotten."""
-        seat = request.prefill if request.phase is Phase.PREFILLING else request.decode
-        if request.phase is not Phase.QUEUED and seat is not None:
-            self._send(seat, Cancel(request.request_id, request.attempt))
-
-    def _drop_reservation(self, request: RequestState) -> None:
-        """No `Decode` of this attempt will come: the decode worker need not keep what it pulled for it."""
-        if request.is_reserved and request.decode is not None:
-            self._send(request.decode, Cancel(request.request_id, request.attempt))
-        request.is_reserved = False
-
     def _forget(self, request: RequestState, now: float) -> None:
-        self._drop_reservation(request)
+        self._assignments.drop_reservation(request)
         self._pull_back(request)
-        self._leave_workers(request, now)
+        self._assignments.leave(request, now)
         if request.phase is Phase.QUEUED:
             self._queue.remove(request.request_id)
         del self.requests[request.request_id]
@@ -583,7 +425,7 @@ class Dispatcher:
             self._refuse(request, error, now)
             return
         if not _sits(request.decode, dead):
-            self._drop_reservation(request)
+            self._assignments.drop_reservation(request)
         request.salvage = what_is_left(request, dead)
         self.counters.replayed += 1
         self.log.note(request.request_id, now, Happening.REPLAYED, f"{dead.instance} died")
@@ -595,44 +437,22 @@ class Dispatcher:
             num_tokens,
         )
         request.attempt += 1
-        self._stop_decoding(request)
+        self._assignments.stop_decoding(request)
         if request.phase is Phase.HANDOFF and request.offer is not None:
             request.decode = None  # the offer still stands: only the decode side is lost
-            self._decode_anywhere(request)
+            self._assignments.decode(request)
         else:
-            self._leave_workers(request, now)
+            self._assignments.leave(request, now)
             request.phase = Phase.QUEUED
             self._queue.push_front(request.request_id)
-
-    # --- leaving ---
-
-    def _leave_workers(self, request: RequestState, now: float) -> None:
-        self.scheduler.left(request, now)
-        self._stop_decoding(request)
-        self._release_offer(request)
-        self.fleet.leave(request.prefill)
-        self.fleet.leave(request.decode)
-        request.prefill = request.decode = None
-        request.stored = None
-
-    def _stop_decoding(self, request: RequestState) -> None:
-        """It is no longer among its worker's decodes."""
-        if request.num_decoding_tokens is not None and request.decode is not None:
-            self.scheduler.decodes(request.decode, -1, -request.num_decoding_tokens)
-        request.num_decoding_tokens = None
-
-    def _release_offer(self, request: RequestState) -> None:
-        """The offer is no longer needed: unlock it at its source, and leave that worker."""
-        if request.offer is None:
-            return
-        assert request.prefill is not None
-        self._send(request.prefill, Release(request.request_id, request.offer_attempt))
-        self.fleet.leave(request.prefill)
-        request.offer = request.prefill = None
-
-    def _send(self, seat: Seat, message: ToWorker) -> None:
-        self._actions.append(Send(seat.instance, seat.incarnation, message))
 
 
 def _sits(seat: Seat | None, place: FromWorker | WorkerView) -> bool:
     return seat is not None and seat.is_at(place)
+
+
+def _check_own(event: FromWorker, *told: BlockRefs | None) -> None:
+    """Of its own blocks a worker tells, and of no other's. Raises EngineError, whereupon it is fenced."""
+    for refs in told:
+        if refs is not None and (refs.instance, refs.incarnation) != (event.instance, event.incarnation):
+            raise EngineError(f"{event.instance} told of blocks of {refs.instance}")

@@ -109,6 +109,7 @@ class ServingEngine:
         self._cache_commands: Commands[CacheCommand, CacheReport] = Commands(self._send_to)
         self.measurements = Measurements(self._send_to)
         self.is_calibrating = False
+        self._is_settling = False
         self.fingerprint = ""
         self.all_lost = asyncio.Event()
 
@@ -327,6 +328,16 @@ class ServingEngine:
 
     def _feed(self, event: Event) -> None:
         self._carry_out(self._dispatcher.on_event(event, self._clock()))
+        if not self._is_settling and not self._dispatcher.is_settled:
+            # Not before what was just sent, or is about to be written by who was told, is on its way: the
+            # loop writes at the end of each round.
+            self._is_settling = True
+            loop = asyncio.get_running_loop()
+            loop.call_soon(loop.call_soon, self._settle)
+
+    def _settle(self) -> None:
+        self._is_settling = False
+        self._dispatcher.settle()
 
     def _carry_out(self, actions: Sequence[Action]) -> None:
         for action in actions:

@@ -24,7 +24,8 @@ from memserve.bench.workload import Session
 from memserve.config import PolicyName, Role, Transfer
 from memserve.messages import BlockRefs, Decode, Prefill, Prefilled, SamplingParams, StepOutputs, ToRouter
 from memserve.model_config import blocks_for
-from memserve.router.dispatcher import Dispatcher, DispatcherCounters, DispatcherLimits
+from memserve.router.counters import DispatcherCounters
+from memserve.router.dispatcher import Dispatcher, DispatcherLimits
 from memserve.router.events import Action, Emit, Event, FromWorker, Refuse, Send, Submit, Tick, WorkerUp
 from memserve.router.scheduling.cost_model import CostModel
 from memserve.router.scheduling.global_scheduler import GlobalScheduler

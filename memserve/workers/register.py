@@ -147,11 +147,17 @@ class Register:
         self.tell_failed(request.request_id, request.attempt, message)
 
     def fail_and_forget(self, request: Request, message: str) -> None:
-        """It could not be computed, perhaps for what its first chunks have stored: nobody shall find that."""
-        tokens = request.token_bytes(0, request.table.num_shared * self._config.block_size)
+        """It could not be computed, perhaps for what it found or its first chunks have stored: nobody shall
+        find that.
+        """
+        block_size = self._config.block_size
+        # The block of which it has a copy is none that it shares.
+        found = request.token_bytes(0, request.num_computed_tokens // block_size * block_size)
+        shared = request.token_bytes(0, request.table.num_shared * block_size)
         self.fail(request, message)
-        if tokens:
-            self._pool.delete(tokens, request.cache_salt)
+        for tokens in (found, shared):
+            if tokens:
+                self._pool.delete(tokens, request.cache_salt)
 
     def tell_failed(self, request_id: str, attempt: int, message: str) -> None:
         """Tell the router that an attempt of which nothing is left here has failed."""

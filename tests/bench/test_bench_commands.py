@@ -133,12 +133,22 @@ def test_nothing_to_measure_is_one_line(sessions: Path, tmp_path: Path) -> None:
         "random --extra-body 7",
         "random --extra-body {",
         "random --endpoint other",
+        "random --json /nowhere/at/all.json",
+        "random --plot /nowhere/at/all.png",
+        "random --json /",
     ],
 )
 def test_bad_values_are_usage_errors(line: str) -> None:
     result = invoke("serve", *line.split())
     assert result.exit_code == 2, result.output
     assert "Usage: memserve bench serve" in result.stderr
+
+
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_files_of_the_pool_that_cannot_be_written_are_told_before_it_runs(option: str) -> None:
+    result = invoke("pool", "--quick", "--only", "calls", option, "/nowhere/at/all")
+    assert result.exit_code == 2, result.output
+    assert "there is no folder /nowhere/at" in result.stderr and not result.stdout
 
 
 def test_names_are_those_of_the_code() -> None:

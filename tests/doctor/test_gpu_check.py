@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,3 +56,46 @@ def test_a_benchmark_that_fails_is_told_with_what_it_said() -> None:
 @pytest.mark.parametrize(("rate", "passed"), [(7e11, True), (6.9e11, False), (float("nan"), False)])
 def test_a_share_of_the_ceiling_passes_or_not(rate: float, passed: bool) -> None:
     assert gpu_check._share("a pull", rate, 1e12, 0.7).passed is passed
+
+
+def test_each_test_of_kernels_is_in_one_process() -> None:
+    """With whatever plugins there are: the options of this project's own need one that a GPU machine may
+    lack.
+    """
+    found: list[str] = []
+    for _, choice in gpu_check.KERNEL_TESTS:
+        names = [name for name in KERNEL_TESTS if _is_chosen(choice, name)]
+        assert names, choice
+        found += names
+    assert sorted(found) == sorted(KERNEL_TESTS)
+
+
+def _is_chosen(choice: str, name: str) -> bool:
+    """As `-k` has it, of words, `and` and `not`."""
+    return all(
+        (word.removeprefix("not ") in name) is not word.startswith("not ") for word in choice.split(" and ")
+    )
+
+
+def _kernel_tests() -> list[str]:
+    """The names as pytest knows them, of attention with its windows."""
+    text = (gpu_check.REPOSITORY / "tests/gpu/test_kernels.py").read_text()
+    names = []
+    for part in text.split("\n\n\n"):
+        windows = re.findall(r'"window", \[None, (\d+)\]', part)
+        for name in re.findall(r"^def (test_\w+)", part, re.M):
+            names += [f"{name}[{window}]" for window in ("None", *windows)] if windows else [name]
+    return names
+
+
+KERNEL_TESTS = _kernel_tests()
+
+
+@pytest.mark.parametrize(("body", "passed"), [("pass", True), ("assert False", False)])
+def test_a_run_of_tests_is_a_line(tmp_path: Path, body: str, passed: bool) -> None:
+    """Also where what it runs warns: on another machine that says nothing of the GPU."""
+    warns = "import pytest, warnings\n\n@pytest.mark.gpu\ndef test_it():\n    warnings.warn('old')\n    "
+    path = tmp_path / "test_it.py"
+    path.write_text(warns + body + "\n")
+    line = gpu_check._tests_line("it", gpu_check._start_tests(str(path), ""))
+    assert line.passed is passed and ("1 passed" if passed else "1 failed") in line.found

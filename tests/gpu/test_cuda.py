@@ -325,7 +325,8 @@ def test_a_worker_process_from_init_to_shutdown(llama: Path, expected: dict[str,
             messages.append(process.receive())
         assert tokens_of(messages) == expected
         last = messages[-1]
-        assert isinstance(last, StepOutputs) and last.load.num_free_blocks == ready.num_blocks
+        assert isinstance(last, StepOutputs) and last.load.num_active_blocks == 0
+        assert last.load.num_free_blocks + last.load.num_historical_blocks == ready.num_blocks
         # 3. It ends.
         process.control.sendall(encode_frame(Shutdown(), 0))
         assert process.popen.wait(60) == 0

@@ -9,7 +9,7 @@ import torch
 from memserve.kernels.sampling import SamplingRow, sample
 from memserve.messages import SamplingParams
 from memserve.models.paged_step import Staging
-from memserve.models.sampling_step import build_sampling_step, logprob_tensors, sample_step
+from memserve.models.sampling_step import build_sampling_step, sample_step
 
 torch.set_num_threads(1)
 NONE = np.empty(0, dtype=np.int32)
@@ -100,12 +100,3 @@ def test_edits() -> None:
 
 def test_no_rows() -> None:
     check(torch.empty(0, 50), [])
-
-
-def test_logprobs() -> None:
-    logits = torch.randn(3, 50)
-    found = logprob_tensors(logits, torch.tensor([4, -1, 7]), 5)
-    expected = logits.log_softmax(-1)
-    assert torch.allclose(found.logprobs, expected[[0, 1, 2], [4, 0, 7]])
-    assert found.ranks[0] == (expected[0] > expected[0, 4]).sum() + 1
-    assert torch.equal(found.top_ids, expected.topk(5).indices)

@@ -33,6 +33,7 @@ from memserve.messages import (
     PullBack,
     Pulled,
     Release,
+    Removed,
     Reserve,
     SamplingParams,
     StepOutputs,
@@ -41,6 +42,7 @@ from memserve.messages import (
     TokenLogprobs,
     ToRouter,
     ToWorker,
+    pack_tokens,
     unpack_tokens,
 )
 from memserve.router.dispatcher import Dispatcher, DispatcherLimits
@@ -321,6 +323,25 @@ def world() -> World:
     return world
 
 
+@pytest.mark.parametrize("num_tokens", [7, 8, 9])
+def test_a_prompt_given_up_is_still_believed_where_it_was(world: World, num_tokens: int) -> None:
+    """What a worker was known to have of it, and of what goes on from it, it has as before."""
+    prompt = list(range(16))
+    world.submit("first", prompt, 2)
+    world.run_out()
+
+    def num_known() -> int:
+        tree = world.dispatcher.scheduler._trees[Role.PREFILL]
+        return tree.match("", pack_tokens(prompt), world.now).live["prefill-0"].num_tokens
+
+    assert num_known() == 16
+    world.submit("second", prompt[:num_tokens], 2)
+    assert ("second", 0) in world.workers["prefill-0"].prefills
+    world.abandon("second")
+    assert num_known() == 16
+    world.assert_idle()
+
+
 def test_one_request_through_both_workers(world: World) -> None:
     p, d = world.workers["prefill-0"], world.workers["decode-0"]
     # 1. dispatched: P computes, D's room is reserved but D knows nothing yet
@@ -589,6 +610,49 @@ def test_request_that_no_pool_holds_is_refused(world: World) -> None:
     world.submit("r", list(range(400)), 10)
     assert isinstance(world.ended["r"], EngineError)
     world.assert_idle()
+
+
+@pytest.mark.parametrize(
+    ("blocks", "generations", "new_blocks"),
+    [((1, 2, 3), (1, 1), None), ((1,), (1, 1), None), ((1, 2), (1, 1), (8,)), ((1,), (1,), (8, 9))],
+)
+def test_addresses_that_make_no_sense_are_who_told_them_fault(
+    world: World, blocks: tuple[int, ...], generations: tuple[int, ...], new_blocks: tuple[int, ...] | None
+) -> None:
+    # 1. a worker's blocks are known
+    bad, _ = world.up("bad", Role.COLOCATED), world.up("good", Role.COLOCATED)
+    world.submit("a", list(range(16)), 1)
+    world.run_out()
+    # 2. it tells of them what cannot be: an error at once, so that it is the one who is given up
+    refs = BlockRefs("bad", bad.incarnation, Tier.DEVICE, blocks, generations)
+    moved_to = None
+    if new_blocks is not None:
+        moved_to = BlockRefs("bad", bad.incarnation, Tier.HOST, new_blocks, (3,) * len(new_blocks))
+    with pytest.raises(EngineError, match="bad told of"):
+        world.hear(bad, Removed(refs, moved_to))
+    world.down("bad")
+    # 3. nobody else meets it later
+    world.submit("b", list(range(16)), 2)
+    world.run_out()
+    assert world.streams["b"] == expected_stream(list(range(16)), 2)
+    world.assert_idle()
+
+
+def test_a_worker_does_not_tell_of_another_ones_blocks(world: World) -> None:
+    one, other = world.up("one", Role.COLOCATED), world.up("other", Role.COLOCATED)
+    world.submit("a", list(range(16)), 1)
+    world.run_out()
+    own = BlockRefs("one", one.incarnation, Tier.DEVICE, (0,), (1,))
+    not_own = BlockRefs("other", other.incarnation, Tier.DEVICE, (0,), (1,))
+    former = BlockRefs("one", one.incarnation - 1, Tier.DEVICE, (0,), (1,))
+    for message in (
+        Removed(not_own, None),
+        Removed(former, None),
+        Removed(own, moved_to=not_own),
+        Stored("a", 0, 0, not_own),
+    ):
+        with pytest.raises(EngineError, match="one told of blocks of"):
+            world.hear(one, message)
 
 
 def test_growth_beyond_the_pool_is_not_a_deadlock(world: World) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from memserve.errors import EngineError, MemserveError, Overloaded, Unavailable
 from memserve.messages import (
+    BlockRefs,
     CacheCommand,
     CachedTokens,
     CacheReport,
@@ -24,6 +25,8 @@ from memserve.messages import (
     Refuse,
     SamplingParams,
     StepOutputs,
+    Stored,
+    Tier,
     ToWorker,
 )
 from memserve.router.dispatcher import Dispatcher, DispatcherLimits
@@ -38,9 +41,9 @@ class Rig:
 
     def __init__(self, *instances: str, max_waiting: int = 8) -> None:
         self.sent: list[ToWorker] = []
-        dispatcher = Dispatcher(limits=DispatcherLimits(max_waiting=max_waiting))
+        self.dispatcher = Dispatcher(limits=DispatcherLimits(max_waiting=max_waiting))
         self.configs = {name: make_worker(name) for name in instances or ("colocated-0",)}
-        self.engine = ServingEngine(dispatcher, tuple(self.configs.values()))
+        self.engine = ServingEngine(self.dispatcher, tuple(self.configs.values()))
         self.engine.connect(lambda instance, message: self.sent.append(message))
 
     def up(self, instance: str = "colocated-0", incarnation: int = 0) -> None:
@@ -54,8 +57,8 @@ class Rig:
         self.engine.on_worker_message("colocated-0", 0, StepOutputs(outputs, Load()))
 
 
-def request(rid: str = "r", max_tokens: int = 8) -> GenerateRequest:
-    return GenerateRequest(rid, np.array([1, 2], dtype=np.int32), SamplingParams(max_tokens, 0))
+def request(rid: str = "r", max_tokens: int = 8, num_tokens: int = 2) -> GenerateRequest:
+    return GenerateRequest(rid, np.arange(num_tokens, dtype=np.int32), SamplingParams(max_tokens, 0))
 
 
 async def collect(engine: ServingEngine, what: GenerateRequest) -> list[Delta]:
@@ -90,6 +93,26 @@ async def test_tokens_come_through() -> None:
     assert deltas[-1].finish_reason is FinishReason.STOP
     assert not rig.engine._listeners
     assert not any(isinstance(message, Cancel) for message in rig.sent)
+
+
+async def test_what_a_worker_tells_of_its_cache_is_entered_when_the_answer_is_out() -> None:
+    rig = Rig()
+    rig.up()
+    dispatcher, told = rig.dispatcher, list[Delta | MemserveError]()
+    # 1. the prompt goes to the worker before it is entered that it will be there
+    rig.engine.submit(request(num_tokens=40), told.append)
+    assert isinstance(rig.sent[-1], Decode) and not dispatcher.is_settled
+    await asyncio.sleep(0.01)
+    assert dispatcher.is_settled
+    # 2. the answer goes to the client, and what the client's task does then, before where its KV is
+    refs = BlockRefs("colocated-0", 0, Tier.DEVICE, (1, 2), (1, 1))
+    rig.engine.on_worker_message("colocated-0", 0, Stored("r", 0, 0, refs))
+    rig.say(Output("r", 0, (5,), finish_reason=FinishReason.LENGTH))
+    assert len(told) == 1 and not dispatcher.is_settled
+    await asyncio.sleep(0)
+    assert not dispatcher.is_settled
+    await asyncio.sleep(0.01)
+    assert dispatcher.is_settled
 
 
 async def test_leaving_cancels_at_the_worker() -> None:

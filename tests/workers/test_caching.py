@@ -106,6 +106,20 @@ def test_a_prompt_that_is_cached_whole_computes_one_token_in_a_block_of_its_own(
     rig.assert_idle()
 
 
+@pytest.mark.parametrize("num_blocks", (1, 3))
+def test_what_a_failed_request_has_read_is_not_read_again(make_caching, tools, num_blocks):
+    """Not even where all it had of the cache is the copy of its only block."""
+    rig = make_caching()
+    prompt = tools.prompt(num_blocks * 4)
+    run_one(rig, tools, "cold", prompt, 1)
+    rig.pool.kv[rig.pool.match(pack_tokens(prompt)).device_blocks] = torch.nan
+    rig.send(tools.decode("broken", prompt, max_tokens=1))
+    rig.run()
+    assert tools.Transcript.of(rig.take(), "broken").failed is not None
+    assert run_one(rig, tools, "again", prompt, 1) == (tools.expected(prompt, 1), 0)
+    rig.assert_idle()
+
+
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 def test_a_conversation_computes_only_what_is_new(make_caching, tools, block_size):
     rig = make_caching(block_size)

@@ -74,8 +74,7 @@ def parser_error(error: http_exceptions.HttpProcessingError) -> RequestError:
 @web.middleware
 async def errors_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Outermost: gives the request its id, answers errors, counts the answer."""
-    sent = request.headers.get(REQUEST_ID_HEADER, "")
-    request_id = request[REQUEST_ID] = sent if _SANE_ID.fullmatch(sent) else secrets.token_hex(16)
+    request_id = request[REQUEST_ID] = _id_for(request)
     status = _CLIENT_LEFT
     try:
         try:
@@ -95,12 +94,17 @@ async def errors_middleware(request: web.Request, handler: Handler) -> web.Strea
 
 async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
     """Signal handler: `x-request-id` on every answer, streams included; `x-memserve-diverged-at` where a
-    prompt departed from what is remembered. What aiohttp answers before any middleware, an `Expect` that it
-    does not know, has no id yet.
+    prompt departed from what is remembered.
     """
-    response.headers[REQUEST_ID_HEADER] = request.get(REQUEST_ID) or secrets.token_hex(16)
+    # aiohttp refuses what a request expects before any middleware has seen it.
+    response.headers[REQUEST_ID_HEADER] = request[REQUEST_ID] if REQUEST_ID in request else _id_for(request)
     if DIVERGED_AT in request:
         response.headers[DIVERGED_AT_HEADER] = str(request[DIVERGED_AT])
+
+
+def _id_for(request: web.Request) -> str:
+    sent = request.headers.get(REQUEST_ID_HEADER, "")
+    return sent if _SANE_ID.fullmatch(sent) else secrets.token_hex(16)
 
 
 def _object(status: int, message: str, param: str | None, code: str | None) -> ErrorObject:

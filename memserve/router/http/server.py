@@ -210,11 +210,11 @@ class _Server:
             job_id = f"{request[REQUEST_ID]}.{next(self._numbers)}"
             job = await plan(decode(data), job_id, self._model, self._limits)
             job = placed_as_asked(job, request.headers)
-            self._note_readings(request, job)
             choices = await make_choices(job, self._model.tokenizer)
             timer = self._metrics.start_request()
             with closing(Generation(self._engine, choices, timer, self._model.history)) as generation:
                 active.start(generation)
+                self._note_readings(request, job)  # while a worker computes
                 response: web.StreamResponse
                 if job.stream:
                     response = await self._stream(request, form, job, generation)

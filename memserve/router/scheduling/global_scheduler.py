@@ -14,14 +14,17 @@ index is the truth. Cost models come from calibration (`use`), until then from a
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import msgspec
 
 from memserve.config import Role, Transport
+from memserve.errors import EngineError
 from memserve.messages import BlockRefs, CachedTokens, Offer
 from memserve.router.fleet import Seat
+from memserve.router.notes import Notes
 from memserve.router.request_state import RequestState
 from memserve.router.scheduling.cost_model import CostModel
 from memserve.router.scheduling.hardware import rough_guess
@@ -77,9 +80,11 @@ class GlobalScheduler:
         self._workers: dict[str, _Worker] = {}
         self._recent: dict[Role, RecentWork] = {}
         self._lost: list[tuple[float, Role, str, int]] = []
+        self._notes = Notes()
 
     def use(self, models: Mapping[str, CostModel]) -> None:
         """Predict by these from now on; by instance."""
+        self._notes.settle()
         self._models = models
         for name, worker in self._workers.items():
             if name in models:
@@ -112,12 +117,24 @@ class GlobalScheduler:
             _, role, instance, incarnation = self._lost.pop(0)
             self._trees[role].drop(instance, incarnation)
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether all that was told is entered."""
+        return not self._notes and all(tree.is_settled for tree in self._trees.values())
+
+    def settle(self) -> None:
+        """Enter what was told, while nobody waits."""
+        self._notes.settle()
+        for tree in self._trees.values():
+            tree.settle()
+
     # --- requests ---
 
     def place(self, request: RequestState, now: float) -> Decision | None:
         """Where a request goes, with the whole table of why; None = nothing has room."""
         if not self._has_room(request):
             return None
+        self._notes.settle()
         tokens = request.token_bytes()
         found = {role: tree.match(request.cache_salt, tokens, now) for role, tree in self._trees.items()}
         sources = [source_of(self._trees[role], each) for role, each in found.items()]
@@ -191,8 +208,9 @@ class GlobalScheduler:
         worker.backlog.remove(request.request_id, now)
         if worked_ms is not None and cached is not None and not cached.pulled:
             batch = Batch(view.num_decoding, view.num_context)
-            raw_ms = worker.predictor.prefill_ms(request.num_prompt_tokens, cached.total, batch)
-            worker.correction.observe(Phase.PREFILL, view.num_decoding > 0, raw_ms, worked_ms)
+            self._notes.add(
+                partial(_learn, worker, request.num_prompt_tokens, cached.total, batch, worked_ms)
+            )
 
     def prefilled(
         self, request: RequestState, seat: Seat, cached: CachedTokens, refs: BlockRefs | None, now: float
@@ -223,7 +241,8 @@ class GlobalScheduler:
                 num_blocks = (row.num_device_tokens + row.num_host_tokens) // size
                 tree = self._trees[worker.view.role]
                 place = (seat.instance, seat.incarnation, request.cache_salt)
-                tree.remove(*place, request.token_bytes(), num_blocks)
+                # Of what `started` believes: whatever else is known there was told.
+                tree.remove(*place, request.token_bytes(0, len(request.tokens) - 1), num_blocks)
 
     def can_read_lost(self, reader: str, dead: str) -> bool:
         """Whether one instance can read what another has left: its memory must be mapped, and a replacement
@@ -270,9 +289,13 @@ class GlobalScheduler:
         )
 
     def removed(self, refs: BlockRefs, moved_to: BlockRefs | None) -> None:
-        """Blocks of a worker are gone, or elsewhere in it."""
+        """Blocks of a worker are gone, or elsewhere in it. Raises EngineError where that makes no sense."""
         tree = self._trees[self._workers[refs.instance].view.role]
         if moved_to is not None:
+            if len(moved_to.blocks) != len(refs.blocks):
+                raise EngineError(
+                    f"{refs.instance} told of {len(refs.blocks)} blocks that moved to {len(moved_to.blocks)}"
+                )
             tree.move_blocks(refs.instance, refs.incarnation, Addresses.of(refs), Addresses.of(moved_to))
         else:
             tree.remove_blocks(refs.instance, refs.incarnation, Addresses.of(refs))
@@ -322,6 +345,7 @@ class GlobalScheduler:
         return tree
 
 
-def policy_names() -> Iterable[str]:
-    """What `--policy` may be."""
-    return POLICIES.keys()
+def _learn(worker: _Worker, num_tokens: int, num_cached: int, batch: Batch, worked_ms: float) -> None:
+    """A prompt took so long beside that batch: what the prediction would have been corrects those to come."""
+    raw_ms = worker.predictor.prefill_ms(num_tokens, num_cached, batch)
+    worker.correction.observe(Phase.PREFILL, batch.num_rows > 0, raw_ms, worked_ms)

@@ -45,9 +45,14 @@ class Addresses(NamedTuple):
     def of(cls, refs: BlockRefs) -> Addresses:
         """The same without the common part.
 
-        Raises EngineError where a number is none of a block or a generation: refs come from workers, and
-        codes index tables here. Who sent them is then given up (WorkerClient).
+        Raises EngineError where a number is none of a block or a generation, or there are more of the ones
+        than of the others: refs come from workers, and codes index tables here. Who sent them is then given
+        up (WorkerClient), which is why it is found out now: trees enter what they are told only later.
         """
+        if len(refs.blocks) != len(refs.generations):
+            raise EngineError(
+                f"{refs.instance} told of {len(refs.blocks)} blocks and {len(refs.generations)} generations"
+            )
         try:
             codes = np.array(refs.blocks, dtype=np.int32)
             generations = np.array(refs.generations, dtype=np.int64)

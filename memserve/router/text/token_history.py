@@ -148,7 +148,8 @@ class TokenHistory:
         """Whether the ends of all its tokens are known, from now on. Not where the prompt's ids do not read
         as its text: then it is forgotten.
         """
-        num_lacking = len(sequence.token_ids) - len(sequence.ends)
+        known = sequence.ends  # looked at once: other threads may be spelling it too
+        num_lacking = len(sequence.token_ids) - len(known)
         if num_lacking:
             prompt = sequence.text[: sequence.num_prompt_bytes]
             ends = self._texts.ends_of_prompt(
@@ -156,10 +157,10 @@ class TokenHistory:
             )
             if ends is None:
                 with self._lock:
-                    if (scope, sequence.text) in self._sequences:
+                    if self._sequences.get((scope, sequence.text)) is sequence:
                         self._forget(scope, sequence.text)
                 return False
-            sequence.ends = np.concatenate((ends, sequence.ends))
+            sequence.ends = np.concatenate((ends, known))
         return True
 
     # --- reading -------------------------------------------------------------------------------------------

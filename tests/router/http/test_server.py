@@ -725,15 +725,13 @@ async def test_bytes_that_are_no_request(
     assert record.exc_info is None and "\n" not in record.getMessage()
 
 
-@pytest.mark.parametrize("path", ["/health", "/nowhere"])
-async def test_an_expectation_that_nobody_knows_is_answered(
-    serve: Serve, say: Say, caplog: pytest.LogCaptureFixture, path: str
+async def test_what_cannot_be_expected_is_refused(
+    serve: Serve, say: Say, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = await serve(say("x"))
-    headers = {"Expect": "200-ok", "X-Request-Id": "mine"}
-    async with server.session.get(path, headers=headers) as response:
-        assert response.status == 417
-        assert response.headers["x-request-id"]
+    headers = {"Expect": "more", "x-request-id": "mine"}
+    async with server.session.post("/v1/completions", headers=headers, data=b"{}") as response:
+        assert response.status == 417 and response.headers["x-request-id"] == "mine"
     assert not caplog.records
 
 

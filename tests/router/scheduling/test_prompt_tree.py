@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from memserve.errors import EngineError
 from memserve.messages import BlockRefs, Tier
+from memserve.router.notes import MAX_NOTES
 from memserve.router.scheduling.holders import NO_SLOT, UNKNOWN, Addresses
 from memserve.router.scheduling.prompt_tree import PromptTree
 
@@ -253,11 +254,22 @@ class PromptTreeMachine(RuleBasedStateMachine):
                 if first == 0:
                     assert self.tree.num_known_tokens(found, holding.life) == len(known) * self.block_size
 
+    @rule()
+    def settle(self) -> None:
+        self.tree.settle()
+        assert self.tree.is_settled
+
     @invariant()
     def is_sound(self) -> None:
-        if hasattr(self, "tree"):
+        """Looked at where it is settled anyway: so that notes gather, as they do while nobody asks."""
+        if hasattr(self, "tree") and self.tree.is_settled:
             assert_sound(self.tree)
             assert self.tree.num_blocks == sum(map(len, self.table.values()))
+
+    def teardown(self) -> None:
+        if hasattr(self, "tree"):
+            self.tree.settle()
+            self.is_sound()
 
 
 TestPromptTree = PromptTreeMachine.TestCase
@@ -300,6 +312,30 @@ def test_life_of_a_prefix() -> None:
     # 5. nothing stays
     tree.drop("p0", 2)
     assert tree.num_blocks == 0 and not list(tree.nodes)
+
+
+def test_what_is_told_is_noted_and_entered_when_asked() -> None:
+    tree = PromptTree(1, max_blocks=1000)
+    tree.join("a", 1)
+    # 1. noted, and there for whoever asks
+    tree.hold("a", 1, "", key_of([1, 2, 3]), 0.0, addresses=addresses([1, 2, 3]))
+    tree.remove_blocks("a", 1, addresses([3]))
+    assert not tree.is_settled
+    assert tree.match("", key_of([1, 2, 3]), 0.0).live["a"].num_tokens == 2
+    assert tree.is_settled
+    # 2. what a life had told before it ended is what it left
+    tree.hold("a", 1, "", key_of([7]), 0.0, addresses=addresses([7]))
+    tree.lose("a", 1)
+    assert [h.num_tokens for h in tree.match("", key_of([7]), 0.0).lost] == [1]
+    # 3. notes are bounded where nobody asks
+    tree.join("a", 2)
+    for number in range(1000):
+        tree.hold("a", 2, "", key_of([number]), 0.0)
+        assert len(tree._notes) <= MAX_NOTES
+    # 4. what a life told is entered before the next one of its instance begins
+    tree.hold("a", 2, "", key_of([5000]), 0.0)
+    tree.join("a", 3)
+    assert "a" not in tree.match("", key_of([5000]), 0.0).live
 
 
 @pytest.mark.parametrize("tier", list(Tier))

@@ -113,6 +113,27 @@ def test_nothing_is_reused_where_it_may_not(small: Tokenizer) -> None:
     assert reading.token_ids.tolist() == small.encode(text).tolist()
 
 
+def test_a_prompt_that_two_threads_come_back_to(small: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever of them spells it last, its tokens end where they did."""
+    history = TokenHistory(small)
+    _, whole = answered(history, small, f"hello{TURN}", ids_of(small, "hel", "lo", " ", "wor", "ld"))
+    spell = history._texts.ends_of_prompt
+    inner: list[Reading] = []
+
+    def meanwhile(*args: object, **kwargs: object) -> object:
+        ends = spell(*args, **kwargs)
+        monkeypatch.undo()
+        inner.append(history.read(f"{whole}{END}", CHAT))
+        return ends
+
+    monkeypatch.setattr(history._texts, "ends_of_prompt", meanwhile)
+    outer = history.read(f"{whole} h", CHAT)
+    later = history.read(whole, CHAT)
+    for reading, text in ((inner[0], f"{whole}{END}"), (outer, f"{whole} h"), (later, whole)):
+        assert reading.num_reused == len(small.encode(f"hello{TURN}")) + 5
+        assert spelled(small, reading.token_ids.tolist()) == text
+
+
 def test_text_that_no_model_wrote_is_tokenised_as_ever(small: Tokenizer) -> None:
     history = TokenHistory(small)
     answered(history, small, "hello a", ids_of(small, " ", "w"))

@@ -81,7 +81,7 @@ def price_prefills(
             if own > most and not in_host:
                 own = ask.num_tokens - 1
             elif own > most:
-                own, in_host = most, min(in_host, most)
+                own, in_host = most, in_host - (own - most)  # ends are swapped out first: it is in the host's
         if view.num_decoding:
             batch = Batch(view.num_decoding, view.num_context)
             ways = _ways(predictor, ask.num_tokens, most, own, in_host, source, batch)

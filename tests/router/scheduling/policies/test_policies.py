@@ -265,6 +265,18 @@ def test_tiers_are_told_apart() -> None:
     assert (row.num_device_tokens, row.num_host_tokens) == (800, 0)
 
 
+@pytest.mark.parametrize("num_host", [1, 2, 100])
+def test_the_last_block_of_a_prompt_that_is_there_whole_is_not_swapped_in(num_host: int) -> None:
+    """A worker swaps in what it need not compute, and the last token it must."""
+    candidates = fleet(1, 1)
+    trees, prompt = Trees(candidates), tokens_of(0, 1600)
+    trees.hold("p0", prompt, num_host=num_host)
+    row = decide("prompt-tree", candidates, trees.ask(prompt)).prefill
+    assert row.num_device_tokens == 1600 - 16 * num_host
+    assert row.num_host_tokens == 16 * (num_host - 1)
+    assert row.total_ms == pytest.approx(row.swap_in_ms + 1.0 + 1.6)
+
+
 def test_the_last_token_is_always_computed() -> None:
     candidates = fleet(1, 1)
     trees, prompt = Trees(candidates), tokens_of(0, 1600)
