@@ -49,6 +49,13 @@ def _finite(text: str) -> float:
     return value
 
 
+def _not_negative(text: str) -> float:
+    value = _number(text)
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{text!r} is negative or not finite")
+    return value
+
+
 def _number(text: str) -> float:
     try:
         value = float(text)
@@ -106,6 +113,7 @@ def _output(text: str) -> Path:
 
 
 POSITIVE = Parsed("number", _positive)
+NOT_NEGATIVE = Parsed("number", _not_negative)
 SECONDS = Parsed("seconds", _finite)
 COUNT = click.IntRange(min=1)
 RAMP = Parsed("A:B", _ramp)

@@ -120,7 +120,8 @@ def plot(path: Path, report: Report) -> None:
         axes.plot([row.num_blocks for row in rows], [row.gb_per_s for row in rows], marker="o", label=name)
     axes.set(xscale="log", yscale="log", xlabel="blocks", ylabel="GB/s")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    if lines:
+        axes.legend(fontsize="small")
     axes = figure.add_subplot(1, 2, 2)
     names = [f"{row.call} ({row.state}, {row.num_blocks:,})" for row in report.calls][::-1]
     axes.barh(range(len(names)), [row.p99_us for row in report.calls][::-1], color="C1", label="p99")

@@ -21,12 +21,15 @@ COUNT = click.IntRange(1, 1024)
 OUTPUT = click.Path(dir_okay=False, writable=True, path_type=Path)
 
 
-def _numbers(
-    context: click.Context, parameter: click.Parameter, values: tuple[float, ...]
-) -> tuple[float, ...]:
-    if any(math.isnan(value) for value in values):
-        raise click.BadParameter("nan is no load")
-    return values
+class _Number(click.FloatRange):
+    """A number in a range. A nan is in none, though click's own lets it pass."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """See `click.ParamType`."""
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail("nan is no number", param, ctx)
+        return number
 
 
 def _writable(context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
@@ -80,14 +83,13 @@ TRANSFERS = ("request", "chunk", "layer")
     "--load",
     "loads",
     multiple=True,
-    type=click.FloatRange(0.001, 100.0),
-    callback=_numbers,
+    type=_Number(0.001, 100.0),
     help="Stretch the times so that computing every prompt whole would keep the prefill side so busy (0.5); "
     "again for other loads.",
 )
 @click.option(
     "--rate",
-    type=click.FloatRange(1e-6, 1e6),
+    type=_Number(1e-6, 1e6),
     help="Requests a second, for a trace without times [default: 1].",
 )
 @click.option("--limit", type=click.IntRange(1), help="Only so many rows, or sessions, of the trace.")
@@ -105,7 +107,7 @@ TRANSFERS = ("request", "chunk", "layer")
     "--overhead-ms",
     default=0.0,
     show_default=True,
-    type=click.FloatRange(0, 1e6),
+    type=_Number(0, 1e6),
     help="What HTTP and tokenising add to each request: measured elsewhere.",
 )
 @click.option("--json", "json_path", type=OUTPUT, callback=_writable, help="Write the reports here.")
@@ -175,7 +177,10 @@ def simulate(
             click.echo(table(group))
             reports += group
     if json_path is not None:
-        json_path.write_bytes(msgspec.json.format(msgspec.json.encode(reports), indent=2))
+        try:
+            json_path.write_bytes(msgspec.json.format(msgspec.json.encode(reports), indent=2))
+        except OSError as error:
+            raise click.ClickException(f"--json {json_path} cannot be written: {error.strerror}") from error
     if plot_path is not None:
         from memserve.simulate.plots import plot_policies
 
@@ -183,6 +188,8 @@ def simulate(
             plot_policies(reports, plot_path)
         except ImportError as error:
             raise click.UsageError("--plot needs matplotlib: pip install 'memserve[bench]'") from error
+        except OSError as error:
+            raise click.ClickException(f"--plot {plot_path} cannot be written: {error.strerror}") from error
 
 
 def at_load(trace: Trace, model: CostModel, num_workers: int, load: float) -> Trace:

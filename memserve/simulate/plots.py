@@ -32,5 +32,6 @@ def plot_policies(reports: Sequence[Report], path: Path) -> None:
             axes.set_title(title, fontsize=10)
             if index:
                 axes.set_yticklabels([])
-            axes.set_xlim(0, 1.05 * max([value for value in values if math.isfinite(value)], default=1.0))
+            widest = max([value for value in values if math.isfinite(value)], default=0.0)
+            axes.set_xlim(0, 1.05 * (widest or 1.0))  # nothing is cached: all bars are empty
     figure.savefig(path)

@@ -87,8 +87,13 @@ def test_report(tmp_path: Path) -> None:
     words = console.export_text().split()
     for word in ("500", "15.5", "2.0", "50%", "125%"):  # ns and bytes a block, GB/s, of memcpy, of send/recv
         assert word in words
-    plot(tmp_path / "out.png", report)
-    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    halves = [
+        Report(calls=[CALL], index_bytes={}, copies=[]),
+        Report(calls=[], index_bytes={}, copies=[COPY]),
+    ]
+    for each in (report, *halves):  # as with --only
+        plot(tmp_path / "out.png", each)
+        assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_quantile() -> None:

@@ -52,3 +52,14 @@ def test_a_plot_is_drawn(tmp_path: Path) -> None:
     options = ("--colocated", "1", "--threads", "1", "--plot", str(plot))
     assert calibrate(Path("off"), *options).source == "guess"
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("name", "said"), [("plot.json", "is none of .png"), ("gone/plot.png", "no folder")])
+def test_a_plot_that_cannot_be_drawn_is_told_before_the_work(tmp_path: Path, name: str, said: str) -> None:
+    pytest.importorskip("matplotlib")
+    command = [sys.executable, "-m", "memserve", "calibrate", "--quick", "--calibration", "off", "--plot"]
+    done = subprocess.run(
+        [*command, str(tmp_path / name)], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("memserve: --plot: ") and said in done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -168,6 +169,8 @@ def test_a_trace_that_is_none_is_a_usage_error(tmp_path: Path) -> None:
         ('{"prompt": "hi"}', [], "or the JSON report of bench serve"),
         (ROW, ["--rate", "1e-300"], "range"),
         (ROW, ["--load", "nan"], "nan"),
+        (ROW, ["--rate", "nan"], "nan"),
+        (ROW, ["--overhead-ms", "nan"], "nan"),
         (ROW, ["--load", "1e-300"], "range"),
         (ROW, ["--prefill", "1000000"], "range"),
         (ROW, ["--cache-tokens", "-5"], "range"),
@@ -182,3 +185,20 @@ def test_bad_input_is_said_before_any_work(tmp_path: Path, row: str, options: li
     trace.write_text(row)
     result = CliRunner().invoke(simulate, ["--trace", str(trace), *options])
     assert result.exit_code == 2 and said in result.output, result.output
+
+
+@pytest.mark.parametrize("option, name", [("--json", "out.json"), ("--plot", "out.png")])
+def test_results_that_cannot_be_written_are_a_line(
+    trace: Path, tmp_path: Path, option: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if option == "--plot":
+        pytest.importorskip("matplotlib")
+    out = tmp_path / "gone" / name
+    out.parent.mkdir()
+    # the folder goes while the simulation runs
+    monkeypatch.setattr("memserve.simulate.report.table", lambda group: f"{shutil.rmtree(out.parent)}")
+    given = ("--trace", trace, "--limit", 3, "--policy", "random", "--no-bound", option, out)
+    result = invoke(*given)
+    assert result.exit_code == 1, result.output
+    last = result.output.splitlines()[-1]
+    assert last == f"Error: {option} {out} cannot be written: No such file or directory"

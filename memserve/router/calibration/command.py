@@ -41,6 +41,8 @@ from memserve.router.supervision.transports import check_allocator
 
 logger = logging.getLogger(__name__)
 
+_PICTURES = (".png", ".pdf", ".svg")
+
 
 @dataclass(frozen=True, slots=True)
 class CalibrateOptions:
@@ -196,6 +198,8 @@ def _check_plot(path: Path) -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise ConfigError("--plot needs matplotlib: pip install 'memserve[bench]'") from error
+    if path.suffix not in _PICTURES:
+        raise ConfigError(f"--plot: {path} is none of {', '.join(_PICTURES)}")
     if not path.resolve().parent.is_dir():
         raise ConfigError(f"--plot: there is no folder {path.resolve().parent}")
 
@@ -221,4 +225,7 @@ def _plot(report: Report, path: Path) -> None:
             title=f"{report.model}, {kind.kind}: predicted (lines), measured (dots)",
         )
         axes.legend()
-    figure.savefig(path)
+    try:
+        figure.savefig(path)
+    except OSError as error:
+        raise ConfigError(f"--plot: {path} cannot be written: {error.strerror}") from error
