@@ -112,6 +112,13 @@ def _output(text: str) -> Path:
     return path
 
 
+def _picture(text: str) -> Path:
+    path = _output(text)
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"{path} is no .png, .svg or .pdf")
+    return path
+
+
 POSITIVE = Parsed("number", _positive)
 NOT_NEGATIVE = Parsed("number", _not_negative)
 SECONDS = Parsed("seconds", _finite)
@@ -121,3 +128,4 @@ THINK_TIME = Parsed("seconds", _think)
 LIMITS = Parsed("limits", _goodput)
 JSON_OBJECT = Parsed("JSON", _fields)
 OUTPUT = Parsed("file", _output)
+PICTURE = Parsed("picture", _picture)

@@ -21,6 +21,7 @@ from memserve.bench.option_types import (
     LIMITS,
     NOT_NEGATIVE,
     OUTPUT,
+    PICTURE,
     POSITIVE,
     RAMP,
     SECONDS,
@@ -170,7 +171,7 @@ worker_options = _all(
 
 output_options = _all(
     _option("--json", "Write everything, per request.", "FILE", type=OUTPUT),
-    _option("--plot", "Write a picture (PNG).", "FILE", type=OUTPUT),
+    _option("--plot", "Write a picture (.png, .svg, .pdf).", "FILE", type=PICTURE),
 )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from memserve.bench.option_types import OUTPUT
+from memserve.bench.option_types import OUTPUT, PICTURE
 from memserve.errors import MemserveError
 
 
@@ -18,7 +18,7 @@ from memserve.errors import MemserveError
 @click.option("--quick", is_flag=True, help="Small and rough: a look in a few seconds.")
 @click.option("--only", type=click.Choice(("calls", "copies")), help="One half of it.")
 @click.option("--json", "json_file", type=OUTPUT, metavar="FILE", help="Write all rows.")
-@click.option("--plot", "plot_file", type=OUTPUT, metavar="FILE", help="Write a picture (PNG).")
+@click.option("--plot", "plot_file", type=PICTURE, metavar="FILE", help="Write a picture (.png, .svg, .pdf).")
 def pool(quick: bool, only: str | None, json_file: Path | None, plot_file: Path | None) -> None:
     """Time every call of the memory pool, and its copies between processes and tiers beside plain memcpy.
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from memserve.bench.option_types import OUTPUT, PICTURE
 from memserve.config import PolicyName
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 DEFAULT_CACHE_TOKENS = 500_000
 COUNT = click.IntRange(1, 1024)
-OUTPUT = click.Path(dir_okay=False, writable=True, path_type=Path)
 
 
 class _Number(click.FloatRange):
@@ -30,19 +30,6 @@ class _Number(click.FloatRange):
         if math.isnan(number):
             self.fail("nan is no number", param, ctx)
         return number
-
-
-def _writable(context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
-    """Found out before the work, not after it."""
-    if value is not None and not value.parent.is_dir():
-        raise click.BadParameter(f"there is no folder {value.parent}")
-    return value
-
-
-def _drawable(context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
-    if value is not None and value.suffix not in (".png", ".svg", ".pdf"):
-        raise click.BadParameter(f"{value} is no .png, .svg or .pdf")
-    return _writable(context, parameter, value)
 
 
 POLICY_NAMES: tuple[PolicyName, ...] = ("random", "round-robin", "least-load", "session", "prompt-tree")
@@ -110,10 +97,8 @@ TRANSFERS = ("request", "chunk", "layer")
     type=_Number(0, 1e6),
     help="What HTTP and tokenising add to each request: measured elsewhere.",
 )
-@click.option("--json", "json_path", type=OUTPUT, callback=_writable, help="Write the reports here.")
-@click.option(
-    "--plot", "plot_path", type=OUTPUT, callback=_drawable, help="Draw them here (.png, .svg, .pdf)."
-)
+@click.option("--json", "json_path", type=OUTPUT, metavar="FILE", help="Write the reports here.")
+@click.option("--plot", "plot_path", type=PICTURE, metavar="FILE", help="Draw them here (.png, .svg, .pdf).")
 def simulate(
     prefill: int | None,
     decode: int | None,
